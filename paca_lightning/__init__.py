@@ -1,0 +1,22 @@
+"""Fine-tune large models with Lightning by training a few input columns of each frozen weight (PaCA)."""
+
+from paca_lightning.config import PaCAConfig
+from paca_lightning.conversion import apply_paca, attach, disable_paca, merge, unload, write_columns
+from paca_lightning.errors import PaCAError
+from paca_lightning.layers import PaCALinear
+from paca_lightning.report import ConversionReport
+from paca_lightning.targets import paca_layers
+
+__all__ = [
+    "ConversionReport",
+    "PaCAConfig",
+    "PaCAError",
+    "PaCALinear",
+    "apply_paca",
+    "attach",
+    "disable_paca",
+    "merge",
+    "paca_layers",
+    "unload",
+    "write_columns",
+]

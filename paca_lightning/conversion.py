@@ -1,0 +1,276 @@
+"""Turning a model's linear layers into PaCA layers in place, and back."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from paca_lightning.calibration import calibrate
+from paca_lightning.config import CALIBRATED, PaCAConfig
+from paca_lightning.errors import PaCAError
+from paca_lightning.layers import PaCAConv1D, PaCALayer
+from paca_lightning.report import ConversionReport, LayerRecord
+from paca_lightning.selection import check_indices, largest_indices, random_indices
+from paca_lightning.targets import (
+    Resolution,
+    Target,
+    base_model_prefix,
+    clean_path,
+    paca_layers,
+    relative_path,
+    resolve,
+)
+
+
+def apply_paca(
+    model: nn.Module,
+    config: PaCAConfig,
+    *,
+    indices: Mapping[str, Tensor] | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> ConversionReport:
+    """Convert a model's target layers in place and freeze everything else.
+
+    Applying the same configuration again changes nothing, but converts targets that have been added since.
+
+    Args:
+        model: Any module: a Hugging Face model, a LightningModule, ...
+        config: What to train.
+        indices: Columns by module path, for some or all layers; they override the selection.
+        calibration: Batches for the selections that look at data: dictionaries are passed as keywords, tuples as
+            positional arguments. For ``gradient_norm`` the model must return a loss, or an output with a ``loss``.
+
+    Returns:
+        What was converted and what was left alone; printable.
+
+    Raises:
+        PaCAError: If a name matches nothing, a layer cannot be converted, or the model carries another configuration.
+    """
+    _refuse_other_config(model, config)
+    _refuse_sharded(model)
+    resolution = resolve(model, config)
+    prefix = base_model_prefix(model)
+    columns = _by_target(indices or {}, resolution.targets, prefix)
+    fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
+    wanted = CALIBRATED if calibration is None else ()
+    if fresh and config.selection in wanted and not all(target.path in columns for target in fresh):
+        raise PaCAError(
+            f"selection={config.selection!r} looks at data: pass calibration=, an iterable of batches "
+            "(PaCAStrategy takes them from the training data by itself)."
+        )
+    originals = {path: _original(module) for path, module in resolution.saved.items()}
+    model.requires_grad_(False)
+    for target in fresh:
+        _convert(target, config, columns.get(target.path), relative_path(target.path, prefix))
+    for _, layer in paca_layers(model):
+        layer.paca_delta.requires_grad_(True)
+    for path, module in resolution.saved.items():
+        vars(module).setdefault("_paca_original", originals[path])
+        module.requires_grad_(True)
+    if fresh and config.selection in CALIBRATED and calibration is not None:
+        select_columns(model, config, calibration, keep=columns)
+    return _report(model, config, resolution)
+
+
+def select_columns(
+    model: nn.Module,
+    config: PaCAConfig,
+    calibration: Iterable[Any],
+    *,
+    keep: Iterable[str] = (),
+    step: Callable[[Any], Any] | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda scores: scores,
+) -> None:
+    """Move the layers of a converted model to the columns that calibration batches favour.
+
+    Args:
+        model: The converted model.
+        config: Says by which score.
+        calibration: Batches.
+        keep: Paths of layers whose columns stay.
+        step: Runs one batch and returns the model's output or loss. Default: ``model(**batch)``.
+        reduce: Sums scores over ranks.
+    """
+    scores = calibrate(model, config.selection, calibration, step)
+    for path, layer in paca_layers(model):
+        if clean_path(path) not in keep:
+            layer.move_to_columns(largest_indices(reduce(scores[path]), layer.r).to(layer.paca_indices.device))
+
+
+def write_columns(model: nn.Module) -> None:
+    """Bring every PaCA weight in a model up to date with its delta."""
+    for _, layer in paca_layers(model):
+        layer.write_columns()
+
+
+def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+    """Write the trained columns back after each step of an optimizer: for Fabric and plain PyTorch loops.
+
+    Args:
+        optimizer: Has some or all of the model's deltas.
+        model: The converted model.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        PaCAError: If the optimizer has none of the model's deltas.
+    """
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [layer for _, layer in paca_layers(model) if id(layer.paca_delta) in owned]
+    if not layers:
+        raise PaCAError(
+            f"{type(optimizer).__name__} has none of the model's paca_delta parameters, so nothing would be trained. "
+            "Build it after apply_paca."
+        )
+
+    def write_back(*_: object) -> None:
+        for layer in layers:
+            layer.write_columns()
+
+    return optimizer.register_step_post_hook(write_back)
+
+
+@contextmanager
+def disable_paca(model: nn.Module) -> Iterator[None]:
+    """Inside this context the model is the base model, bitwise, and trains nothing of PaCA."""
+    layers = [layer for _, layer in paca_layers(model) if layer.paca_enabled]
+    tuned = [(module, _original(module)) for module in _saved(model)]
+    for layer in layers:
+        layer.restore_columns()
+        layer.paca_enabled = False
+    for module, _ in tuned:
+        _overwrite(module, vars(module)["_paca_original"])
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.paca_enabled = True
+            layer.write_columns()
+        for module, values in tuned:
+            _overwrite(module, values)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turn PaCA layers into plain linear layers that hold the trained columns; returns the model."""
+    return _release(model, trained=True)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Turn PaCA layers into plain linear layers with the base weight, bitwise; returns the model."""
+    return _release(model, trained=False)
+
+
+def config_of(model: nn.Module) -> PaCAConfig | None:
+    """The configuration that a model was converted with, if it was."""
+    return next((vars(layer)["_paca_config"] for _, layer in paca_layers(model)), None)
+
+
+def _convert(target: Target, config: PaCAConfig, chosen: Tensor | None, path: str) -> None:
+    module = target.module
+    if chosen is None and config.selection == "weight_norm":
+        chosen = largest_indices(_column_norms(target), target.r)
+    elif chosen is None:
+        chosen = random_indices(_in_features(target), target.r, seed=config.seed, path=path)
+    target.layer_class.adopt(module, chosen, target.scaling)
+    vars(module)["_paca_config"] = config
+
+
+def _in_features(target: Target) -> int:
+    return target.module.nx if target.layer_class is PaCAConv1D else target.module.in_features  # type: ignore[return-value]
+
+
+def _column_norms(target: Target) -> Tensor:
+    weight = target.module.weight
+    if weight.is_meta:
+        raise PaCAError(f"selection='weight_norm' needs the weight of {target.path!r}, which is still on meta.")
+    return torch.linalg.vector_norm(weight, dim=1 if target.layer_class is PaCAConv1D else 0, dtype=torch.float32)  # type: ignore[arg-type]
+
+
+def _by_target(indices: Mapping[str, Tensor], targets: list[Target], prefix: str) -> dict[str, Tensor]:
+    """Given columns, checked, by the path of the target."""
+    by_name = {relative_path(target.path, prefix): target for target in targets} | {t.path: t for t in targets}
+    if unknown := sorted(set(indices) - set(by_name)):
+        raise PaCAError(f"indices are given for {unknown[:3]}, which are not among the target layers.")
+    for name, chosen in indices.items():
+        check_indices(chosen, _in_features(by_name[name]), by_name[name].r, path=name)
+    return {by_name[name].path: chosen.cpu() for name, chosen in indices.items()}
+
+
+def _refuse_other_config(model: nn.Module, config: PaCAConfig) -> None:
+    for path, layer in paca_layers(model):
+        before = vars(layer).get("_paca_config")
+        if before is not None and before != config:
+            changed = [name for name, value in before.to_dict().items() if value != config.to_dict()[name]]
+            raise PaCAError(
+                f"{path!r} was converted before with another configuration (different: {changed}). Convert once, or "
+                "unload(model) first."
+            )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        fsdp1 = type(module).__name__ == "FullyShardedDataParallel"
+        weight = module._parameters.get("weight")
+        if fsdp1 or (hasattr(weight, "to_local") and not isinstance(module, PaCALayer)):
+            raise PaCAError(
+                f"{path or type(module).__name__!r} is sharded already. Call apply_paca before fully_shard, or leave "
+                "both to strategy='paca_fsdp2'."
+            )
+
+
+def _saved(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if "_paca_original" in vars(module)]
+
+
+def _original(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's parameters in host memory."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()}
+
+
+@torch.no_grad()
+def _overwrite(module: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(values[name])
+
+
+def _release(model: nn.Module, *, trained: bool) -> nn.Module:
+    for _, layer in list(paca_layers(model)):
+        if trained:
+            layer.write_columns()
+        else:
+            layer.restore_columns()
+        del vars(layer)["_paca_config"]
+        layer.release()
+    for module in _saved(model):
+        if not trained:
+            _overwrite(module, vars(module)["_paca_original"])
+        del vars(module)["_paca_original"]
+    return model
+
+
+def _report(model: nn.Module, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
+    layers = [
+        LayerRecord(
+            path=path,
+            kind=path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else type(layer).__name__,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            r=layer.r,
+            scaling=layer.scaling,
+            delta_bytes=layer.paca_delta.numel() * layer.paca_delta.element_size(),
+        )
+        for path, layer in paca_layers(model)
+    ]
+    base_columns = sum(layer.paca_base_columns.numel() for _, layer in paca_layers(model))
+    return ConversionReport(
+        config=config,
+        layers=layers,
+        skipped=resolution.skipped,
+        saved=list(resolution.saved),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()) - base_columns,
+    )

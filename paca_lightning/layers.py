@@ -1,0 +1,259 @@
+"""Linear layers that train some input columns of their own frozen weight, in place."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.functional import tapped
+from paca_lightning.selection import check_indices, random_indices
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class PaCALayer(nn.Module):
+    """What all PaCA layers share: the delta, its base columns and indices, and how they live with the weight.
+
+    Outside ``disable_paca``, the selected columns of the weight are ``base columns + scaling * delta``, cast to the
+    weight's dtype. Only ``write_columns`` makes it so, once after each optimizer step; a forward never writes.
+
+    Attributes:
+        paca_delta: Trainable update, shape (out_features, r), fp32 (fp64 for an fp64 weight), zero at the start.
+        paca_base_columns: The columns before training, shape (out_features, r), a frozen parameter so that it is
+            sharded like the weight.
+        paca_indices: The selected columns, shape (r,), int64, sorted and unique.
+        r: Rank.
+        scaling: ``alpha / r``.
+    """
+
+    weight: nn.Parameter
+    in_features: int
+    out_features: int
+    paca_delta: nn.Parameter
+    paca_base_columns: nn.Parameter
+    paca_indices: Tensor
+    r: int
+    scaling: float
+    paca_enabled: bool
+    paca_base_class: type[nn.Module]
+
+    @classmethod
+    def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
+        """Turn a linear layer into one of this class, in place.
+
+        The object stays the same, so that its hooks, its weight and every reference to it go on working. Swapping the
+        class is what ``torch.nn.utils.parametrize`` and ``fully_shard`` do, too.
+
+        Args:
+            module: The layer.
+            indices: Columns to train, shape (r,).
+            scaling: ``alpha / r``.
+        """
+        base_class = type(module)
+        module.__class__ = cls
+        module._add_columns(indices, scaling, base_class)  # type: ignore[operator]
+
+    def _add_columns(self, indices: Tensor, scaling: float, base_class: type[nn.Module]) -> None:
+        self.r, self.scaling = len(indices), scaling
+        self.paca_enabled, self.paca_base_class = True, base_class
+        self.weight.requires_grad_(False)
+        self.register_buffer("paca_indices", indices.to(self.weight.device))
+        self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        shape = (self.out_features, self.r)
+        self.paca_delta = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
+
+    def release(self) -> None:
+        """Turn back into the layer it was made from, with the weight as it stands."""
+        del self.paca_delta, self.paca_base_columns, self.paca_indices
+        base_class = self.paca_base_class
+        for name in ("r", "scaling", "paca_enabled", "paca_base_class"):
+            delattr(self, name)
+        self.__class__ = base_class  # type: ignore[assignment]
+
+    def _read_columns(self) -> Tensor:
+        """Selected columns of this rank's rows of the weight, shape (rows, r)."""
+        return local(self.weight).detach().index_select(1, self.paca_indices)
+
+    def _put_columns(self, columns: Tensor) -> None:
+        """Overwrite the selected columns of this rank's rows of the weight, shape (rows, r)."""
+        weight = local(self.weight)
+        weight.index_copy_(1, self.paca_indices, columns.to(weight.dtype))
+
+    @torch.no_grad()
+    def write_columns(self) -> None:
+        """Bring the weight up to date with the delta. Sharded alike, both are local: no communication."""
+        if self.paca_enabled:
+            self._put_columns(torch.add(local(self.paca_base_columns), local(self.paca_delta), alpha=self.scaling))
+
+    @torch.no_grad()
+    def restore_columns(self) -> None:
+        """Put the base columns back: the weight is bitwise the one before the conversion."""
+        self._put_columns(local(self.paca_base_columns))
+
+    @torch.no_grad()
+    def move_to_columns(self, indices: Tensor) -> None:
+        """Train other columns from here on, with the delta as it stands. The columns left are restored.
+
+        Args:
+            indices: The new columns, shape (r,).
+        """
+        self.restore_columns()
+        self.paca_indices.copy_(indices)
+        local(self.paca_base_columns).copy_(self._read_columns())
+        self.write_columns()
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        """The base layer's own computation on an input of shape (..., in_features)."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base layer's output, shape (..., out_features)."""
+        if self.paca_enabled and torch.is_grad_enabled() and self.paca_delta.requires_grad:
+            return tapped(self._base_forward, input, self.paca_delta, self.paca_indices, self.scaling)
+        return self._base_forward(input)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PaCALayer":
+        """Move or cast the layer, but never narrow the delta and the base columns, nor lose the indices.
+
+        ``bf16-true`` casts every parameter of a model; small updates of the delta would be rounded away. And
+        ``to_empty`` leaves garbage in buffers, where the indices are still known.
+        """
+        kept = (self.paca_delta, self.paca_base_columns, self.paca_delta.grad)
+
+        def widen_only(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if not any(tensor is one for one in kept):
+                return result
+            dtype = torch.promote_types(result.dtype, tensor.dtype)
+            return result if result.dtype == dtype else tensor.to(device=result.device, dtype=dtype)
+
+        indices = self.paca_indices
+        super()._apply(widen_only, recurse)  # type: ignore[no-untyped-call]
+        if not indices.is_meta:
+            self.paca_indices = indices.to(self.paca_indices.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load any mix of base weight, indices and delta, and leave the weight in step with them."""
+        path = prefix.removesuffix(".")
+        self._check_loaded(state_dict, prefix, path)
+        indices = state_dict.get(prefix + "paca_indices")
+        sharded_or_real = not self.weight.is_meta
+        with torch.no_grad():
+            if indices is not None and sharded_or_real and prefix + "weight" not in state_dict:
+                self.move_to_columns(local(indices).to(self.paca_indices.device))
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            if self.weight.is_meta:
+                return
+            if prefix + "weight" in state_dict and prefix + "paca_base_columns" not in state_dict:
+                local(self.paca_base_columns).copy_(self._read_columns())
+            self.write_columns()
+
+    def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
+        delta, indices = (state_dict.get(prefix + name) for name in ("paca_delta", "paca_indices"))
+        if (delta is None) != (indices is None):
+            present, missing = ("paca_delta", "paca_indices") if indices is None else ("paca_indices", "paca_delta")
+            raise PaCAError(f"The checkpoint has {present} of {path!r} but not its {missing}. It is incomplete.")
+        if delta is not None and tuple(delta.shape) != (self.out_features, self.r):
+            raise PaCAError(
+                f"The delta of {path!r} has shape {tuple(delta.shape)} in the checkpoint and "
+                f"{(self.out_features, self.r)} in the model. Use the rank and the base model it was trained with."
+            )
+        if indices is not None and not indices.is_meta:
+            check_indices(local(indices), self.in_features, self.r, path=path)
+
+    def _describe(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}"
+
+
+class PaCALinear(PaCALayer, nn.Linear):
+    """Linear layer ``y = x W^T + b`` of which ``r`` input columns of ``W`` are trained (arXiv 2503.01905).
+
+    The forward is the base layer's own single GEMM on an ordinary weight. The backward keeps ``x[..., indices]`` and
+    nothing else of the input.
+
+    Args:
+        in_features: Size of the input's last dimension.
+        out_features: Size of the output's last dimension.
+        bias: Whether there is a (frozen) bias.
+        device: Where the weight lives.
+        dtype: Of the weight. The delta is fp32.
+        r: Rank.
+        alpha: Numerator of the scaling ``alpha / r``. Default: ``r``.
+        indices: Columns to train, shape (r,). Default: drawn from seed 0.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+
+    Raises:
+        PaCAError: If the rank or the indices do not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 16,
+        alpha: float | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        if not 0 < r <= in_features:
+            raise PaCAError(f"r={r} must lie between 1 and in_features={in_features}.")
+        if indices is None:
+            indices = random_indices(in_features, r, seed=0, path="")
+        check_indices(indices, in_features, r, path=type(self).__name__)
+        self.requires_grad_(False)
+        self._add_columns(indices, (r if alpha is None else alpha) / r, nn.Linear)
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape, rank and scaling."""
+        return f"{nn.Linear.extra_repr(self)}, {self._describe()}"
+
+
+class PaCAConv1D(PaCALayer):
+    """Hugging Face's transposed linear layer (GPT-2) ``y = x W + b``, ``W`` of shape (in_features, out_features).
+
+    Input columns are rows of this weight. It keeps its layout, so that base checkpoints go on loading.
+    """
+
+    nx: int
+    nf: int
+    bias: nn.Parameter
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """Size of the input's last dimension."""
+        return self.nx
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """Size of the output's last dimension."""
+        return self.nf
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        output = torch.addmm(self.bias, input.view(-1, input.shape[-1]), self.weight)
+        return output if input.dim() == 2 else output.view(*input.shape[:-1], self.nf)
+
+    def _read_columns(self) -> Tensor:
+        return self.weight.detach().index_select(0, self.paca_indices).t().contiguous()
+
+    def _put_columns(self, columns: Tensor) -> None:
+        self.weight.index_copy_(0, self.paca_indices, columns.t().to(self.weight.dtype))
+
+    def extra_repr(self) -> str:
+        """Shape, rank and scaling."""
+        return f"in_features={self.nx}, out_features={self.nf}, {self._describe()}"

