@@ -1,0 +1,142 @@
+"""Questions as tokens: few-shot prompts with their four continuations, and training samples.
+
+The wording of letter prompts is that of the benchmark's authors (arXiv 2009.03300). Likelihood prompts do not list the
+choices, as a continuation is scored, not a letter.
+"""
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.mmlu.questions import LETTERS, Question
+
+Method = Literal["letter", "likelihood"]
+
+MAX_SHOTS = 5  # the dev split has five questions of each subject
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question ready to be scored.
+
+    Attributes:
+        tokens: The prompt, beginning-of-sequence token included where the tokenizer sets one.
+        options: Tokens of the four continuations.
+        lengths: What the log-likelihood of each continuation is divided by: 1 for letters, UTF-8 bytes for texts.
+        shots: How many examples fitted into it.
+    """
+
+    tokens: "array[int]"  # C ints: 4 bytes a token, where a list takes up to 36
+    options: "tuple[array[int], ...]"
+    lengths: tuple[int, ...]
+    shots: int
+
+
+def _letter_stem(question: Question) -> str:
+    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True))
+    return f"{question.question}{choices}\nAnswer:"
+
+
+def _likelihood_stem(question: Question) -> str:
+    return f"Question: {question.question}\nAnswer:"
+
+
+_STEMS: dict[Method, Callable[[Question], str]] = {"letter": _letter_stem, "likelihood": _likelihood_stem}
+_KINDS: dict[Method, str] = {"letter": "multiple choice questions", "likelihood": "questions"}
+
+
+def _header(method: Method, subject: str | None) -> str:
+    about = "" if subject is None else f" about {subject.replace('_', ' ')}"
+    return f"The following are {_KINDS[method]} (with answers){about}.\n\n"
+
+
+def _answers(method: Method, question: Question) -> Sequence[str]:
+    return LETTERS if method == "letter" else question.choices
+
+
+def prompt_text(question: Question, examples: Sequence[Question], method: Method) -> str:
+    """The prompt: a header naming the subject, the solved examples, and the question up to ``Answer:``."""
+    stem = _STEMS[method]
+    solved = (f"{stem(shown)} {_answers(method, shown)[shown.answer]}\n\n" for shown in examples)
+    return _header(method, question.subject) + "".join(solved) + stem(question)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text after the beginning-of-sequence token, where the tokenizer sets one; never an end token."""
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    sets_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id, *tokens] if sets_bos else tokens
+
+
+def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each text as it stands after ``Answer:`` and a space.
+
+    SentencePiece tokenizers add a space of their own to the front of a text, so that it must be tokenized in its place.
+
+    Raises:
+        PaCAError: If the tokenizer merges the colon with what follows, so that a prompt cannot end there.
+    """
+    stem: list[int] = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    encoded: list[list[int]] = tokenizer([f"Answer: {text}" for text in texts], add_special_tokens=False)["input_ids"]
+    for text, tokens in zip(texts, encoded, strict=True):
+        if tokens[: len(stem)] != stem or len(tokens) == len(stem):
+            raise PaCAError(f"The tokenizer does not split 'Answer: {text}' after the colon, so MMLU cannot be scored.")
+    return [tokens[len(stem) :] for tokens in encoded]
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    examples: Sequence[Question],
+    method: Method,
+    max_length: int,
+) -> Prompt:
+    """Tokenize a question with as many examples as fit, leaving out the first ones first.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        question: The question to score.
+        examples: Solved questions to show before it, usually of the same subject.
+        method: ``letter`` (choices are listed) or ``likelihood`` (they are not).
+        max_length: Most tokens that prompt and continuation may have together.
+
+    Raises:
+        PaCAError: If the question does not fit even without examples.
+    """
+    answers = _answers(method, question)
+    options = tuple(array("i", tokens) for tokens in continuations(tokenizer, answers))
+    room = max_length - max(map(len, options))
+    for first in range(len(examples) + 1):
+        tokens = encode(tokenizer, prompt_text(question, examples[first:], method))
+        if len(tokens) <= room:
+            lengths = tuple(1 if method == "letter" else len(answer.encode()) for answer in answers)
+            return Prompt(array("i", tokens), options, lengths, len(examples) - first)
+    raise PaCAError(
+        f"{question.where}: the question alone has {len(tokens)} tokens, which with its answer does not fit into "
+        f"max_length={max_length}. Raise max_length, or leave out the subject {question.subject!r}."
+    )
+
+
+def build_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    examples: Mapping[str | None, Sequence[Question]],
+    method: Method,
+    max_length: int,
+) -> list[Prompt]:
+    """Prompts of all questions, each with the examples of its subject.
+
+    Raises:
+        PaCAError: If a question does not fit.
+    """
+    return [build_prompt(tokenizer, q, examples.get(q.subject, ()), method, max_length) for q in questions]
+
+
+def training_sample(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[list[int], list[int]]:
+    """A zero-shot letter prompt and the answer that completes it, as two lists of tokens; no end-of-sequence token."""
+    (answer,) = continuations(tokenizer, [LETTERS[question.answer]])
+    return encode(tokenizer, prompt_text(question, (), "letter")), answer
