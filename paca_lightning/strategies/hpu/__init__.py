@@ -1,0 +1,31 @@
+"""Intel Gaudi (HPU) for Lightning 2.6: an accelerator and strategies, registered on import.
+
+On a host with the Gaudi software ``Trainer(accelerator="hpu")`` and ``Trainer(accelerator="auto")`` then train on HPUs.
+On other hosts the names are registered and nothing else changes.
+"""
+
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+from paca_lightning.strategies.hpu.accelerator import HPUAccelerator
+from paca_lightning.strategies.hpu.bridge import bridge_installed
+from paca_lightning.strategies.hpu.connector import patch_connector
+from paca_lightning.strategies.hpu.ddp import HPUDDPStrategy
+from paca_lightning.strategies.hpu.mixins import HPUDistributedMixin, HPUFSDP2Mixin, HPUStrategyMixin
+from paca_lightning.strategies.hpu.single import SingleHPUStrategy
+
+__all__ = [
+    "HPUAccelerator",
+    "HPUDDPStrategy",
+    "HPUDistributedMixin",
+    "HPUFSDP2Mixin",
+    "HPUStrategyMixin",
+    "SingleHPUStrategy",
+]
+
+AcceleratorRegistry.register("hpu", HPUAccelerator, description="Intel Gaudi", override=True)
+for _strategy in (SingleHPUStrategy, HPUDDPStrategy):
+    StrategyRegistry.register(_strategy.strategy_name, _strategy, description=_strategy.__name__, override=True)
+if bridge_installed():
+    patch_connector(_AcceleratorConnector)

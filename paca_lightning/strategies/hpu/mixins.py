@@ -1,0 +1,116 @@
+"""What turns a Lightning strategy into one for HPUs: precision, process group and reductions.
+
+Put a mixin before the Lightning strategy: ``class HPUDDPStrategy(HPUDistributedMixin, DDPStrategy)``.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from typing_extensions import override
+
+from paca_lightning.errors import PaCAError
+
+SUPPORTED_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+
+
+class HPUStrategyMixin(Strategy):
+    """A strategy whose device is an HPU: checks the precision, and lets mixed precision autocast on the HPU."""
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        """The precision plugin.
+
+        Raises:
+            PaCAError: On setting one whose precision HPUs do not have here.
+        """
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if plugin is not None and plugin.precision not in SUPPORTED_PRECISIONS:
+            raise PaCAError(
+                f"precision={plugin.precision!r} is not supported on HPU: use 'bf16-mixed' or 'bf16-true' "
+                "(Gaudi computes in bfloat16, which needs no loss scaling), or '32-true'."
+            )
+        if isinstance(plugin, MixedPrecision):
+            plugin.device = "hpu"  # Lightning knows no autocast device but cpu, mps and cuda
+        self._precision_plugin = plugin
+
+
+class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
+    """A strategy of several processes, one card each, that talk over HCCL.
+
+    For Lightning's ``DDPStrategy`` and ``ModelParallelStrategy`` and what derives from them.
+    """
+
+    # Theirs, not of their common base.
+    set_world_ranks: Callable[[], None]
+    _process_group_backend: str | None
+    _timeout: timedelta | None
+
+    @override
+    def setup_environment(self) -> None:
+        """Binds the process to its card and initialises the process group, before Lightning would.
+
+        Lightning would pass ``device_id``, which makes a DeviceMesh split groups off the world group; HCCL cannot.
+        """
+        from habana_frameworks.torch.distributed import hccl  # registers the backend "hccl" with torch
+
+        environment = self.cluster_environment
+        assert environment is not None
+        self.set_world_ranks()
+        hccl.initialize_distributed_hpu(
+            world_size=environment.world_size(), rank=environment.global_rank(), local_rank=environment.local_rank()
+        )
+        _init_dist_connection(environment, self._get_process_group_backend(), timeout=self._timeout)
+        super().setup_environment()
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean") -> Any:
+        """Reduces a tensor over all processes, in place. HCCL has no average: a mean is a sum, divided.
+
+        Args:
+            tensor: The tensor; anything else is returned as it is.
+            group: The process group, by default all processes.
+            reduce_op: ``"mean"`` (or ``"avg"``), ``"sum"``, or another reduction that HCCL has.
+        """
+        if not isinstance(tensor, Tensor):
+            return tensor
+        name = reduce_op.lower() if isinstance(reduce_op, str) else reduce_op
+        if name not in ("mean", "avg", dist.ReduceOp.AVG):
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+        total = _sync_ddp_if_available(tensor, group, reduce_op="sum")
+        return total.copy_(total / dist.get_world_size(group)) if dist.is_initialized() else total
+
+    def determine_ddp_device_ids(self) -> None:
+        """No device ids for DistributedDataParallel: with any, Lightning would open a CUDA stream."""
+
+    def _get_process_group_backend(self) -> str:
+        return self._process_group_backend or "hccl"
+
+
+class HPUFSDP2Mixin(HPUDistributedMixin):
+    """A strategy that shards with FSDP2 (``fully_shard``): its gradient reductions become sums, as HCCL has no mean."""
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        """Sets up the model as the sharding strategy does, then forces sums before any backward runs."""
+        super().setup(trainer)
+        assert self.model is not None
+        force_sum_reductions(self.model)
+
+
+def force_sum_reductions(model: nn.Module) -> None:
+    """Makes every FSDP2 unit of a model reduce gradients by SUM, and divide by itself, instead of by AVG."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
