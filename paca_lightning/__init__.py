@@ -1,5 +1,7 @@
 """Fine-tune large models with Lightning by training a few input columns of each frozen weight (PaCA)."""
 
+from paca_lightning.adapter import load_adapter, save_adapter
+from paca_lightning.callback import PaCAStrategy
 from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import apply_paca, attach, disable_paca, merge, unload, write_columns
 from paca_lightning.errors import PaCAError
@@ -12,11 +14,14 @@ __all__ = [
     "PaCAConfig",
     "PaCAError",
     "PaCALinear",
+    "PaCAStrategy",
     "apply_paca",
     "attach",
     "disable_paca",
+    "load_adapter",
     "merge",
     "paca_layers",
+    "save_adapter",
     "unload",
     "write_columns",
 ]

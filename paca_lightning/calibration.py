@@ -1,6 +1,6 @@
 """Column scores from data: which inputs are large, or which gradients are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,13 +9,16 @@ from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.layers import PaCALayer
-from paca_lightning.targets import paca_layers
 
 
 def calibrate(
-    model: nn.Module, selection: str, batches: Iterable[Any], step: Callable[[Any], Any] | None = None
+    model: nn.Module,
+    layers: Mapping[str, PaCALayer],
+    selection: str,
+    batches: Iterable[Any],
+    step: Callable[[Any], Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Score the input columns of every PaCA layer on some batches.
+    """Score the input columns of a model's PaCA layers on some batches.
 
     ``activation_norm`` scores column ``j`` by the sum of squares of input channel ``j`` over all tokens;
     ``gradient_norm`` by the squared norm of ``dL/dW[:, j]``, summed over batches. Only one weight-sized gradient
@@ -23,6 +26,7 @@ def calibrate(
 
     Args:
         model: A converted model.
+        layers: Which of its layers to score, by path.
         selection: ``activation_norm`` or ``gradient_norm``.
         batches: What to look at.
         step: Runs one batch and returns the model's output or loss.
@@ -33,7 +37,6 @@ def calibrate(
     Raises:
         PaCAError: If there is no batch, or no loss for ``gradient_norm``.
     """
-    layers = dict(paca_layers(model))
     with_gradients = selection == "gradient_norm"
     scores = {path: torch.zeros(layer.in_features, device=layer.weight.device) for path, layer in layers.items()}
     handles = [_watch(layer, scores[path], with_gradients) for path, layer in layers.items()]

@@ -49,14 +49,34 @@ def apply_paca(
     Raises:
         PaCAError: If a name matches nothing, a layer cannot be converted, or the model carries another configuration.
     """
+    report, undecided = convert(model, config, indices, data_follows=calibration is not None)
+    if undecided and calibration is not None:
+        select_columns(model, config, calibration, undecided)
+    return report
+
+
+def convert(
+    model: nn.Module, config: PaCAConfig, indices: Mapping[str, Tensor] | None = None, *, data_follows: bool
+) -> tuple[ConversionReport, set[str]]:
+    """``apply_paca`` but for the choice of columns by data, which starts from random ones.
+
+    Args:
+        model: As there.
+        config: As there.
+        indices: As there.
+        data_follows: Whether the caller goes on to ``select_columns``.
+
+    Returns:
+        The report, and the paths of the layers whose columns data has yet to choose.
+    """
     _refuse_other_config(model, config)
     _refuse_sharded(model)
     resolution = resolve(model, config)
     prefix = base_model_prefix(model)
     columns = _by_target(indices or {}, resolution.targets, prefix)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
-    wanted = CALIBRATED if calibration is None else ()
-    if fresh and config.selection in wanted and not all(target.path in columns for target in fresh):
+    undecided = {target.path for target in fresh if config.selection in CALIBRATED} - columns.keys()
+    if undecided and not data_follows:
         raise PaCAError(
             f"selection={config.selection!r} looks at data: pass calibration=, an iterable of batches "
             "(PaCAStrategy takes them from the training data by itself)."
@@ -70,34 +90,32 @@ def apply_paca(
     for path, module in resolution.saved.items():
         vars(module).setdefault("_paca_original", originals[path])
         module.requires_grad_(True)
-    if fresh and config.selection in CALIBRATED and calibration is not None:
-        select_columns(model, config, calibration, keep=columns)
-    return _report(model, config, resolution)
+    return _report(model, config, resolution), undecided
 
 
 def select_columns(
     model: nn.Module,
     config: PaCAConfig,
     calibration: Iterable[Any],
+    undecided: set[str],
     *,
-    keep: Iterable[str] = (),
     step: Callable[[Any], Any] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda scores: scores,
 ) -> None:
-    """Move the layers of a converted model to the columns that calibration batches favour.
+    """Move layers of a converted model to the columns that calibration batches favour.
 
     Args:
         model: The converted model.
         config: Says by which score.
         calibration: Batches.
-        keep: Paths of layers whose columns stay.
+        undecided: Paths of the layers to move.
         step: Runs one batch and returns the model's output or loss. Default: ``model(**batch)``.
         reduce: Sums scores over ranks.
     """
-    scores = calibrate(model, config.selection, calibration, step)
-    for path, layer in paca_layers(model):
-        if clean_path(path) not in keep:
-            layer.move_to_columns(largest_indices(reduce(scores[path]), layer.r).to(layer.paca_indices.device))
+    layers = {path: layer for path, layer in paca_layers(model) if clean_path(path) in undecided}
+    for path, score in calibrate(model, layers, config.selection, calibration, step).items():
+        chosen = largest_indices(reduce(score), layers[path].r)
+        layers[path].move_to_columns(chosen.to(score.device))
 
 
 def write_columns(model: nn.Module) -> None:
@@ -138,7 +156,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
 def disable_paca(model: nn.Module) -> Iterator[None]:
     """Inside this context the model is the base model, bitwise, and trains nothing of PaCA."""
     layers = [layer for _, layer in paca_layers(model) if layer.paca_enabled]
-    tuned = [(module, _original(module)) for module in _saved(model)]
+    tuned = [(module, _original(module)) for _, module in saved_modules(model)]
     for layer in layers:
         layer.restore_columns()
         layer.paca_enabled = False
@@ -169,6 +187,11 @@ def config_of(model: nn.Module) -> PaCAConfig | None:
     return next((vars(layer)["_paca_config"] for _, layer in paca_layers(model)), None)
 
 
+def saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Path and module of what is trained whole."""
+    return [(path, module) for path, module in model.named_modules() if "_paca_original" in vars(module)]
+
+
 def _convert(target: Target, config: PaCAConfig, chosen: Tensor | None, path: str) -> None:
     module = target.module
     if chosen is None and config.selection == "weight_norm":
@@ -180,14 +203,14 @@ def _convert(target: Target, config: PaCAConfig, chosen: Tensor | None, path: st
 
 
 def _in_features(target: Target) -> int:
-    return target.module.nx if target.layer_class is PaCAConv1D else target.module.in_features  # type: ignore[return-value]
+    return target.module.nx if target.layer_class is PaCAConv1D else target.module.in_features
 
 
 def _column_norms(target: Target) -> Tensor:
     weight = target.module.weight
     if weight.is_meta:
         raise PaCAError(f"selection='weight_norm' needs the weight of {target.path!r}, which is still on meta.")
-    return torch.linalg.vector_norm(weight, dim=1 if target.layer_class is PaCAConv1D else 0, dtype=torch.float32)  # type: ignore[arg-type]
+    return torch.linalg.vector_norm(weight, dim=1 if target.layer_class is PaCAConv1D else 0, dtype=torch.float32)
 
 
 def _by_target(indices: Mapping[str, Tensor], targets: list[Target], prefix: str) -> dict[str, Tensor]:
@@ -222,10 +245,6 @@ def _refuse_sharded(model: nn.Module) -> None:
             )
 
 
-def _saved(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if "_paca_original" in vars(module)]
-
-
 def _original(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's parameters in host memory."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()}
@@ -245,7 +264,7 @@ def _release(model: nn.Module, *, trained: bool) -> nn.Module:
             layer.restore_columns()
         del vars(layer)["_paca_config"]
         layer.release()
-    for module in _saved(model):
+    for _, module in saved_modules(model):
         if not trained:
             _overwrite(module, vars(module)["_paca_original"])
         del vars(module)["_paca_original"]

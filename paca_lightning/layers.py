@@ -31,7 +31,7 @@ class PaCALayer(nn.Module):
         scaling: ``alpha / r``.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     in_features: int
     out_features: int
     paca_delta: nn.Parameter
@@ -134,7 +134,7 @@ class PaCALayer(nn.Module):
             return result if result.dtype == dtype else tensor.to(device=result.device, dtype=dtype)
 
         indices = self.paca_indices
-        super()._apply(widen_only, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(widen_only, recurse)
         if not indices.is_meta:
             self.paca_indices = indices.to(self.paca_indices.device)
         return self

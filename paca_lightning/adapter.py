@@ -1,0 +1,290 @@
+"""Adapter directories: indices and deltas in PEFT's PaCA layout, as safetensors and JSON."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from paca_lightning.config import PaCAConfig
+from paca_lightning.conversion import apply_paca, config_of, saved_modules, unload
+from paca_lightning.errors import PaCAError
+from paca_lightning.files import written_aside
+from paca_lightning.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
+from paca_lightning.layers import PaCALayer
+from paca_lightning.report import ConversionReport
+from paca_lightning.selection import check_indices
+from paca_lightning.targets import base_model_prefix, clean_path, paca_layers, relative_path
+
+CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "paca_lightning.json"
+PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write a converted model's indices, deltas and modules trained whole to a directory.
+
+    A sharded model is gathered layer by layer: call it on every rank, of which the first writes.
+
+    Args:
+        model: The converted model, or a module around it.
+        directory: Is created; files of the same names in it are replaced.
+
+    Raises:
+        PaCAError: If the model has no PaCA layers.
+    """
+    layers = _relative_layers(model)
+    config = config_of(model)
+    if not layers or config is None:
+        raise PaCAError("The model has no PaCA layers, so there is no adapter to save. Call apply_paca first.")
+    tensors: dict[str, Tensor] = {}
+    samples: dict[str, list[float]] = {}
+    for path, layer in layers.items():
+        tensors[f"{PREFIX}{path}.paca_delta"] = _whole(layer.paca_delta)
+        tensors[f"{PREFIX}{path}.paca_indices"] = _whole(layer.paca_indices)
+        samples[path] = sample_columns(_whole(layer.paca_base_columns))
+    for path, module in _relative_saved(model).items():
+        for name, parameter in module.named_parameters():
+            tensors[f"{PREFIX}{path}.{name}"] = _whole(parameter)
+    if not _is_first_rank():
+        return
+    with written_aside(directory) as scratch:
+        save_file(tensors, scratch / TENSORS, metadata={"format": "pt"})
+        _write_json(scratch / CONFIG, _peft_config(model, config))
+        ranks = {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()}
+        ours = {"version": version("paca-lightning"), "config": config.to_dict(), "layers": ranks}
+        _write_json(scratch / OURS, ours | {"fingerprint": samples})
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ConversionReport:
+    """Convert a fresh base model as an adapter says, or take a converted one, and load the adapter into it.
+
+    Args:
+        model: The base model the adapter was trained on, or a module around it.
+        directory: What ``save_adapter`` wrote, or PEFT's own PaCA adapter.
+
+    Returns:
+        The report of the conversion.
+
+    Raises:
+        PaCAError: If a file is missing or damaged, a tensor does not fit (naming the layer), or the base model is
+            another one. The model is then as it was.
+    """
+    config = adapter_config(directory)
+    ours = _ours(Path(directory))
+    tensors = _tensors(Path(directory))
+    prefix = base_model_prefix(model)
+    indices, deltas, whole = _sorted_out(tensors, directory)
+    known = config_of(model)
+    report = apply_paca(model, config, indices=indices) if known is None else apply_paca(model, known)
+    layers = _relative_layers(model)
+    before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
+    try:
+        _check_layers(layers, indices, deltas, ours, directory)
+        for path, layer in layers.items():
+            layer.move_to_columns(indices[path].to(layer.paca_indices.device))
+        _check_base_model(layers, ours, directory, QUANTIZED_TOLERANCE if config.quantize else TOLERANCE)
+        targets = _whole_targets(model, whole, prefix, directory)
+    except PaCAError:
+        if known is None:
+            unload(model)
+        else:
+            for path, layer in layers.items():
+                layer.move_to_columns(before[path])
+        raise
+    with torch.no_grad():
+        for path, layer in layers.items():
+            _copy(layer.paca_delta, deltas[path])
+            layer.write_columns()
+        for parameter, value in targets:
+            _copy(parameter, value)
+    return report
+
+
+def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
+    """The settings an adapter was trained with.
+
+    Raises:
+        PaCAError: If the directory is not a PaCA adapter.
+    """
+    peft = _read_json(Path(directory) / CONFIG)
+    if peft.get("peft_type") != "PACA":
+        raise PaCAError(f"{Path(directory) / CONFIG}: peft_type is {peft.get('peft_type')!r}, not 'PACA'.")
+    ours = _ours(Path(directory))
+    if ours is not None:
+        return PaCAConfig.from_dict(ours["config"])
+    try:
+        return PaCAConfig(
+            r=peft["r"],
+            alpha=peft["paca_alpha"],
+            target_modules=peft["target_modules"],
+            exclude_modules=_as_list(peft.get("exclude_modules")),
+            seed=peft.get("random_seed") or 0,
+            modules_to_save=_as_list(peft.get("modules_to_save")),
+        )
+    except KeyError as error:
+        raise PaCAError(f"{Path(directory) / CONFIG} has no {error}.") from error
+
+
+def _peft_config(model: nn.Module, config: PaCAConfig) -> dict[str, Any]:
+    """The settings under PEFT's names (0.22)."""
+    base = next((m for m in model.modules() if hasattr(m, "get_output_embeddings") and hasattr(m, "config")), None)
+    return {
+        "peft_type": "PACA",
+        "task_type": "CAUSAL_LM" if base is not None and type(base).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        "r": config.r,
+        "paca_alpha": config.alpha_of(None, config.r),
+        "random_seed": config.seed,
+        "target_modules": config.target_modules,
+        "exclude_modules": config.exclude_modules or None,
+        "modules_to_save": config.modules_to_save or None,
+        "inference_mode": True,
+    }
+
+
+def _sorted_out(
+    tensors: dict[str, Tensor], directory: str | os.PathLike[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Indices and deltas by layer path, and the parameters of modules trained whole by their name."""
+    found: dict[str, dict[str, Tensor]] = {"paca_indices": {}, "paca_delta": {}}
+    whole = {}
+    for name, tensor in tensors.items():
+        path, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        if kind in found:
+            found[kind][path] = tensor
+        else:
+            whole[name.removeprefix(PREFIX)] = tensor
+    for path in found["paca_indices"].keys() ^ found["paca_delta"].keys():
+        raise PaCAError(f"{Path(directory) / TENSORS} lacks the indices or the delta of {path!r}.")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PaCAError(f"{Path(directory) / TENSORS}: {name.removeprefix(PREFIX)!r} has NaN or Inf.")
+    return found["paca_indices"], found["paca_delta"], whole
+
+
+def _check_layers(
+    layers: dict[str, PaCALayer],
+    indices: dict[str, Tensor],
+    deltas: dict[str, Tensor],
+    ours: dict[str, Any] | None,
+    directory: str | os.PathLike[str],
+) -> None:
+    for path in sorted(layers.keys() ^ deltas.keys()):
+        where = "in the adapter but not a PaCA layer of the model" if path in deltas else "not in the adapter"
+        raise PaCAError(f"{directory}: {path!r} is {where}. Use the settings and the base model it was trained with.")
+    for path, layer in layers.items():
+        expected = (layer.out_features, layer.r)
+        if tuple(deltas[path].shape) != expected:
+            raise PaCAError(
+                f"{directory}: the delta of {path!r} has shape {tuple(deltas[path].shape)}, the model needs {expected}."
+            )
+        check_indices(indices[path], layer.in_features, layer.r, path=path)
+        trained = ours["layers"][path] if ours is not None else None
+        if trained is not None and trained["alpha"] / trained["r"] != layer.scaling:
+            raise PaCAError(
+                f"{directory}: {path!r} was trained with scaling {trained['alpha'] / trained['r']:g}, the model has "
+                f"{layer.scaling:g}. Use the adapter's alpha."
+            )
+
+
+def _check_base_model(
+    layers: dict[str, PaCALayer],
+    ours: dict[str, Any] | None,
+    directory: str | os.PathLike[str],
+    tolerance: float,
+) -> None:
+    if ours is None:
+        return
+    here = {path: sample_columns(_whole(layer.paca_base_columns)) for path, layer in layers.items()}
+    if (path := differing_layer(ours["fingerprint"], here, tolerance)) is not None:
+        raise PaCAError(
+            f"{directory} was trained on another base model: its weights differ from those here, most in {path!r}."
+        )
+
+
+def _whole_targets(
+    model: nn.Module, whole: dict[str, Tensor], prefix: str, directory: str | os.PathLike[str]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    parameters = {
+        f"{path}.{name}": parameter
+        for path, module in _relative_saved(model).items()
+        for name, parameter in module.named_parameters()
+    }
+    for name in sorted(parameters.keys() ^ whole.keys()):
+        where = "not in the adapter" if name in parameters else "in the adapter but not in modules_to_save"
+        raise PaCAError(f"{directory}: {name!r} is {where}.")
+    for name, value in whole.items():
+        if value.shape != parameters[name].shape:
+            raise PaCAError(
+                f"{directory}: {name!r} has shape {tuple(value.shape)}, the model {tuple(parameters[name].shape)}."
+            )
+    return [(parameters[name], value) for name, value in whole.items()]
+
+
+def _relative_layers(model: nn.Module) -> dict[str, PaCALayer]:
+    prefix = base_model_prefix(model)
+    return {relative_path(clean_path(path), prefix): layer for path, layer in paca_layers(model)}
+
+
+def _relative_saved(model: nn.Module) -> dict[str, nn.Module]:
+    prefix = base_model_prefix(model)
+    return {relative_path(clean_path(path), prefix): module for path, module in saved_modules(model)}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().cpu().contiguous().clone()
+
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    if hasattr(parameter, "to_local"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def _is_first_rank() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
+        torch.distributed.get_rank() == 0
+    )
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _ours(directory: Path) -> dict[str, Any] | None:
+    return _read_json(directory / OURS) if (directory / OURS).exists() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PaCAError(f"{path} is missing: {str(path.parent)!r} is not a complete adapter directory.") from error
+    except (OSError, ValueError) as error:
+        raise PaCAError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise PaCAError(f"{path} holds {type(content).__name__}, not an object.")
+    return content
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    path = directory / TENSORS
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise PaCAError(f"{path} is missing: {str(directory)!r} is not a complete adapter directory.") from error
+    except (OSError, SafetensorError) as error:
+        raise PaCAError(f"{path} is damaged or truncated: {error}") from error

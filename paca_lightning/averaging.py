@@ -1,0 +1,43 @@
+"""Weight averaging beside PaCA: averaged copies of a model whose weights stay in step with their averaged deltas."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.targets import paca_layers
+
+Averaging = (WeightAveraging, StochasticWeightAveraging)
+
+
+def check_order(trainer: Trainer, callback: Callback) -> None:
+    """Raise if an averaging callback would copy the model before ``callback`` converts it."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    before = callbacks[: callbacks.index(callback)]
+    for other in before:
+        if isinstance(other, Averaging):
+            raise PaCAError(
+                f"{type(other).__name__} is listed before {type(callback).__name__}, so it would average a copy made "
+                f"before the conversion. List {type(callback).__name__} first."
+            )
+
+
+@torch.no_grad()
+def settle_averages(trainer: Trainer, model: nn.Module) -> None:
+    """Bring every averaged copy of a converted model in line with its averaged deltas.
+
+    Averaging treats all tensors alike. The mean of rounded weights is not the rounded mean, and the mean of integer
+    indices may be truncated to a neighbour; so both are set from what they are derived from.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None) if isinstance(callback, Averaging) else None
+        if average is None:
+            continue
+        copies = [layer for _, layer in paca_layers(average)]
+        originals = [layer for _, layer in paca_layers(model)]
+        for copy, original in zip(copies, originals, strict=True):
+            copy.paca_indices.copy_(original.paca_indices)
+            copy.write_columns()

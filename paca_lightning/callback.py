@@ -1,0 +1,176 @@
+"""PaCAStrategy: the callback that brings PaCA to any LightningModule."""
+
+from typing import Any
+
+import rich
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from paca_lightning.adapter import adapter_config, load_adapter
+from paca_lightning.averaging import check_order, settle_averages
+from paca_lightning.checkpoint import keep_trained_state
+from paca_lightning.config import PaCAConfig
+from paca_lightning.conversion import attach, convert
+from paca_lightning.errors import PaCAError
+from paca_lightning.files import check_writable
+from paca_lightning.report import ConversionReport
+from paca_lightning.targets import paca_layers
+from paca_lightning.training_data import select_on_training_data
+
+
+class PaCAStrategy(Callback):
+    """Train some input columns of each frozen weight instead of the whole model (PaCA, arXiv 2503.01905).
+
+    Add it to a Trainer's callbacks, with any LightningModule whose optimizer takes
+    ``[p for p in self.parameters() if p.requires_grad]``. It converts the target layers when a run starts, writes the
+    trained columns back after every optimizer step, and keeps frozen weights out of checkpoints.
+
+    It is a *callback*, a strategy of fine-tuning: it goes to ``Trainer(callbacks=...)``, not to
+    ``Trainer(strategy=...)``, and works beside the strategies that distribute a run.
+
+    Args:
+        config: What to train. Default: 16 columns of every linear layer but the output head.
+        adapter: Directory of a trained adapter to start from, or to evaluate. With the default ``config`` its
+            settings are used.
+        full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+
+    Attributes:
+        report: What was converted, once a run has started.
+    """
+
+    def __init__(
+        self,
+        config: PaCAConfig = PaCAConfig(),  # noqa: B008  (frozen)
+        *,
+        adapter: str | None = None,
+        full_checkpoints: bool = False,
+    ) -> None:
+        self.config = adapter_config(adapter) if adapter is not None and config == PaCAConfig() else config
+        self.adapter = adapter
+        self.full_checkpoints = full_checkpoints
+        self.report: ConversionReport | None = None
+        self._adapter_pending = adapter is not None
+        self._undecided: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the run, and convert now or as soon as the model exists."""
+        _check_strategy(trainer)
+        check_order(trainer, self)
+        if stage == "fit":
+            _check_outputs(trainer)
+        self._adapter_pending = self.adapter is not None
+        # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
+        # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
+        original = pl_module.configure_model
+
+        def configure_model() -> None:
+            original()
+            self._convert(trainer, pl_module)
+
+        pl_module.configure_model = configure_model  # type: ignore[method-assign]
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take back what was hung onto the module and the optimizers; the conversion stays."""
+        vars(pl_module).pop("configure_model", None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _convert(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+            # It would replace PaCA layers later: let it quantize first, and convert what it leaves.
+            trainer.precision_plugin.convert_module(pl_module)
+        self.report, undecided = convert(pl_module, self.config, data_follows=True)
+        self._undecided |= undecided
+        if not self.full_checkpoints:
+            keep_trained_state(pl_module)
+            pl_module.strict_loading = False
+        self._load_adapter(pl_module)
+
+    def _load_adapter(self, pl_module: LightningModule) -> None:
+        on_meta = any(layer.weight.is_meta for _, layer in paca_layers(pl_module))
+        if self.adapter is not None and self._adapter_pending and not on_meta:
+            load_adapter(pl_module, self.adapter)
+            self._adapter_pending = False
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook the write-back into the optimizers and print the summary."""
+        self._load_adapter(pl_module)
+        _check_optimizers(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            if _deltas_in(optimizer, pl_module):
+                self._handles.append(attach(optimizer, pl_module))
+        self._print_report(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the columns by the first training batches, if the selection looks at data."""
+        if self._undecided and self.adapter is None and trainer.ckpt_path is None:
+            select_on_training_data(trainer, pl_module, self.config, self._undecided)
+        self._undecided = set()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put averaged models right before they are swapped in."""
+        settle_averages(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put averaged models right before they are taken over."""
+        settle_averages(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put averaged models right before they are saved."""
+        settle_averages(trainer, pl_module)
+
+    @rank_zero_only
+    def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.report is not None
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.report.learning_rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
+        rich.print(self.report)
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        reason = (
+            "FSDP1 flattens parameters of one dtype, and a delta is fp32 beside a narrower weight"
+            if isinstance(trainer.strategy, FSDPStrategy)
+            else "DeepSpeed steps the optimizer past the hooks that write the columns back"
+        )
+        raise PaCAError(f"{type(trainer.strategy).__name__} cannot train PaCA: {reason}. Use strategy='paca_fsdp2'.")
+
+
+def _check_outputs(trainer: Trainer) -> None:
+    check_writable(trainer.default_root_dir, "default_root_dir")
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            check_writable(callback.dirpath, "ModelCheckpoint(dirpath=...)")
+
+
+def _deltas_in(optimizer: torch.optim.Optimizer, pl_module: LightningModule) -> set[str]:
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {path for path, layer in paca_layers(pl_module) if id(layer.paca_delta) in owned}
+
+
+def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
+    covered = {path for optimizer in trainer.optimizers for path in _deltas_in(optimizer, pl_module)}
+    everything = {path for path, _ in paca_layers(pl_module)}
+    if missed := sorted(everything - covered):
+        raise PaCAError(
+            f"{len(missed)} of {len(everything)} PaCA layers are in no optimizer ({missed[0]!r} is one), so they would "
+            "not be trained. Build the optimizer in configure_optimizers from [p for p in self.parameters() if "
+            "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
+            "take optimizer: OptimizerCallable. Layers that shall not train belong in exclude_modules."
+        )

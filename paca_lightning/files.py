@@ -1,0 +1,61 @@
+"""Writing files so that nothing is lost: aside first, then renamed."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paca_lightning.errors import PaCAError
+
+
+def check_writable(directory: str | os.PathLike[str], purpose: str) -> None:
+    """Raise unless a directory can be written, or created; leaves no trace.
+
+    Args:
+        directory: Need not exist yet.
+        purpose: What it is for, for the message.
+
+    Raises:
+        PaCAError: Naming the directory and the cause.
+    """
+    existing = Path(directory).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise PaCAError(
+            f"{purpose}: {str(directory)!r} cannot be written ({error.strerror} at {str(existing)!r}). Choose another "
+            "directory."
+        ) from error
+
+
+@contextmanager
+def written_aside(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A scratch directory whose files move to ``directory`` when the block ends well, and vanish when it does not.
+
+    A new directory appears complete, in one rename. In one that exists, each file is replaced in one rename, and other
+    files stay.
+    """
+    destination = Path(directory)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o777 & ~_umask())
+        if destination.exists():
+            for file in scratch.iterdir():
+                file.replace(destination / file.name)
+        else:
+            scratch.rename(destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
