@@ -1,0 +1,102 @@
+"""Learning-rate schedules with warm-up, planned over the optimizer steps of a run.
+
+A schedule for ``CausalLMModule(lr_scheduler=...)`` does not say how long the run is: the module tells it from the
+trainer. The factors are those of Hugging Face's schedules of the same names.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paca_lightning.errors import PaCAError
+
+
+class WarmupSchedule(LRScheduler):
+    """A learning rate that rises linearly from 0 during the warm-up, then follows :meth:`decay`.
+
+    Args:
+        optimizer: The optimizer whose learning rates are scaled.
+        warmup_ratio: Length of the warm-up as a fraction of all optimizer steps, rounded up.
+        warmup_steps: Length of the warm-up in optimizer steps. Give this or the ratio, not both.
+        total_steps: Optimizer steps of the run. Default: as :meth:`plan` says later.
+
+    Raises:
+        PaCAError: If the warm-up is given twice or is out of range, or if the second step comes without a plan.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_ratio: float = 0.0,
+        warmup_steps: int | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        if not 0 <= warmup_ratio <= 1:
+            raise PaCAError(f"warmup_ratio must lie between 0 and 1, not {warmup_ratio!r}. For steps use warmup_steps.")
+        if warmup_steps is not None and warmup_ratio:
+            raise PaCAError(f"Give warmup_ratio={warmup_ratio} or warmup_steps={warmup_steps}, not both.")
+        if warmup_steps is not None and warmup_steps < 0:
+            raise PaCAError(f"warmup_steps must not be negative, but is {warmup_steps}.")
+        self.warmup_ratio = warmup_ratio
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        super().__init__(optimizer)
+
+    def plan(self, total_steps: int) -> None:
+        """Say how many optimizer steps the run has, before the first of them."""
+        self.total_steps = total_steps
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the run. The settings are the constructor's, so that a longer run can be resumed."""
+        settings = ("warmup_ratio", "warmup_steps", "total_steps")
+        return {name: value for name, value in super().state_dict().items() if name not in settings}
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Learning rate of each parameter group at the current step."""
+        if self.total_steps is None:
+            if self.last_epoch > 0:
+                raise PaCAError(f"{type(self).__name__} has no total_steps. Pass it, or call plan() before training.")
+            return list(self.base_lrs)
+        factor = self._factor(self.last_epoch, self.total_steps)
+        return [base * factor for base in self.base_lrs]
+
+    def _factor(self, step: int, total_steps: int) -> float:
+        warmup = math.ceil(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
+        if step < warmup:
+            return step / warmup
+        return self.decay(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
+
+    @abstractmethod
+    def decay(self, progress: float) -> float:
+        """Factor of the learning rate after the warm-up; progress runs from 0 to 1 at the end of the run."""
+
+
+class LinearSchedule(WarmupSchedule):
+    """Warm-up, then a straight line down to 0."""
+
+    def decay(self, progress: float) -> float:
+        """1 at the end of the warm-up, 0 at the end of the run."""
+        return 1 - progress
+
+
+class CosineSchedule(WarmupSchedule):
+    """Warm-up, then half a cosine down to 0."""
+
+    def decay(self, progress: float) -> float:
+        """1 at the end of the warm-up, 0 at the end of the run."""
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ConstantSchedule(WarmupSchedule):
+    """Warm-up, then the full learning rate."""
+
+    def decay(self, progress: float) -> float:
+        """Always 1."""
+        return 1.0
