@@ -1,0 +1,92 @@
+"""From tokenized documents to a padded batch, without a Python loop over tokens or rows."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from paca_lightning.tasks.data.sampler import Batch
+
+IGNORE_INDEX = -100
+
+
+class Documents(NamedTuple):
+    """Documents laid end to end: ids and whether each is trained (tokens,), lengths (documents,), `Batch.per_row`."""
+
+    input_ids: np.ndarray
+    trained: np.ndarray
+    lengths: np.ndarray
+    per_row: np.ndarray
+
+
+class DocumentReader(torch.utils.data.Dataset[Documents]):
+    """Reads a batch of documents out of memory-mapped Arrow as flat arrays.
+
+    Args:
+        dataset: With columns `input_ids` and `trained`, lists of equal length.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._table = dataset.select_columns(["input_ids", "trained"]).with_format("arrow")
+
+    def __getitems__(self, batch: Batch) -> Documents:  # torch's fetcher hands it the whole batch
+        table = self._table[batch.documents]
+        ids = table.column("input_ids").combine_chunks()
+        trained = table.column("trained").combine_chunks()
+        return Documents(
+            ids.flatten().to_numpy(),
+            trained.flatten().to_numpy(zero_copy_only=False),
+            ids.value_lengths().to_numpy(),
+            batch.per_row,
+        )
+
+
+class PadCollator:
+    """Puts documents into a right-padded batch.
+
+    Args:
+        pad_token_id: Fills `input_ids` after a row's end.
+        pad_to_multiple_of: Rows are padded to a multiple of this length, as tensor cores like it.
+        max_length: But not beyond this.
+        packed: Several documents a row: return `position_ids`, which restart with every document (padding counts as a
+            document), and by which transformers keeps attention within documents. It does so only without an
+            attention mask and a cache.
+
+    Returns:
+        `input_ids` (B, T) int64; `labels` (B, T) int64, aligned with them, -100 where not trained; packed,
+        `position_ids` (B, T) int64; otherwise, if there is any padding, `attention_mask` (B, T) int64.
+    """
+
+    def __init__(
+        self, pad_token_id: int, pad_to_multiple_of: int = 8, max_length: int | None = None, packed: bool = False
+    ) -> None:
+        self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.max_length = max_length
+        self.packed = packed
+
+    def __call__(self, documents: Documents) -> dict[str, Tensor]:
+        """Return the batch."""
+        lengths, per_row = documents.lengths.astype(np.int64), documents.per_row
+        row_ends = np.cumsum(lengths)[np.cumsum(per_row) - 1]
+        row_lengths = np.diff(row_ends, prepend=0)
+        columns = np.arange(self._width(int(row_lengths.max())))
+        filled = columns < row_lengths[:, None]
+        input_ids = np.full(filled.shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(filled.shape, IGNORE_INDEX, dtype=np.int64)
+        input_ids[filled] = documents.input_ids
+        labels[filled] = np.where(documents.trained, documents.input_ids, IGNORE_INDEX)
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self.packed:
+            positions = columns - row_lengths[:, None]
+            positions[filled] = np.arange(len(documents.input_ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            batch["position_ids"] = positions
+        elif not filled.all():
+            batch["attention_mask"] = filled.astype(np.int64)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _width(self, longest: int) -> int:
+        padded = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return padded if self.max_length is None else max(longest, min(padded, self.max_length))

@@ -1,0 +1,105 @@
+"""A data loader that knows where it is, and goes on from there."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data.sampler import BatchOrder
+
+
+class ResumableLoader:
+    """Iterates over an epoch's batches, and resumes in the middle of one.
+
+    Lightning saves the state of every training loader that has `state_dict`, and restores it before the loader's
+    iterator is first used. A position counts batches handed out, whatever the workers have prefetched, so it is that
+    of the step that Lightning has just finished. It holds for one epoch only: an iteration of any other starts at the
+    beginning.
+
+    This is deliberately no `torch.utils.data.DataLoader`: Lightning leaves such loaders alone, while it would rebuild a
+    DataLoader around a `DistributedSampler` and so share the rows a second time. The global random state is never used.
+
+    Args:
+        dataset: Its `__getitems__` gets what the order yields, and returns what `collate_fn` takes.
+        order: The batches of each epoch, already shared over the ranks.
+        collate_fn: Makes a batch.
+        num_workers: Processes that prepare batches ahead; 0 does it in this process.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], order: BatchOrder, collate_fn: Callable[[Any], Any], num_workers: int = 0
+    ) -> None:
+        # `sampler` is where Lightning looks for `set_epoch`. There must be no attribute `dataset`: with
+        # `overfit_batches` Lightning would try to rebuild the loader around it.
+        self.sampler = self.batch_sampler = order
+        self.num_workers = num_workers
+        self._dataset = dataset
+        self._collate_fn = collate_fn
+        self._epoch = order.epoch
+        self._position = 0
+        self._resuming = False
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        # Lightning creates the iterator first and sets the epoch afterwards: nothing may be decided before the first
+        # batch.
+        start = self._position if self._resuming and self._epoch == self.sampler.epoch else 0
+        self._resuming = False
+        self._epoch = self.sampler.epoch
+        self._position = 0 if start >= len(self) else start
+        for batch in self._batches(self._position):
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch, its batches handed out so far, and what their order depends on; equal on all ranks."""
+        return {"epoch": self._epoch, "position": self._position, "order": self._identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a saved loader stood.
+
+        Raises:
+            PaCAError: The loader stood in mid-epoch, and its order was another: other data, seed, batch size or world
+                size.
+        """
+        saved, here = state_dict["order"], self._identity()
+        if 0 < state_dict["position"] < saved["batches"] and saved != here:
+            changed = ", ".join(f"{key} {saved[key]} -> {here[key]}" for key in here if saved.get(key) != here[key])
+            raise PaCAError(
+                "the checkpoint was saved in the middle of an epoch, whose batches cannot be taken up again as these "
+                f"have changed: {changed}. Restore them, or resume from a checkpoint saved at the end of an epoch."
+            )
+        self._epoch, self._position = state_dict["epoch"], state_dict["position"]
+        self._resuming = True
+        self.sampler.set_epoch(self._epoch)
+
+    def _batches(self, start: int) -> Iterator[Any]:
+        order = self.sampler
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=order.batches(start),  # type: ignore[arg-type]
+            collate_fn=self._collate_fn,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(
+                order.seed
+            ),  # else the workers' seed comes from the global generator
+        )
+        return iter(loader)
+
+    def _identity(self) -> dict[str, int | bool]:
+        order = self.sampler
+        return {
+            "batches": len(order),
+            "documents": len(order.lengths),
+            "tokens": int(order.lengths.sum()),
+            "batch_size": order.batch_size,
+            "world_size": order.world_size,
+            "seed": order.seed,
+            "shuffle": order.shuffle,
+            "group_by_length": order.group_by_length,
+        }

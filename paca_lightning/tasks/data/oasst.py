@@ -1,0 +1,96 @@
+"""Paths through OpenAssistant (OASST1) message trees.
+
+A node is `{"message_id", "text", "role": "prompter" | "assistant", "rank": int | null, "deleted": bool, "replies":
+[node]}`; a tree is its first prompt. Rank 0 is the reply that the annotators liked best. Schema:
+https://projects.laion.ai/Open-Assistant/docs/data/schemas
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from paca_lightning.errors import PaCAError
+
+Node = dict[str, Any]
+
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+def role(node: Node) -> str:
+    """Return a node's chat role.
+
+    Raises:
+        PaCAError: The node's role is neither prompter nor assistant.
+    """
+    found = node.get("role")
+    if found not in _ROLES:
+        raise PaCAError(f"the field 'role' of {_name(node)} is {found!r}, expected 'prompter' or 'assistant'")
+    return _ROLES[found]
+
+
+def best_path(prompt: Node) -> Iterator[list[Node]]:
+    """Yield the one path that takes the best-ranked reply at every message."""
+    path = [prompt]
+    while replies := _replies(path[-1]):
+        path.append(replies[0])
+    yield path
+
+
+def all_paths(prompt: Node) -> Iterator[list[Node]]:
+    """Yield every path from the first prompt to a last assistant message, better-ranked ones first."""
+    stack = [[prompt]]
+    while stack:
+        path = stack.pop()
+        if replies := _replies(path[-1]):
+            stack.extend([*path, reply] for reply in reversed(replies))
+        else:
+            yield path
+
+
+def assemble(rows: list[tuple[int, Node]]) -> Node:
+    """Build one tree from its messages, given as (row number, message), and return its first prompt.
+
+    Raises:
+        PaCAError: A parent is not among the messages, or there is not exactly one first prompt.
+    """
+    nodes: dict[Any, Node] = {message.get("message_id"): {**message, "replies": []} for _, message in rows}
+    roots = []
+    for number, message in rows:
+        node, parent = nodes[message.get("message_id")], message.get("parent_id")
+        if parent is None:
+            roots.append(node)
+        elif parent in nodes:
+            nodes[parent]["replies"].append(node)
+        else:
+            raise PaCAError(
+                f"the field 'parent_id' of row {number} is {parent!r}, which is not among the messages of the tree "
+                f"{message.get('message_tree_id')!r}; keep the rows of a tree together"
+            )
+    if len(roots) != 1:
+        raise PaCAError(f"the tree has {len(roots)} messages without a 'parent_id', expected one")
+    return roots[0]
+
+
+def _replies(node: Node) -> list[Node]:
+    """A node's replies, best rank first, less the deleted ones and the prompts that nobody answered."""
+    replies = [reply for reply in _listed_replies(node) if not reply.get("deleted")]
+    return sorted((reply for reply in replies if role(reply) == "assistant" or _replies(reply)), key=_rank)
+
+
+def _listed_replies(node: Node) -> list[Node]:
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise PaCAError(f"the field 'replies' of {_name(node)} is not a list of messages")
+    return replies
+
+
+def _rank(node: Node) -> float:
+    rank = node.get("rank")
+    if rank is None:
+        return float("inf")
+    if not isinstance(rank, int | float):
+        raise PaCAError(f"the field 'rank' of {_name(node)} is {rank!r}, expected a number or null")
+    return rank
+
+
+def _name(node: Node) -> str:
+    return f"message {node['message_id']!r}" if "message_id" in node else "a message"

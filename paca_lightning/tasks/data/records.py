@@ -1,0 +1,195 @@
+"""Rows of a data set, from a local file, a saved `datasets` directory or the Hugging Face hub, one at a time."""
+
+import codecs
+import gzip
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from paca_lightning.errors import PaCAError
+
+Row = dict[str, Any]
+
+_SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".parquet"}
+_READ_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a split come from.
+
+    Args:
+        location: A local file (JSON list, JSON Lines, either of them gzipped, or Parquet; told apart by content), a
+            directory written by `Dataset.save_to_disk`, or a data set id on the Hugging Face hub.
+        split: Which split to take from a hub id or a saved `DatasetDict`.
+        subset: The hub data set's configuration name.
+        cache_dir: Where `datasets` keeps downloads; its own default if None.
+    """
+
+    location: str
+    split: str = "train"
+    subset: str | None = None
+    cache_dir: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The location as a local path."""
+        return Path(self.location).expanduser()
+
+    def fingerprint(self) -> tuple[str, ...]:
+        """What changes whenever the rows may have: size and time of a file, or the data set's own fingerprint."""
+        if self.path.is_file():
+            stat = self.path.stat()
+            return str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)
+        return self.location, str(self.subset), self.split, self._dataset()._fingerprint
+
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        """Yield (row number from 1, row). For JSON Lines the number is that of the line.
+
+        Raises:
+            PaCAError: The source is missing, empty or unreadable, or a row is not an object in valid UTF-8 JSON.
+        """
+        empty = True
+        for number, row in self._file_rows() if self.path.is_file() else enumerate(self._dataset(), start=1):
+            if not isinstance(row, dict):
+                raise PaCAError(f"{self.location}, row {number}: is a {type(row).__name__}, expected an object.")
+            empty = False
+            yield number, row
+        if empty:
+            raise PaCAError(f"{self.location}: has no rows.")
+
+    def _file_rows(self) -> Iterator[tuple[int, Any]]:
+        with self.path.open("rb") as file:
+            head = file.read(4)
+            file.seek(0)
+            if head == b"PAR1":
+                yield from self._parquet_rows()
+                return
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if head[:2] == b"\x1f\x8b" else file
+            with self._readable():
+                first = _first_character(stream)
+                yield from self._array_rows(stream) if first == b"[" else self._line_rows(stream)
+
+    def _parquet_rows(self) -> Iterator[tuple[int, Row]]:
+        with self._readable():
+            number = 0
+            for batch in pq.ParquetFile(self.path).iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+
+    def _line_rows(self, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(stream, start=1):
+            if line.isspace():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise self._not_utf8(number, error.start + 1) from error
+            except json.JSONDecodeError as error:
+                raise PaCAError(
+                    f"{self.location}, row {number}: is not valid JSON ({error.msg}, column {error.colno}). "
+                    "A data file is a JSON list of objects, JSON Lines (one object a line), or Parquet."
+                ) from error
+
+    def _array_rows(self, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+        """Decode a JSON list element by element, so that a large file never stands in memory whole."""
+        decoder = json.JSONDecoder()
+        # Undecodable bytes become lone surrogates, so that the row which holds them can be named.
+        text = _text_chunks(stream)
+        buffer = next(text, "").lstrip("\ufeff \t\r\n").removeprefix("[").lstrip()
+        number = 1
+        while not buffer.startswith("]"):
+            try:
+                value, end = decoder.raw_decode(buffer)
+                if end == len(buffer):  # a number or a truncated file may end here: look further before believing it
+                    raise json.JSONDecodeError("Unterminated list", buffer, end)
+            except json.JSONDecodeError as error:
+                more = _read_at_least(text, len(buffer))  # doubling, so that a long row is not decoded over and over
+                if not more:
+                    raise PaCAError(f"{self.location}, row {number}: is not valid JSON ({error.msg}).") from error
+                buffer += more
+                continue
+            try:
+                buffer[:end].encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise self._not_utf8(number, error.start + 1) from error
+            yield number, value
+            rest = buffer[end:].lstrip()
+            if rest.startswith(","):
+                number += 1
+                rest = rest[1:].lstrip()
+            elif rest and not rest.startswith("]"):
+                raise PaCAError(f"{self.location}, after row {number}: expected ',' or ']', found {rest[0]!r}.")
+            buffer = rest
+
+    def _not_utf8(self, number: int, position: int) -> PaCAError:
+        return PaCAError(f"{self.location}, row {number}: is not UTF-8 (byte {position} of the row). Convert the file.")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, EOFError, pa.ArrowException) as error:
+            raise PaCAError(f"{self.location}: cannot be read ({error}). Is the file complete?") from error
+
+    def _dataset(self) -> datasets.Dataset:
+        if self.path.is_dir():
+            loaded = self._saved_dataset()
+        elif self.path.suffix in _SUFFIXES or self.path.is_absolute() or self.location.count("/") != 1:
+            raise PaCAError(f"{self.location}: no such file (looked for {self.path.absolute()}).")
+        else:
+            loaded = self._hub_dataset()
+        if isinstance(loaded, datasets.DatasetDict):
+            if self.split not in loaded:
+                raise PaCAError(f"{self.location}: has no split {self.split!r}; it has {', '.join(map(repr, loaded))}.")
+            loaded = loaded[self.split]
+        return loaded
+
+    def _saved_dataset(self) -> datasets.Dataset | datasets.DatasetDict:
+        try:
+            return datasets.load_from_disk(str(self.path))
+        except Exception as error:
+            raise PaCAError(
+                f"{self.location}: is a directory, but not one that `datasets` saved ({error}). "
+                "Give a JSON, JSON Lines or Parquet file, or a directory written by `save_to_disk`."
+            ) from error
+
+    def _hub_dataset(self) -> datasets.Dataset:
+        try:
+            return datasets.load_dataset(self.location, self.subset, split=self.split, cache_dir=self.cache_dir)
+        except Exception as error:
+            raise PaCAError(
+                f"{self.location}: is not a local file, and the hub data set (split {self.split!r}) cannot be loaded: "
+                f"{error}. Offline, give a local file, or a directory written on a connected machine by "
+                f"`datasets.load_dataset({self.location!r}).save_to_disk(DIRECTORY)`."
+            ) from error
+
+
+def _first_character(stream: BinaryIO) -> bytes:
+    """Return the first byte that is neither white space nor a byte-order mark, and rewind."""
+    first = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    stream.seek(0)
+    return first
+
+
+def _text_chunks(stream: BinaryIO) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    while chunk := stream.read(_READ_CHARACTERS):
+        yield decoder.decode(chunk)
+    if tail := decoder.decode(b"", final=True):
+        yield tail
+
+
+def _read_at_least(chunks: Iterator[str], characters: int) -> str:
+    parts: list[str] = []
+    while sum(map(len, parts)) < max(characters, 1) and (part := next(chunks, "")):
+        parts.append(part)
+    return "".join(parts)

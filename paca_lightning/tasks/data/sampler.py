@@ -1,0 +1,120 @@
+"""The order of batches: a pure function of the seed, the epoch and the rank."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data.packing import Packing
+
+_GROUPED_STEPS = 50  # rows are sorted by length within this many steps: little padding, and still well mixed
+
+
+class Batch(NamedTuple):
+    """The documents of a batch, row after row, and how many of them each row holds: one, unless packed."""
+
+    documents: np.ndarray
+    per_row: np.ndarray
+
+
+class BatchOrder:
+    """Batches of documents for one rank, epoch by epoch.
+
+    Every document is used exactly once an epoch. Every rank gets the same number of batches, whose sizes differ by at
+    most one row (so a last, small batch is spread over all of them). The batches that the ranks take in one step are
+    neighbours in length, so that none waits for another; with shuffling, the step with the longest row comes first,
+    so that a batch too large for the memory fails at once.
+
+    Lightning calls `set_epoch` before each epoch (it looks for it on a loader's `sampler`).
+
+    Args:
+        lengths: Tokens of each document, shape (documents,).
+        batch_size: Rows in a batch, at most.
+        shuffle: Draw the order anew from (seed, epoch); otherwise it is the same in every epoch.
+        group_by_length: Put rows of similar length together, so that there is less padding.
+        pack_to: Pack documents into rows of this many tokens; None for one document a row.
+        seed: Of the order.
+        rank: This process among `world_size`.
+        world_size: Processes that share the documents.
+        name: What the documents are, for messages.
+
+    Raises:
+        PaCAError: There are fewer rows than processes.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        pack_to: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        name: str = "data",
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.group_by_length = group_by_length
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._packing = Packing(self.lengths, pack_to) if pack_to is not None else None
+        self.num_rows = len(self.lengths) if self._packing is None else len(self._packing)
+        if self.num_rows < world_size:
+            raise PaCAError(
+                f"{name}: {self.num_rows} rows cannot be shared by {world_size} processes. Use more data or fewer "
+                "processes" + (", or no packing." if pack_to is not None else ".")
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches come next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the epoch's batches of this rank from position `start` on."""
+        rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
+        if self._packing is None:
+            documents, sizes, row_lengths = np.arange(self.num_rows), np.ones(self.num_rows, np.int64), self.lengths
+            firsts = documents
+        else:
+            documents, sizes = self._packing.draw(rng), self._packing.sizes
+            firsts = np.cumsum(sizes) - sizes
+            row_lengths = np.add.reduceat(self.lengths[documents], firsts)
+        rows = self._row_order(row_lengths, rng)
+        bounds = np.arange(len(self) * self.world_size + 1) * self.num_rows // (len(self) * self.world_size)
+        for step in self._step_order(row_lengths[rows], bounds, rng)[start:]:
+            batch = step * self.world_size + self.rank
+            chosen = rows[bounds[batch] : bounds[batch + 1]]
+            yield Batch(documents[_ranges(firsts[chosen], sizes[chosen])], sizes[chosen])
+
+    def _row_order(self, row_lengths: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        order = np.arange(self.num_rows) if rng is None else rng.permutation(self.num_rows)
+        if not self.group_by_length:
+            return order
+        group = self.num_rows if rng is None else _GROUPED_STEPS * self.batch_size * self.world_size
+        return order[np.lexsort((-row_lengths[order], np.arange(self.num_rows) // group))]
+
+    def _step_order(self, row_lengths: np.ndarray, bounds: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        if rng is None:
+            return np.arange(len(self))
+        steps = rng.permutation(len(self))
+        longest = (np.searchsorted(bounds, np.argmax(row_lengths), side="right") - 1) // self.world_size
+        return np.concatenate(([longest], steps[steps != longest]))
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Concatenate the ranges [start, start + size)."""
+    ends = np.cumsum(sizes)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - sizes), sizes)

@@ -1,0 +1,78 @@
+"""The tokenizer of a data module, and the chat template it uses."""
+
+from pathlib import Path
+
+from datasets.fingerprint import Hasher
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from paca_lightning.errors import PaCAError
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""For tokenizers without a template: ChatML, but every turn ends with the tokenizer's own end-of-sequence token.
+
+So generation stops where it always does, and no embedding of a token that the model has never seen is needed.
+"""
+
+
+def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and settle its chat template.
+
+    Args:
+        name: A local directory or a hub id.
+        chat_template: A Jinja template, or the path of a file with one, that replaces the tokenizer's own.
+
+    Returns:
+        The tokenizer; its `chat_template` is the given one, else its own, else `DEFAULT_CHAT_TEMPLATE`.
+
+    Raises:
+        PaCAError: There is no such tokenizer, or it has neither a chat template nor an end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise PaCAError(
+            f"tokenizer {name!r}: cannot be loaded ({str(error).splitlines()[0]}). Give a directory that "
+            "`save_pretrained` wrote, or a hub id; offline, a hub id works only if it was downloaded before, so save "
+            "the tokenizer on a connected machine and give its directory."
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(chat_template)
+    elif tokenizer.chat_template is None:
+        if tokenizer.eos_token is None:
+            raise PaCAError(
+                f"tokenizer {name!r}: has no chat template, and no end-of-sequence token to end a turn with. "
+                "Set `chat_template`."
+            )
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with; which one does not matter, for padding is masked and never trained."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash everything about a tokenizer that decides which tokens a conversation becomes."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    template, special = tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())
+    return Hasher.hash([type(tokenizer).__name__, backend, template, special])
+
+
+def _read_template(chat_template: str) -> str:
+    if "{" in chat_template:
+        return chat_template
+    path = Path(chat_template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PaCAError(
+            f"chat_template {chat_template!r}: is neither a Jinja template nor a readable file ({error})."
+        ) from error

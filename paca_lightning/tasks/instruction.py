@@ -1,0 +1,194 @@
+"""Instruction-tuning data: conversations in any common format, tokenized, batched, and resumable in mid-epoch."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data.chat import ChatEncoder
+from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
+from paca_lightning.tasks.data.formats import Format, TreePaths
+from paca_lightning.tasks.data.loader import ResumableLoader
+from paca_lightning.tasks.data.records import Source
+from paca_lightning.tasks.data.sampler import BatchOrder
+from paca_lightning.tasks.data.tokenization import TokenizedSplit, tokenize
+from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
+
+
+class InstructionDataModule(LightningDataModule):
+    """Conversations for instruction tuning, as batches of `input_ids`, `labels` and, where needed, a mask or positions.
+
+    A source is a local file (JSON list, JSON Lines, either of them gzipped, or Parquet), a directory written by
+    `datasets`' `save_to_disk`, or a data set id on the Hugging Face hub. The loaders share the data over the
+    processes themselves (the Trainer's `use_distributed_sampler` does not matter), use every row exactly once an
+    epoch, and resume in the middle of one. After `setup`, `tokenizer` is the tokenizer and `splits` holds the
+    tokenized splits.
+
+    Args:
+        tokenizer: Directory or hub id of the tokenizer; usually the model's.
+        train: Source of the training conversations.
+        validation: Source of the validation conversations. None: see `validation_fraction`.
+        test: Source of the test conversations. None: there are none.
+        format: Layout of a row: `chat` (messages with role and content), `sharegpt` (conversations with from and
+            value), `alpaca` (instruction, input, output), `guanaco` (text with ### Human: and ### Assistant:),
+            `oasst` (message trees), `oasst_messages` (flat messages), or `auto` to tell by the first row of each
+            source.
+        max_length: Tokens kept of a conversation; with `packing`, tokens of a row.
+        batch_size: Rows in a batch of each process.
+        validation_fraction: Share of `train` held out if `validation` is None, drawn by `seed`. 0: no validation.
+        loss_on: `assistant` trains the answers and their end-of-turn tokens; `all` trains every token.
+        packing: Put several conversations into each row. Attention stays inside each of them and positions restart, so
+            the model must be called without a cache, and without `attention_mask`; the batches have none.
+        group_by_length: Batch conversations of similar length, which saves padding. Packed rows are long anyway.
+        pad_to_multiple_of: Rows are padded on the right to a multiple of this length (but not beyond max_length).
+        num_workers: Processes that prepare batches ahead. Rows come ready from disk, so 0 is usually fast enough.
+        seed: Of the validation split and the order of the batches.
+        chat_template: Jinja template, or a file with one, instead of the tokenizer's. A tokenizer that has none gets
+            ChatML whose turns end with its own end-of-sequence token.
+        cache_dir: Where tokenized data and downloads are kept. None: where `datasets` keeps its own.
+        tree_paths: Of a message tree, `best` takes the best-ranked reply at every message; `all` takes every path.
+        text_column: Field with the text of a `guanaco` row.
+        subset: Configuration name of a hub data set.
+        train_split: Split to take of a hub id or saved DatasetDict given as `train`.
+        validation_split: Likewise for `validation`.
+        test_split: Likewise for `test`.
+
+    Raises:
+        PaCAError: A number out of its range; and, from `prepare_data` and `setup`, a tokenizer, source or row that
+            cannot be used.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, TokenizedSplit]
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: str,
+        validation: str | None = None,
+        test: str | None = None,
+        format: Format = "auto",
+        max_length: int = 512,
+        batch_size: int = 4,
+        validation_fraction: float = 0.0,
+        loss_on: Literal["assistant", "all"] = "assistant",
+        packing: bool = False,
+        group_by_length: bool = True,
+        pad_to_multiple_of: int = 8,
+        num_workers: int = 0,
+        seed: int = 0,
+        chat_template: str | None = None,
+        cache_dir: str | None = None,
+        tree_paths: TreePaths = "best",
+        text_column: str = "text",
+        subset: str | None = None,
+        train_split: str = "train",
+        validation_split: str = "validation",
+        test_split: str = "test",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        at_least = {"max_length": 2, "batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0}
+        for name, least in at_least.items():
+            if self.hparams[name] < least:
+                raise PaCAError(f"{name} is {self.hparams[name]}, but must be at least {least}.")
+        if not 0 <= validation_fraction < 1:
+            raise PaCAError(f"validation_fraction is {validation_fraction}, but must be at least 0 and below 1.")
+        if validation is not None and validation_fraction:
+            raise PaCAError("validation_fraction holds out training rows; with `validation` set it must be 0.")
+        self.splits = {}
+
+    def prepare_data(self) -> None:
+        """Tokenize every split into the cache, on one process of each node."""
+        encoder = self._encoder()
+        for name in ("train", "validation", "test"):
+            if self.hparams[name] is not None:
+                rank_zero_info(self._tokenize(name, encoder).describe())
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits that a stage needs, from the cache that `prepare_data` filled."""
+        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
+        missing = [name for name in needed.get(stage or "", ["train", "validation", "test"]) if name not in self.splits]
+        if not missing:
+            return
+        encoder = self._encoder()
+        self.tokenizer = encoder.tokenizer
+        for name in missing:
+            if name not in self.splits and self.hparams[name] is not None:
+                self.splits[name] = self._tokenize(name, encoder)
+        if "validation" not in self.splits and self.hparams["validation_fraction"]:
+            self._hold_out(self.splits.get("train") or self._tokenize("train", encoder))
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches of the training split."""
+        overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
+        return self._loader("train", shuffle=not overfitting)
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        """Batches of the validation split; none if there is no such split."""
+        return self._loader("validation") if "validation" in self.splits else []
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Batches of the test split."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Batches of the test split."""
+        return self._loader("test")
+
+    def _encoder(self) -> ChatEncoder:
+        tokenizer = load_tokenizer(self.hparams["tokenizer"], self.hparams["chat_template"])
+        return ChatEncoder(tokenizer, self.hparams["max_length"], self.hparams["loss_on"])
+
+    def _tokenize(self, name: str, encoder: ChatEncoder) -> TokenizedSplit:
+        hparams = self.hparams
+        source = Source(hparams[name], hparams[f"{name}_split"], hparams["subset"], hparams["cache_dir"])
+        return tokenize(
+            name,
+            source,
+            encoder,
+            format=hparams["format"],
+            text_column=hparams["text_column"],
+            tree_paths=hparams["tree_paths"],
+        )
+
+    def _hold_out(self, train: TokenizedSplit) -> None:
+        # By rows of the source, not by conversations: paths through one message tree share their first turns.
+        rows, conversation_rows = np.unique(train.column("row"), return_inverse=True)
+        order = np.random.default_rng(self.hparams["seed"]).permutation(len(rows))
+        held_out = np.zeros(len(rows), dtype=bool)
+        held_out[order[: round(len(rows) * self.hparams["validation_fraction"])]] = True
+        if held_out.all() or not held_out.any():
+            raise PaCAError(
+                f"validation_fraction {self.hparams['validation_fraction']} of the {len(rows)} rows of {train.location} "
+                "leaves the training or the validation split empty."
+            )
+        in_validation = held_out[conversation_rows]
+        self.splits["train"] = train.select(~in_validation)
+        self.splits["validation"] = replace(train.select(in_validation), name="validation", dropped=0)
+
+    def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:
+        if name not in self.splits:
+            raise PaCAError(f"there is no {name} data: set `{name}` of the data module.")
+        split, hparams = self.splits[name], self.hparams
+        pack_to = hparams["max_length"] if hparams["packing"] else None
+        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        order = BatchOrder(
+            split.column("length"),
+            hparams["batch_size"],
+            shuffle=shuffle,
+            group_by_length=hparams["group_by_length"],
+            pack_to=pack_to,
+            seed=hparams["seed"],
+            rank=ranks.get("rank", 0),
+            world_size=ranks.get("num_replicas", 1),
+            name=f"the {name} split ({split.location})",
+        )
+        collator = PadCollator(
+            pad_token_id(self.tokenizer), hparams["pad_to_multiple_of"], hparams["max_length"], hparams["packing"]
+        )
+        return ResumableLoader(DocumentReader(split.dataset), order, collator, hparams["num_workers"])

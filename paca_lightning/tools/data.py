@@ -1,0 +1,79 @@
+"""Show what a data module trains on: decoded samples with the trained tokens marked, and length statistics."""
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from paca_lightning.tasks.data.tokenization import TokenizedSplit
+from paca_lightning.tasks.instruction import InstructionDataModule
+
+_PERCENTILES = (50, 90, 99)
+
+
+def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
+    """Print length statistics of every split and some decoded training samples, without loading any model.
+
+    Args:
+        datamodule: The data to look at.
+        samples: How many conversations to print, the first ones of the training split. What is trained stands in ⟦ ⟧.
+
+    Raises:
+        PaCAError: The data cannot be used.
+    """
+    datamodule.prepare_data()
+    datamodule.setup()
+    console = Console()
+    console.print(_statistics(datamodule))
+    train = datamodule.splits["train"]
+    for sample in train.dataset.select(range(min(samples, len(train.dataset)))):
+        console.rule(f"{train.location}, row {sample['row']}: {sample['length']} tokens")
+        console.print(marked(datamodule.tokenizer, sample["input_ids"], sample["trained"]))
+    console.rule()
+    console.print("Trained tokens stand in ⟦ ⟧, the others are context.")
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: list[bool]) -> Text:
+    """Decode tokens to text in which each run of trained ones stands in ⟦ ⟧, green on a terminal."""
+    bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
+    # Decoded from the start each time: some tokenizers drop the first token's leading space.
+    texts = [tokenizer.decode(input_ids[:bound], clean_up_tokenization_spaces=False) for bound in bounds]
+    text = Text()
+    for i, start in enumerate(bounds[:-1]):
+        part = texts[i + 1][len(texts[i]) :]
+        text.append(*((f"⟦{part}⟧", "bold green") if trained[start] else (part,)))
+    return text
+
+
+def _statistics(datamodule: InstructionDataModule) -> Table:
+    loaders = {
+        "train": datamodule.train_dataloader,
+        "validation": datamodule.val_dataloader,
+        "test": datamodule.test_dataloader,
+    }
+    columns = {
+        name: {**_length_statistics(split), "batches in an epoch": f"{len(loaders[name]()):,}"}
+        for name, split in datamodule.splits.items()
+    }
+    table = Table("", title="Conversations and their tokens")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for label in columns["train"]:
+        table.add_row(label, *(column[label] for column in columns.values()))
+    return table
+
+
+def _length_statistics(split: TokenizedSplit) -> dict[str, str]:
+    lengths = split.column("length")
+    percentiles = np.percentile(lengths, _PERCENTILES)
+    return {
+        "conversations": f"{len(lengths):,}",
+        "cut to max_length": f"{split.column('truncated').sum():,}",
+        "dropped, no answer left": f"{split.dropped:,}",
+        "tokens": f"{lengths.sum():,}",
+        "of them trained": f"{split.column('trained_length').sum() / lengths.sum():.0%}",
+        "mean length": f"{lengths.mean():.1f}",
+        **{f"{rank}% are at most": f"{value:.0f}" for rank, value in zip(_PERCENTILES, percentiles, strict=True)},
+        "longest": f"{lengths.max():,}",
+    }
