@@ -173,17 +173,22 @@ class CausalLMLoss:
         def loss_in_place_of_logits(hidden: Tensor) -> Tensor:
             total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, head.bias, self.chunk_size)
             total = total.view(1, 1, 1)
-            returned.append((total, total._version))
+            returned.append((total, _version(total)))
             return total
 
         with _forward_replaced(head, loss_in_place_of_logits):
             logits = model(**inputs, use_cache=False).logits
         if len(returned) == 1:
             total, version = returned[0]
-            if logits is total and logits._version == version:
+            if logits is total and _version(logits) == version:
                 return total.view(())
         rank_zero_info(f"{type(model).__name__} changes its logits after the head: the loss needs full logits.")
         return None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; not counted in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -1,0 +1,34 @@
+"""Mean loss over tokens, equal however the tokens are spread over batches and processes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class MeanTokenLoss(Metric):
+    """Total loss of all tokens since the last reset over their number, summed over the processes.
+
+    Without the NaN check of ``torchmetrics.MeanMetric``, which awaits the device at each update.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, tokens: Tensor) -> None:
+        """Add the summed loss of some tokens, and their number; both scalars."""
+        self.total += total.detach()
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """The mean, fp32; NaN if there was no token."""
+        return self.total / self.tokens

@@ -1,0 +1,72 @@
+"""Building a Hugging Face causal language model from a directory or a hub id, with mistakes named."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from paca_lightning.errors import PaCAError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def build_causal_lm(
+    model: str,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str = "sdpa",
+    pretrained: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model in train mode, which checkpointing and dropout look at.
+
+    Under ``torch.device("meta")`` only its shape is built, for a strategy that loads the weights itself.
+
+    Args:
+        model: Directory with ``config.json`` and weights, or hub id.
+        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...
+        pretrained: False gives random weights of the shape that ``config.json`` says; no weight file is read.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether to run code that comes with the model.
+
+    Raises:
+        PaCAError: If the directory is missing or has no model, if the hub cannot be reached, or if the model does not
+            take one of the settings.
+    """
+    if dtype not in DTYPES:
+        raise PaCAError(f"dtype={dtype!r} is unknown. Choose one of {list(DTYPES)}.")
+    _check_directory(model)
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        if pretrained and torch.get_default_device().type != "meta":
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, attn_implementation=attn_implementation, **source
+            )
+        else:
+            config = AutoConfig.from_pretrained(model, **source)
+            loaded = AutoModelForCausalLM.from_config(
+                config,
+                dtype=(config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise PaCAError(
+            f"The model {model!r} could not be loaded: {str(error).strip()}\nWithout network, give a local directory "
+            "that holds config.json, the weights (*.safetensors) and the tokenizer, as save_pretrained() writes it."
+        ) from error
+    return loaded.train()
+
+
+def _check_directory(model: str) -> None:
+    path = Path(model).expanduser()
+    looks_local = path.is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise PaCAError(f"The model directory {model!r} does not exist. Correct `model`, or give a hub id: owner/name.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise PaCAError(
+            f"The directory {model!r} has no config.json, so it is no Hugging Face model. It holds: "
+            f"{sorted(entry.name for entry in path.iterdir())[:10]}."
+        )

@@ -1,0 +1,111 @@
+"""Two gloo processes against one: the logged losses, and the loss computed inside a sharded head."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lightning.pytorch import Trainer
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.loss import CausalLMLoss
+from tests.test_causal_lm import adamw, batches
+from tests.tiny import tiny_llama, tiny_model_directory
+
+pytestmark = pytest.mark.distributed
+DEADLINE = 120
+
+
+def in_two_processes(function, tmp_path, *arguments):
+    """Run ``function(rank, *arguments)`` on two ranks that meet through a file, and fail if they take too long."""
+    context = mp.get_context("spawn")
+    processes = [
+        context.Process(target=_rank, args=(function, rank, str(tmp_path / "rendezvous"), arguments)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(DEADLINE)
+    late = [process for process in processes if process.is_alive()]
+    for process in late:
+        process.kill()
+    assert not late, "the processes did not finish"
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _rank(function, rank, rendezvous, arguments):
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # so that a Trainer starts no processes of its own
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    function(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def sharded_losses(rank):
+    for own_unit in (True, False):
+        sharded_loss(rank, own_unit)
+
+
+def sharded_loss(rank, own_unit):
+    model, reference = tiny_llama(), tiny_llama()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    if own_unit:
+        fully_shard(model.lm_head)
+    fully_shard(model)
+    for parameter in [*model.lm_head.parameters(), *reference.lm_head.parameters()]:
+        parameter.requires_grad_(False)
+    made = list(batches(2))
+
+    step, total = CausalLMLoss(chunk_size=4), 0
+    loss, _ = step(model, {"input_ids": made[rank]["input_ids"]}, made[rank]["labels"])
+    loss.backward()
+    for batch in made:
+        expected, _ = CausalLMLoss()(reference, {"input_ids": batch["input_ids"]}, batch["labels"])
+        (expected / 2).backward()
+        total += expected.detach()
+    losses = loss.detach().clone()
+    dist.all_reduce(losses)
+
+    assert step.fused
+    torch.testing.assert_close(losses, total)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        if theirs.requires_grad:
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+
+
+def test_the_loss_is_computed_in_a_sharded_head(tmp_path):
+    in_two_processes(sharded_losses, tmp_path)
+
+
+def fit_and_validate(rank, devices, directory):
+    """Losses that a trainer logs where rank r takes every so manieth batch from r."""
+    module = CausalLMModule(directory, optimizer=adamw(0.0))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        max_epochs=1,
+        log_every_n_steps=4 // devices,
+    )
+    train, validation = (DataLoader(list(batches(count))[rank::devices], batch_size=None) for count in (4, 5))
+    trainer.fit(module, train, validation)
+    return {name: trainer.callback_metrics[name].item() for name in ("train/loss", "val/loss", "val/perplexity")}
+
+
+def equal_metrics(rank, directory, expected):
+    assert fit_and_validate(rank, 2, directory) == pytest.approx(expected, rel=1e-6)
+
+
+def test_logged_losses_of_two_processes_equal_those_of_one(tmp_path):
+    directory = str(tiny_model_directory(tmp_path / "model"))
+    expected = fit_and_validate(0, 1, directory)
+    in_two_processes(equal_metrics, tmp_path, directory, expected)
