@@ -53,6 +53,7 @@ class PaCAConfig:
     modules_to_save: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._check_types()
         _check_rank("r", self.r)
         for pattern, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -69,10 +70,20 @@ class PaCAConfig:
             raise PaCAError(f"seed must be an integer, not {self.seed!r}.")
         self._check_names()
 
-    def _check_names(self) -> None:
+    def _check_types(self) -> None:
         for name in ("exclude_modules", "modules_to_save"):
-            if isinstance(getattr(self, name), str):
-                raise PaCAError(f"{name} must be a list of names, such as [{getattr(self, name)!r}].")
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise PaCAError(f"{name} must be a list of names, such as [{value!r}].")
+            if not isinstance(value, (list, tuple)):
+                raise PaCAError(f"{name} must be a list of names, not {value!r}.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise PaCAError(f"{name} must map names to values, not {getattr(self, name)!r}.")
+        if self.target_modules and not isinstance(self.target_modules, (str, list, tuple)):
+            raise PaCAError(f"target_modules must be a string or a list of names, not {self.target_modules!r}.")
+
+    def _check_names(self) -> None:
         if not self.target_modules:
             raise PaCAError(f"target_modules is empty: nothing would be trained. Name some layers, or {ALL_LINEAR!r}.")
         for name, patterns in (
