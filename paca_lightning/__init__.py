@@ -1,20 +1,24 @@
 """Fine-tune large models with Lightning by training a few input columns of each frozen weight (PaCA)."""
 
 from paca_lightning.adapter import load_adapter, save_adapter
+from paca_lightning.adapter_checkpoint import AdapterCheckpoint
 from paca_lightning.callback import PaCAStrategy
 from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import apply_paca, attach, disable_paca, merge, unload, write_columns
 from paca_lightning.errors import PaCAError
 from paca_lightning.layers import PaCALinear
+from paca_lightning.quantized import QPaCALinear
 from paca_lightning.report import ConversionReport
 from paca_lightning.targets import paca_layers
 
 __all__ = [
+    "AdapterCheckpoint",
     "ConversionReport",
     "PaCAConfig",
     "PaCAError",
     "PaCALinear",
     "PaCAStrategy",
+    "QPaCALinear",
     "apply_paca",
     "attach",
     "disable_paca",

