@@ -1,0 +1,1 @@
+"""Commands beside training: measure, estimate, export, generate."""

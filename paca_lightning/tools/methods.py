@@ -1,0 +1,162 @@
+"""The ways of fine-tuning that are compared, each as a change to the same base model."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca_lightning.config import PaCAConfig
+from paca_lightning.conversion import apply_paca
+from paca_lightning.errors import PaCAError
+from paca_lightning.layers import PaCAConv1D
+from paca_lightning.targets import Target, resolve
+
+FLOOR = "floor"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning, and its rank where it has one."""
+
+    name: str
+    r: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Name and rank, as tables and plots show them."""
+        return self.name if self.r is None else f"{self.name} r={self.r}"
+
+    def apply(self, base: nn.Module) -> nn.Module:
+        """A model trained by this method, made from a base model that is left as it is.
+
+        Weights that the method does not change are shared with the base, so that several methods fit side by side.
+
+        Args:
+            base: The model as built.
+
+        Returns:
+            The model with just the method's parameters requiring gradients.
+
+        Raises:
+            PaCAError: If the method needs a package that is not installed.
+        """
+        targets = resolve(base, PaCAConfig()).targets
+        written = {
+            "none": set(),
+            "targets": {id(target.module.weight) for target in targets},
+            "all": {id(parameter) for parameter in base.parameters()},
+        }[_WRITES.get(self.name, "none")]
+        shared = {id(parameter): parameter for parameter in base.parameters() if id(parameter) not in written}
+        return _APPLY[self.name](copy.deepcopy(base, memo=dict(shared)), self.r or 0, targets)
+
+
+def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    """Nothing trains, but gradients flow to the input of the first layer: the least that any such step can cost."""
+
+    def ask_for_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(ask_for_gradient)  # type: ignore[operator]
+    return model
+
+
+def _paca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    apply_paca(model, PaCAConfig(r=r))
+    return model
+
+
+def _full(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _lora(
+    model: nn.Module, r: int, targets: list[Target], *, use_dora: bool = False, fp32_adapters: bool = True
+) -> nn.Module:
+    """PEFT's adapters on the layers that PaCA would train, scaling 1, no dropout. PEFT keeps them in fp32 by itself."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise PaCAError(
+            "LoRA and DoRA are measured with PEFT, which is not installed: pip install 'paca-lightning[bench]'."
+        ) from error
+    names = [target.path for target in targets]
+    config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=names, use_dora=use_dora)
+    return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+
+
+def _dora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return _lora(model, r, targets, use_dora=True)
+
+
+def _narrow_lora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return _lora(model, r, targets, fp32_adapters=False)
+
+
+_APPLY: dict[str, Callable[[nn.Module, int, list[Target]], nn.Module]] = {
+    FLOOR: _floor,
+    "paca": _paca,
+    "lora": _lora,
+    "lora-narrow": _narrow_lora,
+    "dora": _dora,
+    "full": _full,
+}
+_WRITES = {"paca": "targets", "full": "all"}
+_UNRANKED = (FLOOR, "full")
+_BASELINES = ("lora", "lora-narrow", "dora")
+
+
+def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Module) -> list[Method]:
+    """The methods that a user asks for, the floor first.
+
+    Args:
+        names: Names such as ``paca``, or with a rank of their own such as ``lora:8``.
+        ranks: Ranks of the methods without one of their own.
+        match: What LoRA and DoRA have in common with PaCA: the ``rank``, the number of trainable ``parameters`` (about;
+            ranks are whole), or ``both``, one after the other.
+        base: The model, on any device, which says how many parameters a rank takes.
+
+    Returns:
+        Each method once.
+
+    Raises:
+        PaCAError: If a name or ``match`` is unknown, or a rank is not a positive number.
+    """
+    if match not in ("rank", "parameters", "both"):
+        raise PaCAError(f"match={match!r} is unknown. Choose rank, parameters or both.")
+    methods = [Method(FLOOR)]
+    for entry in names:
+        name, colon, own = entry.strip().partition(":")
+        if name not in _APPLY:
+            raise PaCAError(f"There is no method {name!r}. Choose from {', '.join(_APPLY)}.")
+        if name in _UNRANKED and colon:
+            raise PaCAError(f"Method {name!r} has no rank; {entry!r} gives it one.")
+        methods += _ranked(name, [_parse_rank(own)] if colon else ranks, "rank" if colon else match, base)
+    return list(dict.fromkeys(methods))
+
+
+def _ranked(name: str, ranks: list[int], match: str, base: nn.Module) -> list[Method]:
+    if name in _UNRANKED:
+        return [Method(name)]
+    same_rank = [Method(name, r) for r in ranks] if match != "parameters" or name not in _BASELINES else []
+    same_size = [Method(name, _lora_rank(r, base)) for r in ranks] if match != "rank" and name in _BASELINES else []
+    return same_rank + same_size
+
+
+def _lora_rank(r: int, base: nn.Module) -> int:
+    """Rank at which LoRA has about as many parameters as PaCA at rank ``r``: r * out against r * (in + out)."""
+    trained_by = dict.fromkeys(("paca", "lora"), 0)
+    for target in resolve(base, PaCAConfig()).targets:
+        rows, columns = target.module.get_parameter("weight").shape
+        trained_by["lora"] += rows + columns
+        trained_by["paca"] += columns if target.layer_class is PaCAConv1D else rows
+    return max(1, round(r * trained_by["paca"] / trained_by["lora"]))
+
+
+def _parse_rank(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise PaCAError(f"{text!r} is not a rank: it must be a positive whole number.")
+    return int(text)

@@ -1,0 +1,54 @@
+"""Shapes of well-known models, so that they can be measured without their weights."""
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+from paca_lightning.errors import PaCAError
+
+_LLAMA3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+    },
+    "llama3-8b": _LLAMA3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 8192,
+    },
+    "llama3.1-70b": _LLAMA3
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "max_position_embeddings": 131072,
+    },
+}
+"""``small`` is the size at which a step is short but its matrix products still dominate."""
+
+
+def preset_config(name: str) -> LlamaConfig:
+    """The shape of a known model as a Hugging Face configuration.
+
+    Raises:
+        PaCAError: If there is no such preset.
+    """
+    if name not in PRESETS:
+        raise PaCAError(f"There is no preset {name!r}. Choose one of {', '.join(PRESETS)}, or give a model.")
+    return LlamaConfig(**PRESETS[name])
