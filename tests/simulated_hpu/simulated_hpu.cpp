@@ -180,6 +180,9 @@ void on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { native::c
 TORCH_LIBRARY_IMPL(_, HPU, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>()); }
 
 TORCH_LIBRARY_IMPL(aten, HPU, m) {
+  // PyTorch would decompose these, where the CPU has a kernel of its own that rounds otherwise.
+  for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward", "mish_backward", "addr"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("resize_", resize_);

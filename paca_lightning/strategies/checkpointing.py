@@ -1,0 +1,64 @@
+"""Activation checkpointing by block: activations are recomputed in the backward, from the block's inputs."""
+
+import functools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def checkpoint_blocks(blocks: Iterable[nn.Module], *, offload: bool = False) -> None:
+    """Recompute blocks in the backward instead of keeping their activations.
+
+    Each block's forward is replaced, not the block wrapped: module paths stay, and hooks run outside, so that FSDP2
+    gathers once for the recomputation and the backward.
+
+    Args:
+        blocks: The blocks. Blocks that Hugging Face checkpoints already are left to it.
+        offload: Keep the blocks' inputs, which are all that is kept, in host memory.
+    """
+    for block in blocks:
+        if not getattr(block, "gradient_checkpointing", False) and "forward" not in vars(block):
+            block.forward = _checkpointed(block, offload)
+
+
+def _checkpointed(block: nn.Module, offload: bool) -> Any:
+    forward = block.forward
+
+    @functools.wraps(forward)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        # A key-value cache would grow once more in the recomputation.
+        kwargs |= {name: None for name in CACHES if name in kwargs}
+        with _offloaded(args, kwargs) if offload else nullcontext():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return checkpointed
+
+
+def _offloaded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """Inputs with a gradient wait in host memory. The others (masks, positions) are shared by all blocks: they stay."""
+    storages = {
+        tensor.untyped_storage()._cdata
+        for tensor in (*args, *kwargs.values())
+        if isinstance(tensor, Tensor) and tensor.requires_grad
+    }
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if tensor.untyped_storage()._cdata not in storages:
+            return tensor.device, tensor
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+        return tensor.device, pinned.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=True)
+
+    return saved_tensors_hooks(pack, unpack)

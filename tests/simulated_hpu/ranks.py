@@ -1,0 +1,106 @@
+"""What several simulated HPUs do together: run with ``python -m``, which Lightning repeats for every rank.
+
+``ddp_and_fsdp2 FOLDER`` on 2 cards, ``all_cards`` on 8. Every rank checks its own results.
+"""
+
+import os
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from paca_lightning import PaCAConfig, PaCAStrategy
+from paca_lightning.strategies import HPUDDPStrategy
+from paca_lightning.strategies.hpu import HPUFSDP2Mixin
+from tests.simulated_hpu.training import TinyModule, batches, train, trainer
+
+PACA = PaCAConfig(r=4)
+
+
+class HPUShardingStrategy(HPUFSDP2Mixin, ModelParallelStrategy):
+    """Lightning's own FSDP2 strategy on HPUs: the least that the mixin can be put on."""
+
+
+class ShardedModule(TinyModule):
+    def configure_model(self) -> None:
+        for unit in (self.net[0], self.net[4], self.net):
+            fully_shard(unit, mesh=self.device_mesh["data_parallel"])
+
+    def full_weights(self) -> torch.Tensor:
+        return torch.cat(
+            [getattr(p, "full_tensor", lambda p=p: p)().detach().cpu().flatten() for p in self.parameters()]
+        )
+
+
+def weights(module: pl.LightningModule) -> torch.Tensor:
+    return torch.cat([p.detach().cpu().flatten() for p in module.parameters()])
+
+
+def ddp_and_fsdp2(folder: str) -> None:
+    module = TinyModule(dropout=0)
+    ddp = trainer(accelerator="hpu", devices=2)
+    ddp.fit(module, batches())
+    assert isinstance(ddp.strategy, HPUDDPStrategy)
+    assert dist.get_backend() == "hccl"
+    assert os.environ["HLS_MODULE_ID"] == os.environ["LOCAL_RANK"]
+    assert module.devices == {"hpu:0"}
+    reference = train("cpu", module=TinyModule(dropout=0))
+    torch.testing.assert_close(weights(module), weights(reference), atol=1e-6, rtol=1e-5)
+    assert ddp.callback_metrics["loss"].item() == pytest.approx(reference.losses[-1])  # the mean over both ranks
+
+    rank = torch.tensor(float(dist.get_rank()), device="hpu")
+    for reduction in ("mean", "avg", dist.ReduceOp.AVG):
+        assert ddp.strategy.reduce(rank.clone(), reduce_op=reduction).item() == 0.5
+    assert ddp.strategy.reduce(rank.clone(), reduce_op="sum").item() == 1
+    assert ddp.strategy.reduce(torch.tensor([7], device="hpu"), reduce_op="mean").tolist() == [7]
+    assert ddp.strategy.broadcast(os.environ["LOCAL_RANK"]) == "0"
+    assert ddp.strategy.reduce_boolean_decision(True)
+    with pytest.raises(RuntimeError, match="unsupported ReduceOp"):
+        dist.all_reduce(rank.clone(), op=dist.ReduceOp.AVG)
+
+    paca = TinyModule(dropout=0)
+    trainer(accelerator="hpu", devices=2, callbacks=PaCAStrategy(PACA)).fit(paca, batches())
+    paca_reference = train("cpu", module=TinyModule(dropout=0), callbacks=PaCAStrategy(PACA))
+    torch.testing.assert_close(weights(paca), weights(paca_reference), atol=1e-6, rtol=1e-5)
+
+    mixed = TinyModule()
+    trainer(accelerator="hpu", devices=2, precision="bf16-mixed").fit(mixed, batches())
+    assert mixed.dtypes == {torch.bfloat16}
+
+    resumed = TinyModule(dropout=0)
+    first_half = trainer(accelerator="hpu", devices=2, max_steps=3)
+    first_half.fit(resumed, batches())
+    first_half.save_checkpoint(f"{folder}/half.ckpt")
+    resumed = TinyModule(dropout=0)
+    trainer(accelerator="hpu", devices=2).fit(resumed, batches(), ckpt_path=f"{folder}/half.ckpt")
+    assert len(resumed.losses) == 3
+
+    layer = fully_shard(nn.Linear(2, 2).to("hpu"), mesh=init_device_mesh("hpu", (2,)))
+    with pytest.raises(RuntimeError, match="unsupported ReduceOp"):  # FSDP2's own choice is AVG
+        layer(torch.ones(1, 2, device="hpu")).sum().backward()
+
+    sharded = ShardedModule(dropout=0)
+    strategy = HPUShardingStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    trainer(accelerator="hpu", devices=2, strategy=strategy).fit(sharded, batches())
+    torch.testing.assert_close(sharded.full_weights(), weights(reference), atol=1e-6, rtol=1e-5)
+
+
+def all_cards() -> None:
+    module = TinyModule()
+    all_cards = trainer(accelerator="hpu", devices=8, max_steps=2)
+    all_cards.fit(module, batches())
+    everyones = all_cards.strategy.all_gather(weights(module).to("hpu"))
+    assert (everyones == everyones[0]).all()
+    cards = all_cards.strategy.all_gather(torch.tensor(int(os.environ["HLS_MODULE_ID"]), device="hpu"))
+    assert cards.tolist() == list(range(8))
+
+
+if __name__ == "__main__":
+    {"ddp_and_fsdp2": ddp_and_fsdp2, "all_cards": all_cards}[sys.argv[1]](*sys.argv[2:])
+    print(f"rank {os.environ['LOCAL_RANK']} done")
