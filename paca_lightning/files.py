@@ -39,10 +39,16 @@ def written_aside(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
     A new directory appears complete, in one rename. In one that exists, each file is replaced in one rename, and other
     files stay.
+
+    Raises:
+        PaCAError: If the directory cannot be written.
     """
+    check_writable(directory, "output directory")
     destination = Path(directory)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    # Renames stay within one file system: a directory that exists may be a mount, in a parent that is not ours.
+    beside = destination if destination.exists() else destination.parent
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=beside))
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
