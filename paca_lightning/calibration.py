@@ -1,6 +1,7 @@
-"""Column scores from data: which inputs are large, or which gradients are."""
+"""Column scores, from weights and from data: which columns are large, which quantization hurts, which are used."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +9,45 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCALayer
+from paca_lightning.layers import PaCAConv1D, PaCALayer
+from paca_lightning.nf4 import dequantize_rows, from_linear4bit, squared_errors
+
+BY_WEIGHT = ("weight_norm", "quant_error")
+
+
+def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: str, path: str) -> Tensor:
+    """Score the input columns of a linear layer by its weight.
+
+    Args:
+        module: The layer, converted or about to be.
+        layer_class: What it is converted to.
+        selection: ``weight_norm`` or ``quant_error``, a sum of squares.
+        path: Names it in errors.
+
+    Returns:
+        Shape (in_features,), fp32.
+
+    Raises:
+        PaCAError: If the weight is on meta, or is quantized already and so has no known error.
+    """
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    if weight.is_meta:
+        raise PaCAError(f"selection={selection!r} needs the weight of {path!r}, which is still on meta.")
+    quantized = getattr(weight, "quant_state", None) is not None
+    if selection == "quant_error" and quantized:
+        raise PaCAError(
+            f"selection='quant_error' compares a weight with its quantized values, and {path!r} is quantized already. "
+            "Start from the full-precision model with quantize='nf4', or use another selection."
+        )
+    rows = weight.detach()
+    if quantized:
+        packed, scales, dtype = from_linear4bit(module)
+        rows = dequantize_rows(packed, scales, 2 * packed.shape[1], dtype)
+    elif layer_class is PaCAConv1D:
+        rows = rows.t()
+    if selection == "quant_error":
+        return squared_errors(rows, path)
+    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
 
 
 def calibrate(
@@ -38,21 +77,22 @@ def calibrate(
         PaCAError: If there is no batch, or no loss for ``gradient_norm``.
     """
     with_gradients = selection == "gradient_norm"
-    scores = {path: torch.zeros(layer.in_features, device=layer.weight.device) for path, layer in layers.items()}
+    scores = {
+        path: torch.zeros(layer.in_features, dtype=torch.float32, device=layer.paca_delta.device)
+        for path, layer in layers.items()
+    }
     handles = [_watch(layer, scores[path], with_gradients) for path, layer in layers.items()]
     run = step or (lambda batch: _forward(model, batch))
-    training = model.training
     count = 0
     try:
-        model.eval()
-        for count, batch in enumerate(batches, start=1):  # noqa: B007
-            with torch.set_grad_enabled(with_gradients):
-                output = run(batch)
-                if with_gradients:
-                    _loss(output).backward()
-            model.zero_grad(set_to_none=True)
+        with _left_as_found(model):
+            for count, batch in enumerate(batches, start=1):  # noqa: B007
+                with torch.set_grad_enabled(with_gradients):
+                    output = run(batch)
+                    if with_gradients:
+                        _loss(output).backward()
+                model.zero_grad(set_to_none=True)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if count == 0:
@@ -60,9 +100,25 @@ def calibrate(
     return scores
 
 
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; each module's mode and each parameter's gradient back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
 def _watch(layer: PaCALayer, score: Tensor, with_gradients: bool) -> RemovableHandle:
     def on_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        tokens = inputs[0].detach().flatten(0, -2)
+        tokens = _rows(inputs[0].detach())
         if not with_gradients:
             score.add_(tokens.float().square().sum(0))
         elif output.requires_grad:
@@ -72,8 +128,12 @@ def _watch(layer: PaCALayer, score: Tensor, with_gradients: bool) -> RemovableHa
 
 
 def _add_gradient(score: Tensor, grad: Tensor, tokens: Tensor) -> None:
-    dense = grad.flatten(0, -2).t() @ tokens.to(grad.dtype)
+    dense = _rows(grad).t() @ tokens.to(grad.dtype)
     score.add_(dense.float().square().sum(0))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:

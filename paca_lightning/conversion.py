@@ -1,6 +1,6 @@
 """Turning a model's linear layers into PaCA layers in place, and back."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from paca_lightning.calibration import calibrate
+from paca_lightning.calibration import BY_WEIGHT, calibrate, weight_scores
 from paca_lightning.config import CALIBRATED, PaCAConfig
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCAConv1D, PaCALayer
-from paca_lightning.report import ConversionReport, LayerRecord
+from paca_lightning.layers import PaCALayer
+from paca_lightning.quantized import QPaCALinear
+from paca_lightning.report import ConversionReport, report_on
 from paca_lightning.selection import check_indices, largest_indices, random_indices
 from paca_lightning.targets import (
-    Resolution,
     Target,
     base_model_prefix,
     clean_path,
+    in_features_of,
     paca_layers,
     relative_path,
     resolve,
@@ -42,6 +43,7 @@ def apply_paca(
         indices: Columns by module path, for some or all layers; they override the selection.
         calibration: Batches for the selections that look at data: dictionaries are passed as keywords, tuples as
             positional arguments. For ``gradient_norm`` the model must return a loss, or an output with a ``loss``.
+            ``quant_error`` weighs its errors by the activations if they are given.
 
     Returns:
         What was converted and what was left alone; printable.
@@ -49,14 +51,20 @@ def apply_paca(
     Raises:
         PaCAError: If a name matches nothing, a layer cannot be converted, or the model carries another configuration.
     """
-    report, undecided = convert(model, config, indices, data_follows=calibration is not None)
+    with_data = calibration is not None
+    report, undecided = convert(model, config, indices, data_follows=with_data, weigh_errors=with_data)
     if undecided and calibration is not None:
         select_columns(model, config, calibration, undecided)
     return report
 
 
 def convert(
-    model: nn.Module, config: PaCAConfig, indices: Mapping[str, Tensor] | None = None, *, data_follows: bool
+    model: nn.Module,
+    config: PaCAConfig,
+    indices: Mapping[str, Tensor] | None = None,
+    *,
+    data_follows: bool,
+    weigh_errors: bool = False,
 ) -> tuple[ConversionReport, set[str]]:
     """``apply_paca`` but for the choice of columns by data, which starts from random ones.
 
@@ -65,17 +73,20 @@ def convert(
         config: As there.
         indices: As there.
         data_follows: Whether the caller goes on to ``select_columns``.
+        weigh_errors: Whether ``quant_error`` waits for data, too.
 
     Returns:
-        The report, and the paths of the layers whose columns data has yet to choose.
+        The report, and the paths of the layers whose columns data has yet to choose. They are quantized after that, so
+        that their columns start from the unquantized weight.
     """
     _refuse_other_config(model, config)
-    _refuse_sharded(model)
     resolution = resolve(model, config)
     prefix = base_model_prefix(model)
     columns = _by_target(indices or {}, resolution.targets, prefix)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
-    undecided = {target.path for target in fresh if config.selection in CALIBRATED} - columns.keys()
+    _refuse_sharded(model, fresh)
+    by_data = config.selection in CALIBRATED or (config.selection == "quant_error" and weigh_errors)
+    undecided = {target.path for target in fresh if by_data} - columns.keys()
     if undecided and not data_follows:
         raise PaCAError(
             f"selection={config.selection!r} looks at data: pass calibration=, an iterable of batches "
@@ -84,13 +95,17 @@ def convert(
     originals = {path: _original(module) for path, module in resolution.saved.items()}
     model.requires_grad_(False)
     for target in fresh:
-        _convert(target, config, columns.get(target.path), relative_path(target.path, prefix))
+        chosen = columns.get(target.path)
+        if chosen is None and target.path not in undecided:
+            chosen = _columns_by_weight(target, config.selection)
+        _convert(target, config, chosen, relative_path(target.path, prefix))
+    quantize_layers(model, config, undecided)
     for _, layer in paca_layers(model):
         layer.paca_delta.requires_grad_(True)
     for path, module in resolution.saved.items():
         vars(module).setdefault("_paca_original", originals[path])
         module.requires_grad_(True)
-    return _report(model, config, resolution), undecided
+    return report_on(model, config, resolution), undecided
 
 
 def select_columns(
@@ -113,9 +128,39 @@ def select_columns(
         reduce: Sums scores over ranks.
     """
     layers = {path: layer for path, layer in paca_layers(model) if clean_path(path) in undecided}
-    for path, score in calibrate(model, layers, config.selection, calibration, step).items():
-        chosen = largest_indices(reduce(score), layers[path].r)
-        layers[path].move_to_columns(chosen.to(score.device))
+    by_error = config.selection == "quant_error"
+    selection = "activation_norm" if by_error else config.selection
+    for path, score in calibrate(model, layers, selection, calibration, step).items():
+        layer = layers[path]
+        total = reduce(score)
+        if by_error:
+            total = total * weight_scores(layer, type(layer), "quant_error", clean_path(path))
+        layer.move_to_columns(largest_indices(total, layer.r).to(score.device))
+    quantize_layers(model, config)
+
+
+def quantize_layers(model: nn.Module, config: PaCAConfig, undecided: Container[str] = ()) -> None:
+    """Quantize the dense PaCA layers of a model one by one, if the configuration says so.
+
+    Args:
+        model: The converted model.
+        config: Says how.
+        undecided: Paths of layers that wait until their columns are chosen.
+
+    Raises:
+        PaCAError: If a weight is not finite, or is sharded already.
+    """
+    if config.quantize is None:
+        return
+    for path, layer in paca_layers(model):
+        if isinstance(layer, QPaCALinear) or clean_path(path) in undecided:
+            continue
+        if hasattr(layer.weight, "to_local"):
+            raise PaCAError(
+                f"{path!r} is sharded, so it cannot be quantized any more. With selection={config.selection!r}, call "
+                "apply_paca(model, config, calibration=batches) before the model is sharded."
+            )
+        QPaCALinear.quantize(layer, clean_path(path))
 
 
 def write_columns(model: nn.Module) -> None:
@@ -174,17 +219,18 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
 
 def merge(model: nn.Module) -> nn.Module:
     """Turn PaCA layers into plain linear layers that hold the trained columns; returns the model."""
-    return _release(model, trained=True)
+    return _release_all(model, trained=True)
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Turn PaCA layers into plain linear layers with the base weight, bitwise; returns the model."""
-    return _release(model, trained=False)
+    return _release_all(model, trained=False)
 
 
 def config_of(model: nn.Module) -> PaCAConfig | None:
     """The configuration that a model was converted with, if it was."""
-    return next((vars(layer)["_paca_config"] for _, layer in paca_layers(model)), None)
+    configs = (vars(layer).get("_paca_config") for _, layer in paca_layers(model))
+    return next((config for config in configs if config is not None), None)
 
 
 def saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -194,23 +240,17 @@ def saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _convert(target: Target, config: PaCAConfig, chosen: Tensor | None, path: str) -> None:
     module = target.module
-    if chosen is None and config.selection == "weight_norm":
-        chosen = largest_indices(_column_norms(target), target.r)
-    elif chosen is None:
-        chosen = random_indices(_in_features(target), target.r, seed=config.seed, path=path)
+    if chosen is None:
+        chosen = random_indices(in_features_of(target.module), target.r, seed=config.seed, path=path)
     target.layer_class.adopt(module, chosen, target.scaling)
     vars(module)["_paca_config"] = config
 
 
-def _in_features(target: Target) -> int:
-    return target.module.nx if target.layer_class is PaCAConv1D else target.module.in_features
-
-
-def _column_norms(target: Target) -> Tensor:
-    weight = target.module.weight
-    if weight.is_meta:
-        raise PaCAError(f"selection='weight_norm' needs the weight of {target.path!r}, which is still on meta.")
-    return torch.linalg.vector_norm(weight, dim=1 if target.layer_class is PaCAConv1D else 0, dtype=torch.float32)
+def _columns_by_weight(target: Target, selection: str) -> Tensor | None:
+    """The columns that a layer's own weight decides, if it does."""
+    if selection not in BY_WEIGHT:
+        return None
+    return largest_indices(weight_scores(target.module, target.layer_class, selection, target.path), target.r)
 
 
 def _by_target(indices: Mapping[str, Tensor], targets: list[Target], prefix: str) -> dict[str, Tensor]:
@@ -219,7 +259,7 @@ def _by_target(indices: Mapping[str, Tensor], targets: list[Target], prefix: str
     if unknown := sorted(set(indices) - set(by_name)):
         raise PaCAError(f"indices are given for {unknown[:3]}, which are not among the target layers.")
     for name, chosen in indices.items():
-        check_indices(chosen, _in_features(by_name[name]), by_name[name].r, path=name)
+        check_indices(chosen, in_features_of(by_name[name].module), by_name[name].r, path=name)
     return {by_name[name].path: chosen.cpu() for name, chosen in indices.items()}
 
 
@@ -234,36 +274,32 @@ def _refuse_other_config(model: nn.Module, config: PaCAConfig) -> None:
             )
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        fsdp1 = type(module).__name__ == "FullyShardedDataParallel"
-        weight = module._parameters.get("weight")
-        if fsdp1 or (hasattr(weight, "to_local") and not isinstance(module, PaCALayer)):
-            raise PaCAError(
-                f"{path or type(module).__name__!r} is sharded already. Call apply_paca before fully_shard, or leave "
-                "both to strategy='paca_fsdp2'."
-            )
+def _refuse_sharded(model: nn.Module, fresh: list[Target]) -> None:
+    for target in fresh:
+        if hasattr(target.module._parameters.get("weight"), "to_local"):
+            raise PaCAError(_sharded(target.path))
+    for module in model.modules() if fresh else ():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise PaCAError(_sharded(type(module).__name__))
+
+
+def _sharded(what: str) -> str:
+    return f"{what!r} is sharded already. Call apply_paca before fully_shard, or leave both to strategy='paca_fsdp2'."
 
 
 def _original(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's parameters in host memory."""
-    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()}
+    """A copy of a module's parameters and persistent buffers in host memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()}
 
 
 @torch.no_grad()
 def _overwrite(module: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(values[name])
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(values[name])
 
 
-def _release(model: nn.Module, *, trained: bool) -> nn.Module:
-    for _, layer in list(paca_layers(model)):
-        if trained:
-            layer.write_columns()
-        else:
-            layer.restore_columns()
-        del vars(layer)["_paca_config"]
-        layer.release()
+def _release_all(model: nn.Module, *, trained: bool) -> nn.Module:
+    _release((layer for _, layer in list(paca_layers(model))), trained=trained)
     for _, module in saved_modules(model):
         if not trained:
             _overwrite(module, vars(module)["_paca_original"])
@@ -271,25 +307,7 @@ def _release(model: nn.Module, *, trained: bool) -> nn.Module:
     return model
 
 
-def _report(model: nn.Module, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
-    layers = [
-        LayerRecord(
-            path=path,
-            kind=path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else type(layer).__name__,
-            in_features=layer.in_features,
-            out_features=layer.out_features,
-            r=layer.r,
-            scaling=layer.scaling,
-            delta_bytes=layer.paca_delta.numel() * layer.paca_delta.element_size(),
-        )
-        for path, layer in paca_layers(model)
-    ]
-    base_columns = sum(layer.paca_base_columns.numel() for _, layer in paca_layers(model))
-    return ConversionReport(
-        config=config,
-        layers=layers,
-        skipped=resolution.skipped,
-        saved=list(resolution.saved),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()) - base_columns,
-    )
+def _release(layers: Iterable[PaCALayer], *, trained: bool) -> None:
+    for layer in layers:
+        vars(layer).pop("_paca_config", None)
+        layer.release(trained=trained)

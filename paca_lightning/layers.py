@@ -1,6 +1,6 @@
 """Linear layers that train some input columns of their own frozen weight, in place."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ class PaCALayer(nn.Module):
         scaling: ``alpha / r``.
     """
 
+    base_name: ClassVar[str] = "weight"  # of the parameter that holds the base weight
     weight: Tensor
     in_features: int
     out_features: int
@@ -41,6 +42,11 @@ class PaCALayer(nn.Module):
     scaling: float
     paca_enabled: bool
     paca_base_class: type[nn.Module]
+
+    @property
+    def base(self) -> Tensor:
+        """The frozen parameter that holds the base weight."""
+        return getattr(self, self.base_name)
 
     @classmethod
     def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
@@ -61,15 +67,24 @@ class PaCALayer(nn.Module):
     def _add_columns(self, indices: Tensor, scaling: float, base_class: type[nn.Module]) -> None:
         self.r, self.scaling = len(indices), scaling
         self.paca_enabled, self.paca_base_class = True, base_class
-        self.weight.requires_grad_(False)
-        self.register_buffer("paca_indices", indices.to(self.weight.device))
+        self.base.requires_grad_(False)
+        # On a meta model the indices are known all the same: whoever fills its weights reads them.
+        self.register_buffer("paca_indices", indices.cpu() if self.base.is_meta else indices.to(self.base.device))
         self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.paca_base_columns.dtype, torch.float32)
         shape = (self.out_features, self.r)
-        self.paca_delta = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
+        self.paca_delta = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.base.device))
 
-    def release(self) -> None:
-        """Turn back into the layer it was made from, with the weight as it stands."""
+    def release(self, *, trained: bool) -> None:
+        """Turn back into the layer it was made from.
+
+        Args:
+            trained: Whether its weight then has the trained columns or the base columns.
+        """
+        if trained:
+            self.write_columns()
+        else:
+            self.restore_columns()
         del self.paca_delta, self.paca_base_columns, self.paca_indices
         base_class = self.paca_base_class
         for name in ("r", "scaling", "paca_enabled", "paca_base_class"):
@@ -78,12 +93,13 @@ class PaCALayer(nn.Module):
 
     def _read_columns(self) -> Tensor:
         """Selected columns of this rank's rows of the weight, shape (rows, r)."""
-        return local(self.weight).detach().index_select(1, self.paca_indices)
+        weight = local(self.weight).detach()
+        return weight.index_select(1, self.paca_indices.to(weight.device))
 
     def _put_columns(self, columns: Tensor) -> None:
         """Overwrite the selected columns of this rank's rows of the weight, shape (rows, r)."""
         weight = local(self.weight)
-        weight.index_copy_(1, self.paca_indices, columns.to(weight.dtype))
+        weight.index_copy_(1, self.paca_indices.to(weight.device), columns.to(weight.dtype))
 
     @torch.no_grad()
     def write_columns(self) -> None:
@@ -124,34 +140,41 @@ class PaCALayer(nn.Module):
         ``bf16-true`` casts every parameter of a model; small updates of the delta would be rounded away. And
         ``to_empty`` leaves garbage in buffers, where the indices are still known.
         """
-        kept = (self.paca_delta, self.paca_base_columns, self.paca_delta.grad)
+        widened = (self.paca_delta, self.paca_base_columns, self.paca_delta.grad)
+        fixed = self._uncast()
 
-        def widen_only(tensor: Tensor) -> Tensor:
+        def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if not any(tensor is one for one in kept):
-                return result
-            dtype = torch.promote_types(result.dtype, tensor.dtype)
+            dtype = result.dtype
+            if any(tensor is one for one in widened):
+                dtype = torch.promote_types(dtype, tensor.dtype)
+            elif any(tensor is one for one in fixed):
+                dtype = tensor.dtype
             return result if result.dtype == dtype else tensor.to(device=result.device, dtype=dtype)
 
         indices = self.paca_indices
-        super()._apply(widen_only, recurse)
+        super()._apply(keep_precision, recurse)
         if not indices.is_meta:
             self.paca_indices = indices.to(self.paca_indices.device)
         return self
+
+    def _uncast(self) -> tuple[Tensor, ...]:
+        """Tensors that keep their dtype whatever the model is cast to."""
+        return ()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load any mix of base weight, indices and delta, and leave the weight in step with them."""
         path = prefix.removesuffix(".")
         self._check_loaded(state_dict, prefix, path)
         indices = state_dict.get(prefix + "paca_indices")
-        sharded_or_real = not self.weight.is_meta
+        has_base = prefix + self.base_name in state_dict
         with torch.no_grad():
-            if indices is not None and sharded_or_real and prefix + "weight" not in state_dict:
+            if indices is not None and not self.base.is_meta and not has_base:
                 self.move_to_columns(local(indices).to(self.paca_indices.device))
             super()._load_from_state_dict(state_dict, prefix, *args)
-            if self.weight.is_meta:
+            if self.base.is_meta:
                 return
-            if prefix + "weight" in state_dict and prefix + "paca_base_columns" not in state_dict:
+            if has_base and prefix + "paca_base_columns" not in state_dict:
                 local(self.paca_base_columns).copy_(self._read_columns())
             self.write_columns()
 
@@ -249,10 +272,11 @@ class PaCAConv1D(PaCALayer):
         return output if input.dim() == 2 else output.view(*input.shape[:-1], self.nf)
 
     def _read_columns(self) -> Tensor:
-        return self.weight.detach().index_select(0, self.paca_indices).t().contiguous()
+        return self.weight.detach().index_select(0, self.paca_indices.to(self.weight.device)).t().contiguous()
 
     def _put_columns(self, columns: Tensor) -> None:
-        self.weight.index_copy_(0, self.paca_indices, columns.t().to(self.weight.dtype))
+        weight = self.weight
+        weight.index_copy_(0, self.paca_indices.to(weight.device), columns.t().to(weight.dtype))
 
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""

@@ -1,12 +1,15 @@
 """What a conversion did, to be printed: layers, parameters, bytes, and what was left alone."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console, Group
 from rich.table import Table
+from torch import nn
 
 from paca_lightning.config import PaCAConfig
+from paca_lightning.targets import Resolution, paca_layers
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,38 @@ class ConversionReport:
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
+
+
+def report_on(model: nn.Module, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
+    """The report of a model that has just been converted."""
+    layers = [
+        LayerRecord(
+            path=path,
+            kind=path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else type(layer).__name__,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            r=layer.r,
+            scaling=layer.scaling,
+            delta_bytes=layer.paca_delta.numel() * layer.paca_delta.element_size(),
+        )
+        for path, layer in paca_layers(model)
+    ]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in _outside_paca_layers(model) if not p.requires_grad)
+    return ConversionReport(
+        config=config,
+        layers=layers,
+        skipped=resolution.skipped,
+        saved=list(resolution.saved),
+        trainable_parameters=trainable,
+        total_parameters=trainable + frozen + sum(layer.in_features * layer.out_features for layer in layers),
+    )
+
+
+def _outside_paca_layers(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Each parameter but the PaCA layers' deltas and weights, in whatever form these are stored."""
+    inside = {id(p) for _, layer in paca_layers(model) for name, p in layer.named_parameters() if name != "bias"}
+    return (parameter for parameter in model.parameters() if id(parameter) not in inside)
 
 
 def _size(number: float) -> str:

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 from paca_lightning.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.errors import PaCAError
 from paca_lightning.layers import PaCAConv1D, PaCALayer, PaCALinear
+from paca_lightning.nf4 import linear4bit_class, linear4bit_obstacle
+from paca_lightning.quantized import QPaCALinear
 
 # Segments that wrappers put into a path: not part of the model's own names.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -71,14 +73,27 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def base_class_of(module: nn.Module) -> type[nn.Module] | None:
-    """The linear class that a module is an instance of: ``nn.Linear``, Hugging Face's ``Conv1D``, or None."""
+    """The linear class of a module: ``nn.Linear``, bitsandbytes' ``Linear4bit``, Hugging Face's ``Conv1D``, or None."""
     return next((base for base in _layer_classes() if isinstance(module, base)), None)
 
 
 def _layer_classes() -> dict[type[nn.Module], type[PaCALayer]]:
     # A model holds Hugging Face's Conv1D only after transformers was imported: no need to import it here.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return {nn.Linear: PaCALinear} | ({conv1d: PaCAConv1D} if conv1d else {})
+    linear4bit = linear4bit_class()
+    # Linear4bit is a subclass of nn.Linear, so it comes first.
+    classes: dict[type[nn.Module] | None, type[PaCALayer]] = {
+        linear4bit: QPaCALinear,
+        nn.Linear: PaCALinear,
+        conv1d: PaCAConv1D,
+    }
+    return {base: layer_class for base, layer_class in classes.items() if base is not None}
+
+
+def in_features_of(module: nn.Module) -> int:
+    """Size of the input of a linear layer; Hugging Face's ``Conv1D`` calls it ``nx``."""
+    size: int = module.in_features if hasattr(module, "in_features") else module.nx  # type: ignore[assignment]
+    return size
 
 
 def resolve(model: nn.Module, config: PaCAConfig) -> Resolution:
@@ -171,7 +186,7 @@ def _target(path: str, module: nn.Module, names: set[str], config: PaCAConfig) -
 
     base_class = base_class_of(module)
     layer_class = type(module) if isinstance(module, PaCALayer) else _layer_classes()[base_class]  # type: ignore[index]
-    in_features: int = module.nx if layer_class is PaCAConv1D else module.in_features  # type: ignore[assignment]
+    in_features = in_features_of(module)
     r = config.rank_of(key_of(config.rank_pattern))
     if r > in_features:
         raise PaCAError(
@@ -214,7 +229,7 @@ def _own_obstacle(module: nn.Module) -> str | None:
     assert base_class is not None
     if type(module).forward is not base_class.forward or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
-    return None
+    return linear4bit_obstacle(module) if base_class is linear4bit_class() else None
 
 
 def _check_patterns_used(config: PaCAConfig, targets: list[Target], names: dict[nn.Module, set[str]]) -> None:
