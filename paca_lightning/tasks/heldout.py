@@ -1,0 +1,72 @@
+"""How much the held-out loss fell, from before the first step to the last validation."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from paca_lightning.errors import PaCAError
+
+
+class HeldOutLoss(Callback):
+    """Measures the validation loss before training too, logs it as step 0, and prints its fall at the end.
+
+    The loss before training comes out of Lightning's sanity check, which this callback extends to the whole validation
+    set. A run that resumes from a checkpoint does not start before training, so it has no such loss.
+
+    Args:
+        metric: Name under which the module logs the loss.
+
+    Raises:
+        PaCAError: If the run has no validation.
+    """
+
+    def __init__(self, metric: str = "val/loss") -> None:
+        self.metric = metric
+        self.before: float | None
+        self.after: float | None
+        self.steps: int
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for validation on everything before training."""
+        if stage != "fit":
+            return
+        self.before, self.after, self.steps = None, None, 0
+        if not trainer.enable_validation:
+            raise PaCAError(
+                "HeldOutLoss needs validation: give the data module a validation split, and do not set "
+                "limit_val_batches=0. Or leave the callback out."
+            )
+        trainer.num_sanity_val_steps = float("inf")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the loss; the first one, before training, is logged here, as Lightning does not log sanity checks."""
+        if trainer.state.fn != "fit" or (trainer.sanity_checking and trainer.global_step > 0):
+            return
+        if self.metric not in trainer.callback_metrics:
+            raise PaCAError(
+                f"HeldOutLoss(metric={self.metric!r}): validation logged no such metric, but "
+                f"{sorted(trainer.callback_metrics)}."
+            )
+        self.after = float(trainer.callback_metrics[self.metric])
+        self.steps = trainer.global_step
+        if trainer.sanity_checking:
+            self.before = self.after
+            for logger in trainer.loggers:
+                logger.log_metrics({self.metric: self.before}, step=0)
+                logger.save()
+            rank_zero_info(f"Held-out loss before training: {self.before:.4f}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print both losses and the fall in per cent."""
+        if self.after is None or self.steps == 0:
+            rank_zero_info("Held-out loss: no validation ran after training began.")
+        elif self.before is None:
+            rank_zero_info(
+                f"Held-out loss after {self.steps} steps: {self.after:.4f} (a resumed run measures none before)"
+            )
+        else:
+            fall = 100 * (1 - self.after / self.before)
+            direction = "down" if fall >= 0 else "up"
+            rank_zero_info(
+                f"Held-out loss: {self.before:.4f} before training, {self.after:.4f} after {self.steps} steps, "
+                f"{direction} {abs(fall):.1f}%"
+            )

@@ -1,0 +1,81 @@
+"""A picture of a run's losses."""
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.artifacts import replacing, run_directory
+
+Curve = tuple[list[int], list[float]]
+
+
+class LossPlot(Callback):
+    """Draws the training and held-out loss over the steps into ``loss.png`` beside ``metrics.csv`` when a run ends.
+
+    Args:
+        train: Column of ``metrics.csv`` with the training loss.
+        held_out: Column with the held-out loss.
+
+    Raises:
+        PaCAError: If the trainer has no ``CSVLogger``, or its directory cannot be written.
+    """
+
+    def __init__(self, train: str = "train/loss", held_out: str = "val/loss") -> None:
+        self.labels = {train: "training", held_out: "held out"}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check before training that there will be something to draw."""
+        if stage != "fit":
+            return
+        if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
+            raise PaCAError(
+                "LossPlot draws what a CSVLogger wrote, and the trainer has none. Add "
+                "lightning.pytorch.loggers.CSVLogger to the trainer's loggers, or leave the callback out."
+            )
+        run_directory(trainer)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the plot."""
+        logger = next(logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
+        logger.save()
+        metrics = Path(logger.log_dir) / "metrics.csv"
+        curves = _curves(metrics, list(self.labels)) if metrics.is_file() else {}
+        if not any(steps for steps, _ in curves.values()):
+            rank_zero_warn(f"LossPlot: {list(self.labels)} were never logged, so there is nothing to draw.")
+            return
+        path = metrics.with_name("loss.png")
+        self._draw(curves, path)
+        rank_zero_info(f"Metrics: {metrics}\nLoss plot: {path}")
+
+    def _draw(self, curves: dict[str, Curve], path: Path) -> None:
+        # Not pyplot: no window, no global state.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per token (nats)")
+        for name, (steps, values) in curves.items():
+            if steps:
+                axes.plot(steps, values, marker="o" if len(steps) < 20 else None, markersize=4, label=self.labels[name])
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+
+
+def _curves(metrics: Path, names: list[str]) -> dict[str, Curve]:
+    """Steps and values of some columns, where a row has a value."""
+    curves: dict[str, Curve] = {name: ([], []) for name in names}
+    with metrics.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, (steps, values) in curves.items():
+                if row.get(name):
+                    steps.append(int(row["step"]))
+                    values.append(float(row[name]))
+    return curves

@@ -1,0 +1,139 @@
+"""What a chat model answers to a few questions, before and after training."""
+
+import json
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.artifacts import replacing, run_directory
+
+FILE_NAME = "answers.json"
+
+
+class SampleAnswers(Callback):
+    """Asks the model in ``pl_module.model`` some questions before and after training, and keeps the answers.
+
+    Answers are greedy, each as the first turn of a conversation in the tokenizer's chat template. They are printed as a
+    table and written to ``answers.json`` in the run's directory. All processes generate them, as a sharded model
+    needs all; the first prints and writes.
+
+    Args:
+        prompts: The questions.
+        max_new_tokens: Longest answer, in tokens.
+        tokenizer: Directory or hub id. Default: the data module's ``tokenizer``.
+
+    Raises:
+        PaCAError: If there is no question, no tokenizer or no chat template, or the run's directory cannot be written.
+    """
+
+    def __init__(self, prompts: list[str], max_new_tokens: int = 64, tokenizer: str | None = None) -> None:
+        if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise PaCAError(f"SampleAnswers needs a list of questions as `prompts`, not {prompts!r}.")
+        if max_new_tokens < 1:
+            raise PaCAError(f"SampleAnswers: max_new_tokens must be at least 1, not {max_new_tokens}.")
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = tokenizer
+        self.answers: dict[str, list[str]] = {}
+        self._tokenizer: PreTrainedTokenizerBase
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the tokenizer, and check that the answers can be written."""
+        if stage == "fit":
+            self._tokenizer = self._find_tokenizer(trainer)
+            self._directory = run_directory(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask before the first step."""
+        self.answers = {"before": self._ask(trainer, pl_module)}
+        self._show("Answers before training")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask after the last step, and write all answers."""
+        self.answers["after"] = self._ask(trainer, pl_module)
+        self._show("Answers before and after training")
+        self._write()
+
+    def _find_tokenizer(self, trainer: Trainer) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase | None
+        if self.tokenizer is not None:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            except (OSError, ValueError) as error:
+                raise PaCAError(
+                    f"SampleAnswers: the tokenizer {self.tokenizer!r} could not be loaded: {error}"
+                ) from error
+        else:
+            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+            if tokenizer is None:
+                raise PaCAError(
+                    "SampleAnswers found no tokenizer: the data module has none as `tokenizer`. Name one in the "
+                    "callback's `tokenizer`: a directory or a hub id."
+                )
+        if tokenizer.chat_template is None:
+            raise PaCAError("SampleAnswers asks through a chat template, and the tokenizer has none. Give it one.")
+        return tokenizer
+
+    def _ask(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        """Answers of the model, which is left as it was."""
+        model = cast(PreTrainedModel, pl_module.model)
+        training = [module for module in model.modules() if module.training]
+        model.eval()  # without dropout, and with a cache also where activations are checkpointed
+        try:
+            # Compiled blocks would be compiled anew for each length of the cache.
+            with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+                return [self._answer(model, prompt, pl_module.device) for prompt in self.prompts]
+        finally:
+            for module in training:
+                module.training = True
+
+    def _answer(self, model: PreTrainedModel, prompt: str, device: torch.device) -> str:
+        tokenizer = self._tokenizer
+        inputs: Any = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+        ends = _end_tokens(model, tokenizer)
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if tokenizer.pad_token_id is None and ends else tokenizer.pad_token_id,
+        )
+        output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        new = output[0, inputs["input_ids"].shape[1] :]
+        return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+    @rank_zero_only
+    def _show(self, title: str) -> None:
+        table = Table(title=title, show_lines=True)
+        for column in ("question", *self.answers):
+            table.add_column(column)
+        for row in zip(self.prompts, *self.answers.values(), strict=True):
+            table.add_row(*map(Text, row))  # no markup: models write brackets too
+        Console().print(table)
+
+    @rank_zero_only
+    def _write(self) -> None:
+        columns = ("prompt", *self.answers)
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(self.prompts, *self.answers.values(), strict=True)]
+        path = self._directory / FILE_NAME
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        rank_zero_info(f"Answers: {path}")
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and those of the model's own settings."""
+    settings = model.generation_config
+    ends = None if settings is None else settings.eos_token_id
+    known = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    return sorted({end for end in known if end is not None})
