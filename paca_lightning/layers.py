@@ -135,27 +135,30 @@ class PaCALayer(nn.Module):
         return self._base_forward(input)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PaCALayer":
-        """Move or cast the layer, but never narrow the delta and the base columns, nor lose the indices.
+        """Move or cast the layer, but never narrow the delta and the base columns, nor lose what is known.
 
         ``bf16-true`` casts every parameter of a model; small updates of the delta would be rounded away. And
-        ``to_empty`` leaves garbage in buffers, where the indices are still known.
+        ``to_empty`` leaves garbage, where the indices are still known and the delta is zero at the start.
         """
         widened = (self.paca_delta, self.paca_base_columns, self.paca_delta.grad)
         fixed = self._uncast()
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            dtype = result.dtype
             if any(tensor is one for one in widened):
-                dtype = torch.promote_types(dtype, tensor.dtype)
-            elif any(tensor is one for one in fixed):
-                dtype = tensor.dtype
-            return result if result.dtype == dtype else tensor.to(device=result.device, dtype=dtype)
+                if tensor.is_meta and not result.is_meta:
+                    return torch.zeros_like(result)
+                return tensor.to(device=result.device, dtype=torch.promote_types(result.dtype, tensor.dtype))
+            if any(tensor is one for one in fixed) and result.dtype != tensor.dtype:
+                return tensor.to(device=result.device)
+            return result
 
-        indices = self.paca_indices
+        indices, dtype = self.paca_indices, self.base.dtype
         super()._apply(keep_precision, recurse)
         if not indices.is_meta:
             self.paca_indices = indices.to(self.paca_indices.device)
+        if self.base.dtype != dtype and not self.base.is_meta:
+            self.write_columns()  # in a wider dtype, the weight holds more of the delta
         return self
 
     def _uncast(self) -> tuple[Tensor, ...]:
@@ -174,9 +177,18 @@ class PaCALayer(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
             if self.base.is_meta:
                 return
+            if self.paca_delta.is_meta and not hasattr(self.base, "to_local"):
+                self._follow_from_meta()
             if has_base and prefix + "paca_base_columns" not in state_dict:
                 local(self.paca_base_columns).copy_(self._read_columns())
             self.write_columns()
+
+    def _follow_from_meta(self) -> None:
+        """Make what ``load_state_dict(assign=True)`` left on meta beside a base weight that is real now."""
+        device, trained = self.base.device, self.paca_delta.requires_grad
+        self.paca_delta = nn.Parameter(torch.zeros_like(self.paca_delta, device=device), requires_grad=trained)
+        self.paca_indices = self.paca_indices.to(device)
+        self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
 
     def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
         delta, indices = (state_dict.get(prefix + name) for name in ("paca_delta", "paca_indices"))
