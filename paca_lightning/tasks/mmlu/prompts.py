@@ -1,11 +1,11 @@
-"""Questions as tokens: few-shot prompts with their four continuations, and training samples.
+"""Questions as tokens: few-shot prompts with their four continuations.
 
 The wording of letter prompts is that of the benchmark's authors (arXiv 2009.03300). Likelihood prompts do not list the
 choices, as a continuation is scored, not a letter.
 """
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,11 +65,17 @@ def prompt_text(question: Question, examples: Sequence[Question], method: Method
     return _header(method, question.subject) + "".join(solved) + stem(question)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text after the beginning-of-sequence token, where the tokenizer sets one; never an end token."""
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    sets_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id, *tokens] if sets_bos else tokens
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer sets one before a text by itself."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of each text after the start tokens, and never an end-of-sequence token."""
+    start = start_tokens(tokenizer)
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [start + tokens for tokens in encoded]
 
 
 def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -111,7 +117,7 @@ def build_prompt(
     options = tuple(array("i", tokens) for tokens in continuations(tokenizer, answers))
     room = max_length - max(map(len, options))
     for first in range(len(examples) + 1):
-        tokens = encode(tokenizer, prompt_text(question, examples[first:], method))
+        (tokens,) = encode(tokenizer, [prompt_text(question, examples[first:], method)])
         if len(tokens) <= room:
             lengths = tuple(1 if method == "letter" else len(answer.encode()) for answer in answers)
             return Prompt(array("i", tokens), options, lengths, len(examples) - first)
@@ -119,24 +125,3 @@ def build_prompt(
         f"{question.where}: the question alone has {len(tokens)} tokens, which with its answer does not fit into "
         f"max_length={max_length}. Raise max_length, or leave out the subject {question.subject!r}."
     )
-
-
-def build_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    examples: Mapping[str | None, Sequence[Question]],
-    method: Method,
-    max_length: int,
-) -> list[Prompt]:
-    """Prompts of all questions, each with the examples of its subject.
-
-    Raises:
-        PaCAError: If a question does not fit.
-    """
-    return [build_prompt(tokenizer, q, examples.get(q.subject, ()), method, max_length) for q in questions]
-
-
-def training_sample(tokenizer: PreTrainedTokenizerBase, question: Question) -> tuple[list[int], list[int]]:
-    """A zero-shot letter prompt and the answer that completes it, as two lists of tokens; no end-of-sequence token."""
-    (answer,) = continuations(tokenizer, [LETTERS[question.answer]])
-    return encode(tokenizer, prompt_text(question, (), "letter")), answer

@@ -1,5 +1,6 @@
 """The log-likelihood of four continuations of each prompt, computed with as little work as a key-value cache allows."""
 
+import copy
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,6 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from paca_lightning.tasks.mmlu.prompts import Prompt
-
-# B prompts, N options of each (4), P tokens of shared prefix, Q tokens of prompt after it, L tokens of option, V words.
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,44 +61,61 @@ def score(model: PreTrainedModel, prompts: Sequence[Prompt], *, several_tokens: 
     """Length-normalized log-likelihood of each prompt's options.
 
     The tokens that all prompts share are run once, the rest of each prompt once, and its options continue from its
-    cache. Only the last position of a prompt has logits.
+    cache: sorted by length and as many at a time as there are prompts, so that little is padded and the cache is never
+    more than twice its size. Only the last position of a prompt has logits.
 
     Args:
         model: A causal language model with a key-value cache.
-        prompts: Prompts that begin with the same token at least.
+        prompts: Prompts that begin with the same token at least, all with N options.
         several_tokens: Whether options of any prompt, on any process, have more than one token. It alone decides the
             number of forward passes, which sharded models need to be equal on all processes.
 
     Returns:
         Scores, shape (B, N), float32.
     """
-    options = [option for prompt in prompts for option in prompt.options]  # B * N
     count = len(prompts[0].options)
-    shared = _shared_length([prompt.tokens for prompt in prompts])
-    rests = [prompt.tokens[shared:] for prompt in prompts]
+    cache, mask, logits = _read(model, [prompt.tokens for prompt in prompts])
 
-    ids = torch.tensor([prompts[0].tokens[:shared]], dtype=torch.long, device=model.device)  # (1, P)
+    options = [option for prompt in prompts for option in prompt.options]  # B * N
+    first_tokens = torch.tensor([option[0] for option in options], device=logits.device).view(-1, count)
+    scores = logits.float().log_softmax(-1).gather(1, first_tokens).flatten()
+    if several_tokens:
+        by_length = sorted(range(len(options)), key=lambda number: len(options[number]))
+        for start in range(0, len(options), len(prompts)):
+            chunk = torch.tensor(by_length[start : start + len(prompts)], device=logits.device)
+            scores[chunk] += _continue(model, cache, mask, chunk // count, [options[number] for number in chunk])
+    lengths = torch.tensor([prompt.lengths for prompt in prompts], device=logits.device)
+    return scores.view(-1, count) / lengths
+
+
+def _read(model: PreTrainedModel, prompts: Sequence["array[int]"]) -> tuple[Any, Tensor, Tensor]:
+    """The cache of all prompts, its attention mask (B, P + Q) and the logits (B, V) after each prompt's last token."""
+    shared = _shared_length(prompts)
+    ids = torch.tensor([prompts[0][:shared]], dtype=torch.long, device=model.device)  # (1, P)
     mask = torch.ones_like(ids)
     cache = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_repeat_interleave(len(prompts))
 
-    ids, rest_mask = _padded(rests, model.device, left=True)  # (B, Q)
+    ids, rest_mask = _padded([prompt[shared:] for prompt in prompts], model.device, left=True)  # (B, Q)
     mask = torch.cat([mask.expand(len(prompts), -1), rest_mask], dim=1)
-    output = _forward(model, ids, mask, cache, logits_to_keep=1)
-    first = output.logits[:, -1].float().log_softmax(-1).repeat_interleave(count, dim=0)  # (B N, V)
+    return cache, mask, _forward(model, ids, mask, cache, logits_to_keep=1)[:, -1]
 
-    ids, option_mask = _padded(options, model.device, left=False)  # (B N, L)
-    total = first.gather(1, ids[:, :1]).squeeze(1)
-    if several_tokens:
-        ids, option_mask = (t if t.shape[1] > 1 else pad(t, (0, 1)) for t in (ids, option_mask))
-        cache.batch_repeat_interleave(count)
-        mask = torch.cat([mask.repeat_interleave(count, dim=0), option_mask[:, :-1]], dim=1)
-        logits = _forward(model, ids[:, :-1], mask, cache).logits  # (B N, L - 1, V)
-        for position in range(logits.shape[1]):  # one at a time: the float32 copy of all of them would be large
-            log_likelihood = logits[:, position].float().log_softmax(-1).gather(1, ids[:, position + 1, None])
-            total = total + log_likelihood.squeeze(1) * option_mask[:, position + 1]
-    lengths = torch.tensor([prompt.lengths for prompt in prompts], device=total.device)
-    return total.view(len(prompts), count) / lengths
+
+def _continue(
+    model: PreTrainedModel, cache: Any, mask: Tensor, rows: Tensor, options: Sequence["array[int]"]
+) -> Tensor:
+    """Log-likelihood of each option's tokens but the first, after the prompt whose row in the cache is given."""
+    cache = copy.deepcopy(cache)
+    cache.batch_select_indices(rows)
+    ids, option_mask = _padded(options, mask.device, left=False)  # (B, L)
+    if ids.shape[1] == 1:
+        ids, option_mask = pad(ids, (0, 1)), pad(option_mask, (0, 1))
+    logits = _forward(model, ids[:, :-1], torch.cat([mask[rows], option_mask[:, :-1]], dim=1), cache)  # (B, L - 1, V)
+    total = torch.zeros(len(options), device=mask.device)
+    for position in range(logits.shape[1]):  # one at a time, as all of them in float32 would take much memory
+        log_likelihood = logits[:, position].float().log_softmax(-1).gather(1, ids[:, position + 1, None])
+        total += log_likelihood.squeeze(1) * option_mask[:, position + 1]
+    return total
 
 
 def _shared_length(sequences: Sequence["array[int]"]) -> int:
@@ -109,12 +125,12 @@ def _shared_length(sequences: Sequence["array[int]"]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Any:
-    """Continue from a cache; masked tokens take no position."""
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Tensor:
+    """Logits of tokens that continue a cache, which takes them up; masked tokens take no position."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kwargs
-    )
+    ).logits
 
 
 def _padded(sequences: Sequence["array[int]"], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
