@@ -164,8 +164,8 @@ class InstructionDataModule(LightningDataModule):
         held_out[order[: round(len(rows) * self.hparams["validation_fraction"])]] = True
         if held_out.all() or not held_out.any():
             raise PaCAError(
-                f"validation_fraction {self.hparams['validation_fraction']} of the {len(rows)} rows of {train.location} "
-                "leaves the training or the validation split empty."
+                f"validation_fraction {self.hparams['validation_fraction']} of the {len(rows)} rows of "
+                f"{train.location} leaves the training or the validation split empty."
             )
         in_validation = held_out[conversation_rows]
         self.splits["train"] = train.select(~in_validation)
@@ -191,4 +191,5 @@ class InstructionDataModule(LightningDataModule):
         collator = PadCollator(
             pad_token_id(self.tokenizer), hparams["pad_to_multiple_of"], hparams["max_length"], hparams["packing"]
         )
-        return ResumableLoader(DocumentReader(split.dataset), order, collator, hparams["num_workers"])
+        trainer = self.trainer if name == "train" else None
+        return ResumableLoader(DocumentReader(split.dataset), order, collator, hparams["num_workers"], trainer)

@@ -73,18 +73,18 @@ class BatchOrder:
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches come next."""
+        """Choose the epoch that iterating goes through."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return -(-self.num_rows // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
+        return self.batches(self.epoch)
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the epoch's batches of this rank from position `start` on."""
-        rng = np.random.default_rng([self.seed, self.epoch]) if self.shuffle else None
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield an epoch's batches of this rank from position `start` on."""
+        rng = np.random.default_rng([self.seed, epoch]) if self.shuffle else None
         if self._packing is None:
             documents, sizes, row_lengths = np.arange(self.num_rows), np.ones(self.num_rows, np.int64), self.lengths
             firsts = documents
