@@ -1,5 +1,6 @@
 """The command line: LightningCLI for training, plain functions for the tools."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -18,9 +19,9 @@ RUNS = {
     "test": "Evaluate on the test split (LightningCLI).",
     "predict": "Run a model over a data set (LightningCLI).",
 }
+DATA = {"data": "Show what a config trains on: samples with the trained tokens marked, and length statistics."}
 # Imported when asked for: --help and a typing mistake shall answer at once.
 TOOLS = {
-    "data": ("paca_lightning.tools.data", "Show samples with the trained tokens marked, and length statistics."),
     "generate": ("paca_lightning.tools.generate", "Answer prompts with a model and an adapter."),
     "export": ("paca_lightning.tools.export", "Write a merged Hugging Face checkpoint or a LoRA adapter."),
     "bench": ("paca_lightning.tools.bench", "Measure time and memory of PaCA against other methods."),
@@ -60,12 +61,13 @@ def _run(arguments: list[str]) -> None:
         print(version("paca-lightning"))
     elif command in TOOLS:
         _run_tool(command, arguments[1:])
+    elif command in DATA:
+        _show_data(arguments[1:])
     elif command in RUNS:
-        _run_lightning(arguments)
+        _lightning_cli(arguments, run=True)
     else:
-        raise PaCAError(
-            f"{command!r} is no command. Commands: {', '.join([*RUNS, *TOOLS])}. See paca-lightning --help."
-        )
+        commands = ", ".join([*RUNS, *DATA, *TOOLS])
+        raise PaCAError(f"{command!r} is no command. Commands: {commands}. See paca-lightning --help.")
 
 
 def _run_tool(command: str, arguments: list[str]) -> None:
@@ -76,15 +78,24 @@ def _run_tool(command: str, arguments: list[str]) -> None:
     auto_cli(function, args=arguments, prog=f"paca-lightning {command}", as_positional=False)
 
 
-def _run_lightning(arguments: list[str]) -> None:
+def _show_data(arguments: list[str]) -> None:
+    from paca_lightning.tools.data import data
+
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--samples", type=int, default=3)
+    known, others = options.parse_known_args(arguments)
+    data(_lightning_cli(others, run=False).datamodule, known.samples)
+
+
+def _lightning_cli(arguments: list[str], *, run: bool) -> Any:
+    """A LightningCLI in which configs name any classes; with ``run``, its subcommand has run when this returns."""
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
-    import paca_lightning
     import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
 
     sys.argv[1:] = arguments
-    LightningCLI(
+    return LightningCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -92,14 +103,13 @@ def _run_lightning(arguments: list[str]) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         parser_kwargs={"prog": "paca-lightning"},
+        run=run,
     )
 
 
 def _print_overview() -> None:
     table = Table(title="paca-lightning COMMAND --help tells more", title_justify="left", box=None, show_header=False)
-    for name, purpose in RUNS.items():
-        table.add_row(f"[bold]{name}[/]", purpose)
-    for name, (_, purpose) in TOOLS.items():
+    for name, purpose in (RUNS | DATA | {name: purpose for name, (_, purpose) in TOOLS.items()}).items():
         table.add_row(f"[bold]{name}[/]", purpose)
     rich.print(table)
     rich.print(
