@@ -96,7 +96,10 @@ def bench(
     )
     if steps < 1:
         raise PaCAError(f"steps must be at least 1, not {steps}.")
-    chosen = parse_methods(_entries(methods), _ranks(r), match, workload.skeleton())
+    skeleton = workload.skeleton()
+    chosen = parse_methods(_entries(methods), _ranks(r), match, skeleton)
+    for method in chosen:
+        method.apply(skeleton)  # a rank too large or a missing package comes out here
     if max_length is not None:
         check_budget(workload, max_length)
     directory = None if output is None else open_output(output)

@@ -14,6 +14,9 @@ from torch.multiprocessing.spawn import start_processes
 
 from paca_lightning.errors import PaCAError
 
+# Imported on first use otherwise, by every process again. Those that are not installed are passed over.
+_PRELOADED = ("torch._dynamo", "transformers.models.llama.modeling_llama", "peft")
+
 
 def in_fresh_processes(function: Callable[..., Any], *args: Any, ranks: int = 1, device: str = "cpu") -> Any:
     """Call ``function(*args)`` once in each of some fresh processes.
@@ -35,7 +38,7 @@ def in_fresh_processes(function: Callable[..., Any], *args: Any, ranks: int = 1,
     """
     # A server that has imported everything and computed nothing forks each of them: fresh, and there at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([function.__module__, *_PRELOADED])
     with tempfile.TemporaryDirectory() as directory:
         start_processes(
             _rank_main,

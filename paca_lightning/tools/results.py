@@ -27,24 +27,24 @@ def print_table(rows: list[Row], title: str, console: Console | None = None) -> 
         title: What was measured.
         console: Where to. Default: standard output.
     """
-    time = _table(title, "step ms", "x floor", "quartiles", "forward", "backward", "optimizer", "tokens/s")
+    time = _table(title, "step ms", "x floor", "quartiles", "forward", "backward", "optimizer")
     longest = any("max_tokens" in row for row in rows)
-    memory = _table("", "saved for backward", "peak", "trainable", *(["longest"] if longest else []))
+    memory = _table("", "saved", "peak", "trainable", "tokens/s", *(["longest"] if longest else []))
     for row in rows:
         low, high = row["ratio_quartiles"]
         time.add_row(
             label(row),
             f"{row['step_ms']:.1f}",
-            f"{row['ratio_to_floor']:.3f}",
-            f"{low:.3f}-{high:.3f}{' noisy' if row['noisy'] else ''}",
+            f"{row['ratio_to_floor']:.3f}{' noisy' if row['noisy'] else ''}",
+            f"{low:.3f}-{high:.3f}",
             *(f"{row[name]:.1f}" for name in ("forward_ms", "backward_ms", "optimizer_ms")),
-            f"{row['tokens_per_second']:.0f}",
         )
         memory.add_row(
             label(row),
             format_bytes(row["saved_bytes"]),
             "-" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),
             f"{row['trainable_parameters']:,}",
+            f"{row['tokens_per_second']:.0f}",
             *([f"{row['max_tokens']} tokens"] if longest else []),
         )
     console = console or Console()
@@ -61,7 +61,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("method", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

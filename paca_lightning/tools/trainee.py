@@ -48,7 +48,7 @@ class Trainee:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.trainable_parameters = sum(parameter.numel() for parameter in trained)
         self.kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+        self._optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
         if self._optimizer is not None and any(True for _ in paca_layers(model)):
             attach(self._optimizer, model)
         if workload.ranks > 1 and trained:  # the floor has nothing to exchange, which DDP refuses

@@ -4,7 +4,7 @@ import re
 
 from paca_lightning.errors import PaCAError
 
-_FACTORS = {"": 1, "B": 1} | {
+_FACTORS = {"": 1, "B": 1, "kB": 1000} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))
