@@ -25,7 +25,7 @@ def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: st
         path: Names it in errors.
 
     Returns:
-        Shape (in_features,), fp32.
+        Shape (in_features,), fp32 (fp64 for an fp64 weight).
 
     Raises:
         PaCAError: If the weight is on meta, or is quantized already and so has no known error.
@@ -47,7 +47,7 @@ def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: st
         rows = rows.t()
     if selection == "quant_error":
         return squared_errors(rows, path)
-    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def calibrate(

@@ -52,10 +52,30 @@ def apply_paca(
         PaCAError: If a name matches nothing, a layer cannot be converted, or the model carries another configuration.
     """
     with_data = calibration is not None
-    report, undecided = convert(model, config, indices, data_follows=with_data, weigh_errors=with_data)
-    if undecided and calibration is not None:
-        select_columns(model, config, calibration, undecided)
+    with undone_on_error(model):
+        report, undecided = convert(model, config, indices, data_follows=with_data, weigh_errors=with_data)
+        if undecided and calibration is not None:
+            select_columns(model, config, calibration, undecided)
     return report
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """If the block fails, release the layers that it converted, and freeze and thaw parameters as they were."""
+    layers = {layer for _, layer in paca_layers(model)}
+    saved = {module for _, module in saved_modules(model)}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except Exception:
+        _release([layer for _, layer in paca_layers(model) if layer not in layers], trained=False)
+        for _, module in saved_modules(model):
+            if module not in saved:
+                del vars(module)["_paca_original"]
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        raise
 
 
 def convert(
@@ -85,6 +105,7 @@ def convert(
     columns = _by_target(indices or {}, resolution.targets, prefix)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
     _refuse_sharded(model, fresh)
+    _refuse_other_columns(resolution.targets, columns)
     by_data = config.selection in CALIBRATED or (config.selection == "quant_error" and weigh_errors)
     undecided = {target.path for target in fresh if by_data} - columns.keys()
     if undecided and not data_follows:
@@ -93,18 +114,19 @@ def convert(
             "(PaCAStrategy takes them from the training data by itself)."
         )
     originals = {path: _original(module) for path, module in resolution.saved.items()}
-    model.requires_grad_(False)
-    for target in fresh:
-        chosen = columns.get(target.path)
-        if chosen is None and target.path not in undecided:
-            chosen = _columns_by_weight(target, config.selection)
-        _convert(target, config, chosen, relative_path(target.path, prefix))
-    quantize_layers(model, config, undecided)
-    for _, layer in paca_layers(model):
-        layer.paca_delta.requires_grad_(True)
-    for path, module in resolution.saved.items():
-        vars(module).setdefault("_paca_original", originals[path])
-        module.requires_grad_(True)
+    with undone_on_error(model):
+        model.requires_grad_(False)
+        for target in fresh:
+            chosen = columns.get(target.path)
+            if chosen is None and target.path not in undecided:
+                chosen = _columns_by_weight(target, config.selection)
+            _convert(target, config, chosen, relative_path(target.path, prefix))
+        quantize_layers(model, config, undecided)
+        for _, layer in paca_layers(model):
+            layer.paca_delta.requires_grad_(True)
+        for path, module in resolution.saved.items():
+            vars(module).setdefault("_paca_original", originals[path])
+            module.requires_grad_(True)
     return report_on(model, config, resolution), undecided
 
 
@@ -126,16 +148,21 @@ def select_columns(
         undecided: Paths of the layers to move.
         step: Runs one batch and returns the model's output or loss. Default: ``model(**batch)``.
         reduce: Sums scores over ranks.
+
+    Raises:
+        PaCAError: If there is no batch or no loss, or the batches say nothing about a layer.
     """
     layers = {path: layer for path, layer in paca_layers(model) if clean_path(path) in undecided}
     by_error = config.selection == "quant_error"
     selection = "activation_norm" if by_error else config.selection
-    for path, score in calibrate(model, layers, selection, calibration, step).items():
+    scores = calibrate(model, layers, selection, calibration, step)
+    totals = {path: reduce(score) for path, score in scores.items()}
+    _check_scores(totals, config.selection)
+    for path, total in totals.items():
         layer = layers[path]
-        total = reduce(score)
         if by_error:
             total = total * weight_scores(layer, type(layer), "quant_error", clean_path(path))
-        layer.move_to_columns(largest_indices(total, layer.r).to(score.device))
+        layer.move_to_columns(largest_indices(total, layer.r).to(total.device))
     quantize_layers(model, config)
 
 
@@ -199,7 +226,11 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
 
 @contextmanager
 def disable_paca(model: nn.Module) -> Iterator[None]:
-    """Inside this context the model is the base model, bitwise, and trains nothing of PaCA."""
+    """Inside this context the model is the base model, bitwise, and trains nothing of PaCA.
+
+    Dense weights are overwritten and put back, so run the backward of anything computed before it first: autograd
+    refuses afterwards.
+    """
     layers = [layer for _, layer in paca_layers(model) if layer.paca_enabled]
     tuned = [(module, _original(module)) for _, module in saved_modules(model)]
     for layer in layers:
@@ -263,6 +294,26 @@ def _by_target(indices: Mapping[str, Tensor], targets: list[Target], prefix: str
     return {by_name[name].path: chosen.cpu() for name, chosen in indices.items()}
 
 
+def _check_scores(scores: dict[str, Tensor], selection: str) -> None:
+    for path, score in scores.items():
+        finite = bool(torch.isfinite(score).all())
+        if not finite or not bool(score.any()):
+            problem = "never reach" if finite else "give NaN or Inf in"
+            raise PaCAError(
+                f"selection={selection!r}: the calibration batches {problem} {path!r}, so its columns cannot be "
+                "compared. Use other or more batches, list it in exclude_modules, or use selection='random'."
+            )
+
+
+def _refuse_other_columns(targets: list[Target], columns: dict[str, Tensor]) -> None:
+    for target in targets:
+        chosen, layer = columns.get(target.path), target.module
+        if chosen is not None and isinstance(layer, PaCALayer) and not torch.equal(chosen, layer.paca_indices.cpu()):
+            raise PaCAError(
+                f"indices: {target.path!r} was converted before and trains other columns. unload(model) first."
+            )
+
+
 def _refuse_other_config(model: nn.Module, config: PaCAConfig) -> None:
     for path, layer in paca_layers(model):
         before = vars(layer).get("_paca_config")
@@ -299,6 +350,8 @@ def _overwrite(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _release_all(model: nn.Module, *, trained: bool) -> nn.Module:
+    if any(not layer.paca_enabled for _, layer in paca_layers(model)):
+        raise PaCAError("merge and unload do not work inside disable_paca: leave that context first.")
     _release((layer for _, layer in list(paca_layers(model))), trained=trained)
     for _, module in saved_modules(model):
         if not trained:
