@@ -38,6 +38,8 @@ def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, loc
     trained_since = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     frozen = vars(module)[FROZEN] - trained_since
     for key in list(state_dict):
+        if not key.startswith(prefix):  # of a sibling, if the module is inside another one
+            continue
         name = key.removeprefix(prefix)
         # Some quantized layers keep their scales beside the weight, as "weight.absmax".
         if name in frozen or any(part in frozen for part in _parents(name)):
@@ -61,7 +63,10 @@ def _check_loaded(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     frozen = {key for key in missing if any(key == name or key.endswith("." + name) for name in vars(module)[FROZEN])}
     if not lost:
         missing[:] = [key for key in missing if key not in frozen]
-    elif len(lost) < sum(name.endswith(ADAPTER) for name, _ in _named_tensors(module)) or frozen:
+        return
+    # A base checkpoint has nothing of the adapter, but every weight; it does not know the base columns.
+    frozen = {key for key in frozen if not key.endswith("paca_base_columns")}
+    if len(lost) < sum(name.endswith(ADAPTER) for name, _ in _named_tensors(module)) or frozen:
         raise PaCAError(
             f"The checkpoint has nothing for the PaCA layer {_layer(lost[0])!r} ({len(lost) // 2} such layers). Use "
             "the target_modules it was trained with."
