@@ -39,16 +39,24 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         _run(arguments)
-    except PaCAError as error:
-        if debug:
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None or debug:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(mistake))}")
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning saves and tears down on Ctrl-C, then exits with 1.
         if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
             sys.exit(130)
         raise
+
+
+def _mistake(error: BaseException | None) -> PaCAError | None:
+    """The PaCAError at the root of an error: jsonargparse wraps those of a config's classes."""
+    while error is not None and not isinstance(error, PaCAError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _run(arguments: list[str]) -> None:

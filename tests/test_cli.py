@@ -1,0 +1,156 @@
+"""The paca-lightning command as users type it."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paca_lightning import PaCAError, load_adapter
+from paca_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+DEBUG = ["--config", "configs/debug.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["paca-lightning"])
+
+
+def output_to(directory: Path) -> list[str]:
+    """Overrides that send a debug run's files elsewhere."""
+    return [f"--trainer.default_root_dir={directory}", f"--trainer.logger.init_args.save_dir={directory}"]
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    """Exit code and stderr of a command that must fail."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code, " ".join(capsys.readouterr().err.split())
+
+
+def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    printed = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "data", "bench", "--debug"):
+        assert command in printed
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = failure(["train"], capsys)
+    assert code == 2
+    assert "'train' is no command. Commands: fit," in message
+
+
+def test_fit_leaves_an_adapter_metrics_a_plot_and_the_config(tmp_path: Path) -> None:
+    main(["fit", *DEBUG, *output_to(tmp_path), "--trainer.max_epochs=1"])
+    run = tmp_path / "version_0"
+    for name in ("adapter/adapter_config.json", "metrics.csv", "loss.png", "config.yaml"):
+        assert (run / name).stat().st_size > 0
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["peft_type"] == "PACA"
+    tensors = next((run / "checkpoints").glob("*.ckpt"))
+    keys = torch.load(tensors, weights_only=True)["state_dict"]
+    assert all(key.endswith(("paca_delta", "paca_indices", "lm_head.weight")) for key in keys)
+
+
+def test_validate_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
+    main(["fit", *DEBUG, *output_to(tmp_path), *short])
+    checkpoint = next((tmp_path / "version_0" / "checkpoints").glob("*.ckpt"))
+    with (tmp_path / "version_0" / "metrics.csv").open(newline="") as file:
+        trained = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    capsys.readouterr()
+    main(["validate", *DEBUG, *output_to(tmp_path), f"--ckpt_path={checkpoint}"])
+    printed = capsys.readouterr().out
+    loss = next(line for line in printed.splitlines() if "val/loss" in line).split("│")[2].strip()
+    assert f"{float(loss):.4f}" in {
+        f"{float(cell):.4f}" for cell in trained.replace("\n", ",").split(",") if "." in cell
+    }
+
+
+def test_callback_by_shorthand(tmp_path: Path) -> None:
+    more = ["--trainer.limit_train_batches=1", "--trainer.max_epochs=1", "--trainer.callbacks=null"]
+    more += ["--trainer.callbacks+=PaCAStrategy", "--trainer.callbacks.config.r=4"]
+    more += ["--trainer.callbacks+=AdapterCheckpoint", "--trainer.logger=false"]
+    main(["fit", *DEBUG, f"--trainer.default_root_dir={tmp_path}", *more])
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("configs/tiny-llama"))
+    with pytest.raises(PaCAError, match="another base model"):
+        load_adapter(other, tmp_path / "adapter")
+
+
+def test_data_shows_trained_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["data", *DEBUG, "--samples", "1"])
+    printed = capsys.readouterr().out
+    assert "⟦" in printed
+    assert "215" in printed
+
+
+def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *DEBUG, "--print_config"])
+    assert stop.value.code == 0
+    assert "paca_lightning.PaCAStrategy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--trainer.callbacks.config.r=0", "r must be a positive integer"),
+        ("--trainer.callbacks.config.target_modules=[q_porj]", "Did you mean 'q_proj'?"),
+        ("--data.init_args.train=nowhere.jsonl", "nowhere.jsonl"),
+        ("--model.init_args.model=nowhere/at-all", "nowhere/at-all"),
+    ],
+)
+def test_mistakes_are_one_clean_message(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ["--trainer.callbacks=PaCAStrategy"] if "callbacks" in override else []
+    code, printed = failure(["fit", *DEBUG, *output_to(tmp_path), *first, override], capsys)
+    assert code == 2
+    assert "error:" in printed
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(PaCAError, match="is no command"):
+        main(["train", "--debug"])
+
+
+def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_epochs=1000"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "version_0" / "metrics.csv").exists():  # written once training is on its way
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert (tmp_path / "version_0" / "adapter" / "adapter_model.safetensors").exists()
