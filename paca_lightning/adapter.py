@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paca_lightning.config import PaCAConfig
-from paca_lightning.conversion import apply_paca, config_of, saved_modules, unload
+from paca_lightning.conversion import config_of, convert, saved_modules, undone_on_error
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import written_aside
 from paca_lightning.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
@@ -48,8 +51,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors[f"{PREFIX}{path}.paca_indices"] = _whole(layer.paca_indices)
         samples[path] = sample_columns(_whole(layer.paca_base_columns))
     for path, module in _relative_saved(model).items():
-        for name, parameter in module.named_parameters():
-            tensors[f"{PREFIX}{path}.{name}"] = _whole(parameter)
+        for name, tensor in module.state_dict().items():
+            tensors[f"{PREFIX}{path}.{name}"] = _whole(tensor)
     if not _is_first_rank():
         return
     with written_aside(directory) as scratch:
@@ -72,37 +75,42 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
 
     Raises:
         PaCAError: If a file is missing or damaged, a tensor does not fit (naming the layer), or the base model is
-            another one. The model is then as it was.
+            another one. The model is then as it was, unless it was quantized on the way: that cannot be undone.
     """
-    config = adapter_config(directory)
-    ours = _ours(Path(directory))
-    tensors = _tensors(Path(directory))
-    prefix = base_model_prefix(model)
-    indices, deltas, whole = _sorted_out(tensors, directory)
+    config, ours = adapter_config(directory), _ours(Path(directory))
+    indices, deltas, whole = _sorted_out(_tensors(Path(directory)), directory)
     known = config_of(model)
-    report = apply_paca(model, config, indices=indices) if known is None else apply_paca(model, known)
-    layers = _relative_layers(model)
-    before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
-    try:
-        _check_layers(layers, indices, deltas, ours, directory)
-        for path, layer in layers.items():
-            layer.move_to_columns(indices[path].to(layer.paca_indices.device))
-        _check_base_model(layers, ours, directory, QUANTIZED_TOLERANCE if config.quantize else TOLERANCE)
-        targets = _whole_targets(model, whole, prefix, directory)
-    except PaCAError:
-        if known is None:
-            unload(model)
-        else:
+    with _says_where(directory), undone_on_error(model):
+        # Whatever the selection, the columns are the adapter's: no data needs to follow.
+        report, _ = convert(model, known or config, indices if known is None else None, data_follows=True)
+        layers = _relative_layers(model)
+        before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
+        _check_layers(layers, indices, deltas, ours)
+        targets = _whole_targets(model, whole)
+        try:
+            for path, layer in layers.items():
+                layer.move_to_columns(indices[path].to(layer.paca_indices.device))
+            _check_base_model(layers, ours, directory, QUANTIZED_TOLERANCE if config.quantize else TOLERANCE)
+        except PaCAError:
             for path, layer in layers.items():
                 layer.move_to_columns(before[path])
-        raise
+            raise
     with torch.no_grad():
         for path, layer in layers.items():
             _copy(layer.paca_delta, deltas[path])
             layer.write_columns()
-        for parameter, value in targets:
-            _copy(parameter, value)
+        for tensor, value in targets:
+            _copy(tensor, value)
     return report
+
+
+@contextmanager
+def _says_where(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Begin the message of an error with the adapter's directory."""
+    try:
+        yield
+    except PaCAError as error:
+        raise PaCAError(f"{directory}: {error}") from error
 
 
 def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
@@ -116,7 +124,7 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
         raise PaCAError(f"{Path(directory) / CONFIG}: peft_type is {peft.get('peft_type')!r}, not 'PACA'.")
     ours = _ours(Path(directory))
     if ours is not None:
-        return PaCAConfig.from_dict(ours["config"])
+        return ours.config
     try:
         return PaCAConfig(
             r=peft["r"],
@@ -168,62 +176,61 @@ def _sorted_out(
 
 
 def _check_layers(
-    layers: dict[str, PaCALayer],
-    indices: dict[str, Tensor],
-    deltas: dict[str, Tensor],
-    ours: dict[str, Any] | None,
-    directory: str | os.PathLike[str],
+    layers: dict[str, PaCALayer], indices: dict[str, Tensor], deltas: dict[str, Tensor], ours: "_Ours | None"
 ) -> None:
     for path in sorted(layers.keys() ^ deltas.keys()):
         where = "in the adapter but not a PaCA layer of the model" if path in deltas else "not in the adapter"
-        raise PaCAError(f"{directory}: {path!r} is {where}. Use the settings and the base model it was trained with.")
+        raise PaCAError(f"{path!r} is {where}. Use the settings and the base model it was trained with.")
+    for path in deltas if ours is not None else ():
+        if path in ours.scalings and path in ours.fingerprint:
+            continue
+        raise PaCAError(f"{OURS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
     for path, layer in layers.items():
         expected = (layer.out_features, layer.r)
         if tuple(deltas[path].shape) != expected:
             raise PaCAError(
-                f"{directory}: the delta of {path!r} has shape {tuple(deltas[path].shape)}, the model needs {expected}."
+                f"the delta of {path!r} has shape {tuple(deltas[path].shape)}, the model needs {expected}. Use the "
+                "settings and the base model it was trained with."
             )
         check_indices(indices[path], layer.in_features, layer.r, path=path)
-        trained = ours["layers"][path] if ours is not None else None
-        if trained is not None and trained["alpha"] / trained["r"] != layer.scaling:
+        if ours is not None and ours.scalings[path] != layer.scaling:
             raise PaCAError(
-                f"{directory}: {path!r} was trained with scaling {trained['alpha'] / trained['r']:g}, the model has "
-                f"{layer.scaling:g}. Use the adapter's alpha."
+                f"{path!r} was trained with scaling {ours.scalings[path]:g}, the model has {layer.scaling:g}. Use the "
+                "adapter's alpha."
             )
 
 
 def _check_base_model(
-    layers: dict[str, PaCALayer],
-    ours: dict[str, Any] | None,
-    directory: str | os.PathLike[str],
-    tolerance: float,
+    layers: dict[str, PaCALayer], ours: "_Ours | None", directory: str | os.PathLike[str], tolerance: float
 ) -> None:
     if ours is None:
         return
     here = {path: sample_columns(_whole(layer.paca_base_columns)) for path, layer in layers.items()}
-    if (path := differing_layer(ours["fingerprint"], here, tolerance)) is not None:
+    if (path := differing_layer(ours.fingerprint, here, tolerance)) is not None:
+        name = _read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
         raise PaCAError(
-            f"{directory} was trained on another base model: its weights differ from those here, most in {path!r}."
+            f"it was trained on another base model: its weights differ from those here, most in {path!r}. Load the one "
+            f"it was trained on{f', {name!r}' if name else ''}."
         )
 
 
-def _whole_targets(
-    model: nn.Module, whole: dict[str, Tensor], prefix: str, directory: str | os.PathLike[str]
-) -> list[tuple[nn.Parameter, Tensor]]:
-    parameters = {
-        f"{path}.{name}": parameter
+def _whole_targets(model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What is trained whole in the model, and the value the adapter has for it."""
+    here = {
+        f"{path}.{name}": tensor
         for path, module in _relative_saved(model).items()
-        for name, parameter in module.named_parameters()
+        for name, tensor in module.state_dict().items()
     }
-    for name in sorted(parameters.keys() ^ whole.keys()):
-        where = "not in the adapter" if name in parameters else "in the adapter but not in modules_to_save"
-        raise PaCAError(f"{directory}: {name!r} is {where}.")
+    for name in sorted(here.keys() ^ whole.keys()):
+        where = "not in the adapter" if name in here else "in the adapter but not in modules_to_save"
+        raise PaCAError(f"{name!r} is {where}. Use the modules_to_save it was trained with.")
     for name, value in whole.items():
-        if value.shape != parameters[name].shape:
+        if value.shape != here[name].shape:
             raise PaCAError(
-                f"{directory}: {name!r} has shape {tuple(value.shape)}, the model {tuple(parameters[name].shape)}."
+                f"{name!r} has shape {tuple(value.shape)}, the model needs {tuple(here[name].shape)}. Use the base "
+                "model it was trained with."
             )
-    return [(parameters[name], value) for name, value in whole.items()]
+    return [(here[name], value) for name, value in whole.items()]
 
 
 def _relative_layers(model: nn.Module) -> dict[str, PaCALayer]:
@@ -241,7 +248,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return full.detach().cpu().contiguous().clone()
 
 
-def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+def _copy(parameter: Tensor, value: Tensor) -> None:
     if hasattr(parameter, "to_local"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -264,8 +271,30 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _ours(directory: Path) -> dict[str, Any] | None:
-    return _read_json(directory / OURS) if (directory / OURS).exists() else None
+@dataclass(frozen=True)
+class _Ours:
+    """What PEFT's layout has no place for."""
+
+    config: PaCAConfig
+    scalings: dict[str, float]
+    fingerprint: dict[str, list[float]]
+
+
+def _ours(directory: Path) -> _Ours | None:
+    path = directory / OURS
+    if not path.exists():
+        return None
+    content = _read_json(path)
+    try:
+        return _Ours(
+            config=PaCAConfig.from_dict(content["config"]),
+            scalings={name: layer["alpha"] / layer["r"] for name, layer in content["layers"].items()},
+            fingerprint={name: list(map(float, values)) for name, values in content["fingerprint"].items()},
+        )
+    except PaCAError as error:
+        raise PaCAError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise PaCAError(f"{path} is damaged ({type(error).__name__}: {error}). Save the adapter again.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

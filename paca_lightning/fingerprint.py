@@ -36,7 +36,10 @@ def differing_layer(
         found: The same of the other model.
         tolerance: Largest root-mean-square difference relative to the values, over all layers.
     """
-    errors = {path: math.dist(values, found[path]) for path, values in expected.items()}
+    errors = {
+        path: math.dist(values, found[path]) if len(values) == len(found.get(path, ())) else math.inf
+        for path, values in expected.items()
+    }
     size = math.hypot(*(value for values in expected.values() for value in values))
     if math.hypot(*errors.values()) <= tolerance * size:
         return None
