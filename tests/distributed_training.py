@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler
 
-from paca_lightning import PaCAConfig, PaCAStrategy, paca_layers
+from paca_lightning import PaCAConfig, PaCAStrategy, disable_paca, paca_layers, write_columns
 from paca_lightning.layers import local
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from tests.tiny import tiny_llama
@@ -26,7 +27,7 @@ class TinyChat(LightningModule):
         self.overrides = {"intermediate_size": 97, "vocab_size": 383} | overrides
         self.dtype_ = dtype
         self.losses: list[float] = []
-        self.norms: list[float] = []
+        self.ranks_of_one = 1
         self.model: nn.Module | None = self._build() if in_init else None
 
     def _build(self) -> nn.Module:
@@ -47,9 +48,16 @@ class TinyChat(LightningModule):
         self.losses.append(float(mean))
         return loss
 
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        assert self.model is not None
+        self.log("loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
+
     def train_dataloader(self) -> DataLoader[Tensor]:
         generator = torch.Generator().manual_seed(0)
         data = torch.randint(0, 383, (SAMPLES, TOKENS), generator=generator)
+        if self.ranks_of_one > 1:  # this one process's micro-batches are the batches of so many ranks
+            data = data.view(-1, 4 // self.ranks_of_one, self.ranks_of_one, TOKENS).transpose(1, 2).flatten(0, 2)
+            return DataLoader(data, batch_size=4 // self.ranks_of_one, shuffle=False)  # type: ignore[arg-type]
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = DistributedSampler(data, ranks, rank, shuffle=False)  # type: ignore[arg-type]
         return DataLoader(data, batch_size=4 // ranks, sampler=sampler)  # type: ignore[arg-type]
@@ -64,6 +72,7 @@ class Run:
     module: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] | None = None
+    ranks_of_one: int = 1
     resume: Path | None = None
     save: Path | None = None
 
@@ -71,19 +80,22 @@ class Run:
 def train(run: Run) -> dict[str, Any]:
     """Train and return losses and whole deltas; sharded if the run has a strategy."""
     module = TinyChat(**run.module)
+    module.ranks_of_one = run.ranks_of_one
     trainer = make_trainer(run)
     trainer.fit(module, ckpt_path=run.resume)
     if run.save:
         trainer.save_checkpoint(run.save)
-    return {"losses": module.losses, "deltas": whole_deltas(module)}
+    losses = [sum(part) / run.ranks_of_one for part in zip(*[iter(module.losses)] * run.ranks_of_one, strict=True)]
+    return {"losses": losses, "deltas": whole_deltas(module)}
 
 
 def make_trainer(run: Run, **overrides: Any) -> Trainer:
     settings: dict[str, Any] = {
         "accelerator": "cpu",
-        "devices": 1 if run.strategy is None else int(os.environ["WORLD_SIZE"]),
+        "devices": 1 if run.strategy is None else int(os.environ["LOCAL_WORLD_SIZE"]),
         "strategy": "auto" if run.strategy is None else FSDP2Strategy(**run.strategy),
         "max_steps": run.steps,
+        "accumulate_grad_batches": run.ranks_of_one,
         "callbacks": [PaCAStrategy(run.config)],
         "logger": False,
         "use_distributed_sampler": False,
@@ -110,3 +122,110 @@ def whole_deltas(module: nn.Module) -> dict[str, Tensor]:
 def train_all(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
     """Several runs in one launch."""
     return {name: train(run) for name, run in runs.items()}
+
+
+class Plain(LightningModule):
+    """No blocks, no Hugging Face: layers called through ``self(x)``, and a parameter of its own used after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3))
+            self.gain = nn.Parameter(torch.full((1,), 2.0))
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = (self(batch) * self.gain - 1).square().mean()
+        self.losses.append(float(self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")))
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        with disable_paca(self):
+            without = self(batch)
+        self.log("changed", (self(batch) - without).abs().max(), sync_dist=True)
+
+    configure_optimizers = TinyChat.configure_optimizers
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        data = torch.randn(160, 12, generator=torch.Generator().manual_seed(0))
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(data, ranks, rank, shuffle=False)  # type: ignore[arg-type]
+        return DataLoader(data, batch_size=4 // ranks, sampler=sampler)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def train_plain(run: Run) -> dict[str, Any]:
+    """Train the plain module, with validations that look at the base model, then validate once more."""
+    module = Plain()
+    settings = {"limit_train_batches": 4, "limit_val_batches": 1, "enable_progress_bar": False}
+    make_trainer(run, **settings).fit(module)
+    changed = make_trainer(run, **settings).validate(module, verbose=False)[0]["changed"]
+    return {"losses": module.losses, "deltas": whole_deltas(module), "changed": changed}
+
+
+class CountCommunication(Callback):
+    """Counts collectives in each micro-batch, and in a write-back."""
+
+    def __init__(self) -> None:
+        self.reductions: list[int] = []
+        self.in_write_back: int | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.mode = CommDebugMode()
+        self.mode.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.mode.__exit__(None, None, None)
+        counts = {str(operator): count for operator, count in self.mode.get_comm_counts().items()}
+        self.reductions.append(sum(int(count) for operator, count in counts.items() if "reduce_scatter" in operator))
+        with CommDebugMode() as mode:
+            write_columns(pl_module)
+        self.in_write_back = int(mode.get_total_counts())
+
+
+def count_communication() -> dict[str, Any]:
+    """Of four micro-batches, two to a step."""
+    counter = CountCommunication()
+    run = Run(steps=2, strategy={}, trainer={"accumulate_grad_batches": 2})
+    make_trainer(run, callbacks=[PaCAStrategy(run.config), counter]).fit(TinyChat())
+    return {"reductions": counter.reductions, "in write-back": counter.in_write_back}
+
+
+def train_until_death(run: Run, dies_at: int) -> None:
+    """Save as the run says after each step; the last rank vanishes at a step."""
+
+    class Die(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            assert run.save
+            trainer.save_checkpoint(run.save)
+            if trainer.global_step == dies_at and trainer.global_rank == trainer.world_size - 1:
+                os._exit(9)
+
+    make_trainer(run, callbacks=[PaCAStrategy(run.config), Die()]).fit(TinyChat())
+
+
+def on_two_ranks(runs: dict[str, Run], plain: Run) -> dict[str, Any]:
+    """Everything that is compared with one process, in one launch."""
+    return {
+        "runs": train_all(runs),
+        "plain": train_plain(plain),
+        "communication": count_communication(),
+        "again": validate_after_fit(),
+    }
+
+
+def validate_after_fit() -> tuple[int, int]:
+    """Steps of two fits of one module, with a validation in between, each by a Trainer of its own."""
+    module, run = TinyChat(), Run(strategy={}, steps=2)
+    make_trainer(run).fit(module)
+    make_trainer(run, limit_val_batches=1).validate(module, module.train_dataloader(), verbose=False)
+    trainer = make_trainer(run)
+    trainer.fit(module)
+    return len(module.losses), trainer.global_step

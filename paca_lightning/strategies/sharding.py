@@ -69,8 +69,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
     """Shard a model's parameters on dim 0, in place, so that a block at a time is gathered.
 
     A unit is what is gathered together: each block; the input embeddings and the output head of a Hugging Face model,
-    apart from each other unless they share a weight; what else each such model holds; and the rest. A layer's weight,
-    delta and base columns lie in one unit and are split alike, so that a rank has the same rows of all of them.
+    apart from each other unless they share a weight; each PaCA layer elsewhere; what else each Hugging Face model
+    holds; and the rest. A layer's weight, delta and base columns lie in one unit and are split alike, so that a rank
+    has the same rows of all of them.
 
     Args:
         model: The root: what lies in no other unit is gathered when it is called. Parameters on ``meta`` stay there.
@@ -86,6 +87,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
     _check_parameters(model)
     units = [_Unit([block], options.reshard_after_forward) for block in blocks]
     units += _ends(model, options)
+    # A step may call the root's forward and go on, so its parameters stay gathered in between; written columns would
+    # then miss the sharded weight. PaCA layers elsewhere are gathered on their own.
+    inside = {child for unit in units for root in unit.modules for child in root.modules()}
+    units += [_Unit([m], True) for m in model.modules() if isinstance(m, PaCALayer) and m not in inside]
     units += [_Unit([module], options.reshard_after_forward) for module in _pretrained_models(model)]
     units.append(_Unit([model], False))
     _check_shared_parameters(model, units)
@@ -106,7 +111,7 @@ def _shard_unit(unit: _Unit, mesh: DeviceMesh, options: ShardingOptions) -> None
     modules = [module for root in unit.modules for module in _outside_units(root)]
     for module in _apart(modules):
         _fully_shard([module], unit.reshard_after_forward, mesh, options)
-    # Columns are written into the sharded weight; a weight that stayed gathered after a forward would not have them.
+    # A weight that stayed gathered after a forward would miss columns written then.
     holds_columns = any(isinstance(module, PaCALayer) for module in modules)
     _fully_shard(unit.modules, unit.reshard_after_forward or holds_columns, mesh, options)
 

@@ -1,0 +1,210 @@
+"""Training sharded by FSDP2Strategy equals training on one process, and resumes on any number of ranks."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
+from torch import nn
+
+from paca_lightning import PaCAConfig, PaCAError
+from paca_lightning.strategies.checkpointing import checkpoint_blocks
+from paca_lightning.strategies.fsdp2 import FSDP2Strategy
+from paca_lightning.strategies.sharding import find_blocks
+from tests.distributed_launch import launch
+from tests.distributed_training import Plain, Run, on_two_ranks, train, train_all, train_plain, train_until_death
+from tests.tiny import tiny_llama
+
+NF4 = PaCAConfig(r=4, alpha=8, quantize="nf4")
+RUNS = {
+    "dense": Run(strategy={}),
+    "in __init__": Run(strategy={}, module={"in_init": True}),
+    "tied embeddings": Run(strategy={}, module={"tie_word_embeddings": True}),
+    "accumulation": Run(strategy={}, trainer={"accumulate_grad_batches": 2}),
+    "clipping": Run(strategy={}, trainer={"gradient_clip_val": 0.01}),
+    "bf16-mixed": Run(strategy={}, trainer={"precision": "bf16-mixed"}),
+    "bf16-true": Run(strategy={}, trainer={"precision": "bf16-true"}),
+    "activation checkpointing": Run(strategy={"activation_checkpointing": True}),
+    "block inputs offloaded": Run(strategy={"activation_checkpointing": "offload"}),
+    "parameters offloaded": Run(strategy={"cpu_offload": True}),
+    "kept gathered": Run(strategy={"reshard_after_forward": False}),
+    "narrow modules trained whole": Run(
+        strategy={},
+        module={"dtype": torch.bfloat16},
+        config=PaCAConfig(r=4, modules_to_save=["lm_head", "input_layernorm"]),
+    ),
+    "NF4": Run(strategy={}, config=NF4),
+    "NF4, accumulation, clipping": Run(
+        strategy={}, config=NF4, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
+    ),
+    "NF4, bf16-mixed": Run(strategy={}, config=NF4, trainer={"precision": "bf16-mixed"}),
+}
+PLAIN = Run(strategy={}, steps=8, config=PaCAConfig(r=3, target_modules=r"layers\..*"))
+
+
+def on_one_process(run: Run, ranks: int) -> Run:
+    """What a sharded run must equal. In bf16, where sums are rounded, one process takes the ranks' very batches."""
+    narrow = "precision" in run.trainer or "dtype" in run.module
+    return dataclasses.replace(run, strategy=None, ranks_of_one=ranks if narrow else 1)
+
+
+def assert_equal_runs(sharded: dict[str, Any], one: dict[str, Any]) -> None:
+    assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert sharded["deltas"].keys() == one["deltas"].keys()
+    for path, delta in one["deltas"].items():
+        assert delta.any()
+        torch.testing.assert_close(sharded["deltas"][path], delta, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> dict[str, Any]:
+    return launch(on_two_ranks, 2, RUNS, PLAIN)[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_equal_one_process(two_ranks: dict[str, Any], name: str) -> None:
+    assert_equal_runs(two_ranks["runs"][name], train(on_one_process(RUNS[name], ranks=2)))
+
+
+@pytest.mark.distributed
+def test_a_module_without_blocks_calls_its_forward_within_its_steps(two_ranks: dict[str, Any]) -> None:
+    one = train_plain(dataclasses.replace(PLAIN, strategy=None))
+    assert_equal_runs(two_ranks["plain"], one)
+    assert one["changed"] > 0.01
+    assert two_ranks["plain"]["changed"] == pytest.approx(one["changed"], rel=0.5)  # of each rank's own batch
+
+
+@pytest.mark.distributed
+def test_write_back_is_local_and_accumulation_reduces_once_per_step(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["communication"] == {"reductions": [0, 2, 0, 2], "in write-back": 0}
+
+
+@pytest.mark.distributed
+def test_a_sharded_module_goes_on_to_other_runs(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["again"] == (4, 2)
+
+
+FOUR = {
+    "dense": Run(strategy={}),
+    "copies of two shards": Run(strategy={"shard_size": 2}),
+    "NF4": Run(strategy={}, config=NF4),
+    "NF4, bf16-mixed": Run(strategy={}, config=NF4, trainer={"precision": "bf16-mixed"}),
+}
+FORMATS = {"directory": True, "file": False}
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Whole runs of four ranks, and runs stopped and saved half-way in both formats."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    half = {
+        name: Run(
+            steps=5,
+            strategy={"save_distributed_checkpoint": sharded},
+            trainer={"limit_train_batches": 5},
+            save=directory / name,
+        )
+        for name, sharded in FORMATS.items()
+    }
+    whole = {"whole": Run(strategy={}, trainer={"limit_train_batches": 5})}
+    return {"directory": directory, **launch(train_all, 4, FOUR | whole | half)[0]}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_equal_one_process(four_ranks: dict[str, Any], name: str) -> None:
+    assert_equal_runs(four_ranks[name], train(on_one_process(FOUR[name], ranks=4)))
+
+
+@pytest.mark.distributed
+def test_checkpoints_hold_only_what_is_trained(four_ranks: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    saved = FileSystemReader(four_ranks["directory"] / "directory").read_metadata().state_dict_metadata
+    file = torch.load(four_ranks["directory"] / "file", weights_only=True)
+    names = {name.removeprefix("state_dict.") for name in saved if name.startswith("state_dict.")}
+    assert names == set(file["state_dict"])
+    assert {name.rpartition(".")[2] for name in names} == {"paca_delta", "paca_indices"}
+
+
+@pytest.mark.distributed
+def test_resume_on_two_ranks(four_ranks: dict[str, Any]) -> None:
+    # Another seed draws other columns: those of the checkpoint must replace them.
+    runs = {name: resumed(four_ranks, name, strategy={}, config=PaCAConfig(r=4, alpha=8, seed=1)) for name in FORMATS}
+    for result in launch(train_all, 2, runs)[0].values():
+        assert_equal_runs(result, latter_half(four_ranks["whole"]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FORMATS)
+def test_resume_sharded_on_one_rank(four_ranks: dict[str, Any], name: str) -> None:
+    assert_equal_runs(launch(train, 1, resumed(four_ranks, name, strategy={}))[0], latter_half(four_ranks["whole"]))
+
+
+def test_resume_a_file_on_a_single_device_and_back(four_ranks: dict[str, Any], tmp_path: Path) -> None:
+    single = resumed(four_ranks, "file", steps=10, save=tmp_path / "single.ckpt")
+    assert_equal_runs(train(single), latter_half(four_ranks["whole"]))
+
+    back = dataclasses.replace(single, steps=15, resume=single.save, save=None)
+    assert_equal_runs(launch(train, 2, dataclasses.replace(back, strategy={}))[0], train(back))
+
+
+def resumed(four_ranks: dict[str, Any], name: str, **changes: Any) -> Run:
+    return dataclasses.replace(
+        Run(trainer={"limit_train_batches": 5}), resume=four_ranks["directory"] / name, **changes
+    )
+
+
+def latter_half(result: dict[str, Any]) -> dict[str, Any]:
+    return result | {"losses": result["losses"][5:]}
+
+
+@pytest.mark.distributed
+def test_when_a_rank_dies_the_other_ends_and_the_last_checkpoint_resumes(tmp_path: Path) -> None:
+    run = Run(strategy={}, steps=9, save=tmp_path / "last.ckpt", trainer={"limit_train_batches": 5})
+    with pytest.raises(AssertionError, match=r"(?s)exit codes \[1, 9\].*rank 0: .*[Cc]onnection"):
+        launch(train_until_death, 2, run, 3)
+    run = dataclasses.replace(run, steps=5, resume=run.save, save=None)
+    assert len(launch(train, 2, run)[0]["losses"]) == 2
+
+
+def test_registered_by_name() -> None:
+    assert isinstance(StrategyRegistry.get("paca_fsdp2"), FSDP2Strategy)
+
+
+def test_blocks_are_those_that_hugging_face_declares_or_given_by_name() -> None:
+    model = tiny_llama()
+    assert find_blocks(model) == list(model.model.layers)
+    assert find_blocks(model, ["LlamaMLP"]) == [layer.mlp for layer in model.model.layers]
+    assert find_blocks(nn.Linear(2, 2)) == []
+    with pytest.raises(PaCAError, match="'LlamaDecoder'.* Did you mean 'LlamaDecoderLayer'"):
+        find_blocks(model, ["LlamaDecoder"])
+
+
+def test_checkpointed_blocks_give_the_same_gradients_even_with_a_cache() -> None:
+    ids = torch.arange(32).view(2, 16)
+    gradients = []
+    for offload in (None, False, True):
+        model = tiny_llama()
+        if offload is not None:
+            checkpoint_blocks(find_blocks(model), offload=offload)
+        model(input_ids=ids, labels=ids, use_cache=True).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shard_size": 2}, r"shard_size=2 does not divide 1 ranks.*Use one of \[1\]"),
+        ({"reshard_after_forward": 3}, "reshard_after_forward=3 does not divide 1"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(arguments: dict[str, Any], message: str) -> None:
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=FSDP2Strategy(**arguments), logger=False)
+    with pytest.raises(PaCAError, match=message):
+        trainer.fit(Plain())
