@@ -16,7 +16,7 @@ from tests.test_causal_lm import adamw, batches
 from tests.tiny import tiny_llama, tiny_model_directory
 
 pytestmark = pytest.mark.distributed
-DEADLINE = 120
+DEADLINE = 240
 
 
 def in_two_processes(function, tmp_path, *arguments):

@@ -106,8 +106,8 @@ def linear_cross_entropy(
     if chunk_size is None:
         chunk_size = max(MIN_CHUNK, hidden.numel() // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.dtype in (torch.float32, torch.float64) and hasattr(F, "linear_cross_entropy"):
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
+        if hidden.dtype in (torch.float32, torch.float64) and hasattr(nn, "LinearCrossEntropyOptions"):
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
             return F.linear_cross_entropy(
                 hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX, options=options
             )
