@@ -125,6 +125,7 @@ class ResumableLoader:
             "tokens": int(order.lengths.sum()),
             "batch_size": order.batch_size,
             "world_size": order.world_size,
+            "pack_to": order.pack_to or 0,
             "seed": order.seed,
             "shuffle": order.shuffle,
             "group_by_length": order.group_by_length,

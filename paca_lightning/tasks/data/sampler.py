@@ -60,6 +60,7 @@ class BatchOrder:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.group_by_length = group_by_length
+        self.pack_to = pack_to
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
