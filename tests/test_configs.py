@@ -17,7 +17,7 @@ def test_none_is_overlooked() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_header_tells_what_it_is(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    header = [line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     for word in HEADER:
         assert any(line.startswith(f"#   {word} ") for line in header), f"{path.name} does not say: {word}"
     assert f"--config {path.relative_to(ROOT)}" in "\n".join(header)

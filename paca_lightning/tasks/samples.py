@@ -89,28 +89,10 @@ class SampleAnswers(Callback):
         try:
             # Compiled blocks would be compiled anew for each length of the cache.
             with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-                return [self._answer(model, prompt, pl_module.device) for prompt in self.prompts]
+                return [greedy_answer(model, self._tokenizer, prompt, self.max_new_tokens) for prompt in self.prompts]
         finally:
             for module in training:
                 module.training = True
-
-    def _answer(self, model: PreTrainedModel, prompt: str, device: torch.device) -> str:
-        tokenizer = self._tokenizer
-        inputs: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
-        ends = _end_tokens(model, tokenizer)
-        settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if tokenizer.pad_token_id is None and ends else tokenizer.pad_token_id,
-        )
-        output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
-        new = output[0, inputs["input_ids"].shape[1] :]
-        return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
     @rank_zero_only
     def _show(self, title: str) -> None:
@@ -129,6 +111,32 @@ class SampleAnswers(Callback):
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         rank_zero_info(f"Answers: {path}")
+
+
+def greedy_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
+    """The most likely answer to the first turn of a conversation, in the tokenizer's chat template.
+
+    Args:
+        model: A causal language model in eval mode.
+        tokenizer: Its tokenizer, with a chat template.
+        prompt: What the user says.
+        max_new_tokens: Longest answer, in tokens.
+    """
+    inputs: Any = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    ends = _end_tokens(model, tokenizer)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None and ends else tokenizer.pad_token_id,
+    )
+    output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,0 +1,39 @@
+"""Answer prompts with a model and its adapter."""
+
+from transformers import AutoTokenizer
+
+from paca_lightning.adapter import load_adapter
+from paca_lightning.conversion import merge
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.pretrained import build_causal_lm
+from paca_lightning.tasks.samples import greedy_answer
+
+
+def generate(
+    model: str, prompts: list[str], adapter: str | None = None, max_new_tokens: int = 128, dtype: str = "auto"
+) -> None:
+    """Print a model's greedy answer to each prompt, in its chat template.
+
+    Args:
+        model: Hugging Face directory or hub id of the base model.
+        prompts: What the user says, each in a conversation of its own: '["What is your name?"]'.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. Default: the base model alone.
+        max_new_tokens: Longest answer, in tokens.
+        dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
+
+    Raises:
+        PaCAError: If the model, its tokenizer or the adapter cannot be used.
+    """
+    built = build_causal_lm(model, dtype=dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise PaCAError(f"{model!r} has no tokenizer that can be loaded: {error}") from error
+    if tokenizer.chat_template is None:
+        raise PaCAError(f"The tokenizer of {model!r} has no chat template to put prompts into.")
+    if adapter is not None:
+        load_adapter(built, adapter)
+        merge(built)
+    built.eval()
+    for prompt in prompts:
+        print(f"> {prompt}\n{greedy_answer(built, tokenizer, prompt, max_new_tokens)}\n")
