@@ -88,8 +88,8 @@ class ChatEncoder:
                 texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
             )
             ids = encoding["input_ids"]
-            starts = [np.fromiter((start for start, _ in row), np.int64) for row in encoding["offset_mapping"]]
-            bounds = [np.searchsorted(row, spans) for row, (_, spans) in zip(starts, rendered, strict=True)]
+            offsets = [np.array(row).reshape(-1, 2) for row in encoding["offset_mapping"]]
+            bounds = [_overlapping(row, spans) for row, (_, spans) in zip(offsets, rendered, strict=True)]
         else:
             ids = [self._ids(text) for text in texts]
             bounds = [self._token_bounds(row, *pair) for row, pair in zip(ids, rendered, strict=True)]
@@ -145,3 +145,9 @@ class ChatEncoder:
             )
 
         return np.array([[count(first), count(last)] for first, last in spans])
+
+
+def _overlapping(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """The tokens [first, last) that share a character with each span; `offsets` are the tokens' own spans (T, 2)."""
+    firsts, lasts = np.array(spans).T
+    return np.stack([np.searchsorted(offsets[:, 1], firsts, "right"), np.searchsorted(offsets[:, 0], lasts)], axis=1)

@@ -1,6 +1,5 @@
 """Rows of a data set, from a local file, a saved `datasets` directory or the Hugging Face hub, one at a time."""
 
-import codecs
 import gzip
 import json
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data import json_list
 
 Row = dict[str, Any]
 
 _SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".parquet"}
-_READ_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Source:
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if head[:2] == b"\x1f\x8b" else file
             with self._readable():
                 first = _first_character(stream)
-                yield from self._array_rows(stream) if first == b"[" else self._line_rows(stream)
+                yield from self._list_rows(stream) if first == b"[" else self._line_rows(stream)
 
     def _parquet_rows(self) -> Iterator[tuple[int, Row]]:
         with self._readable():
@@ -99,39 +98,21 @@ class Source:
                     "A data file is a JSON list of objects, JSON Lines (one object a line), or Parquet."
                 ) from error
 
-    def _array_rows(self, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-        """Decode a JSON list element by element, so that a large file never stands in memory whole."""
-        decoder = json.JSONDecoder()
-        # Undecodable bytes become lone surrogates, so that the row which holds them can be named.
-        text = _text_chunks(stream)
-        buffer = next(text, "").lstrip("\ufeff \t\r\n").removeprefix("[").lstrip()
-        number = 1
-        while not buffer.startswith("]"):
-            try:
-                value, end = decoder.raw_decode(buffer)
-                if end == len(buffer):  # a number or a truncated file may end here: look further before believing it
-                    raise json.JSONDecodeError("Unterminated list", buffer, end)
-            except json.JSONDecodeError as error:
-                more = _read_at_least(text, len(buffer))  # doubling, so that a long row is not decoded over and over
-                if not more:
-                    raise PaCAError(f"{self.location}, row {number}: is not valid JSON ({error.msg}).") from error
-                buffer += more
-                continue
-            try:
-                buffer[:end].encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise self._not_utf8(number, error.start + 1) from error
-            yield number, value
-            rest = buffer[end:].lstrip()
-            if rest.startswith(","):
-                number += 1
-                rest = rest[1:].lstrip()
-            elif rest and not rest.startswith("]"):
-                raise PaCAError(f"{self.location}, after row {number}: expected ',' or ']', found {rest[0]!r}.")
-            buffer = rest
+    def _list_rows(self, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+        number = 0
+        try:
+            for number, (row, text) in enumerate(json_list.iterate(stream), start=1):
+                text.encode("utf-8")
+                yield number, row
+        except UnicodeEncodeError as error:
+            raise self._not_utf8(number, error.start + 1) from error
+        except json.JSONDecodeError as error:
+            raise PaCAError(f"{self.location}, row {number + 1}: is not valid JSON ({error.msg}).") from error
 
     def _not_utf8(self, number: int, position: int) -> PaCAError:
-        return PaCAError(f"{self.location}, row {number}: is not UTF-8 (byte {position} of the row). Convert the file.")
+        return PaCAError(
+            f"{self.location}, row {number}: is not UTF-8 (character {position} of the row). Convert the file."
+        )
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -178,18 +159,3 @@ def _first_character(stream: BinaryIO) -> bytes:
     first = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     stream.seek(0)
     return first
-
-
-def _text_chunks(stream: BinaryIO) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    while chunk := stream.read(_READ_CHARACTERS):
-        yield decoder.decode(chunk)
-    if tail := decoder.decode(b"", final=True):
-        yield tail
-
-
-def _read_at_least(chunks: Iterator[str], characters: int) -> str:
-    parts: list[str] = []
-    while sum(map(len, parts)) < max(characters, 1) and (part := next(chunks, "")):
-        parts.append(part)
-    return "".join(parts)
