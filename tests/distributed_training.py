@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler
@@ -16,16 +17,19 @@ from paca_lightning.layers import local
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from tests.tiny import tiny_llama
 
-SAMPLES, TOKENS = 160, 16
+TOKENS = 16
 
 
 class TinyChat(LightningModule):
     """A tiny Llama with odd sizes, so that rows do not divide by the ranks, built in __init__ or configure_model."""
 
-    def __init__(self, *, in_init: bool = False, dtype: torch.dtype = torch.float32, **overrides: Any) -> None:
+    def __init__(
+        self, *, in_init: bool = False, dtype: torch.dtype = torch.float32, by_step: bool = False, **overrides: Any
+    ) -> None:
         super().__init__()
         self.overrides = {"intermediate_size": 97, "vocab_size": 383} | overrides
         self.dtype_ = dtype
+        self.by_step = by_step  # a step's data depends on its number alone: Lightning replays a plain DataLoader
         self.losses: list[float] = []
         self.ranks_of_one = 1
         self.model: nn.Module | None = self._build() if in_init else None
@@ -42,6 +46,9 @@ class TinyChat(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         assert self.model is not None
+        if self.by_step:
+            first = 4 * self.trainer.global_step + self.trainer.global_rank
+            batch = _data()[first : 4 * self.trainer.global_step + 4 : self.trainer.world_size]
         loss: Tensor = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         # Equally long samples: the mean over ranks is the loss of one process's larger batch.
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
@@ -53,8 +60,7 @@ class TinyChat(LightningModule):
         self.log("loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        data = torch.randint(0, 383, (SAMPLES, TOKENS), generator=generator)
+        data = _data()
         if self.ranks_of_one > 1:  # this one process's micro-batches are the batches of so many ranks
             data = data.view(-1, 4 // self.ranks_of_one, self.ranks_of_one, TOKENS).transpose(1, 2).flatten(0, 2)
             return DataLoader(data, batch_size=4 // self.ranks_of_one, shuffle=False)  # type: ignore[arg-type]
@@ -63,12 +69,16 @@ class TinyChat(LightningModule):
         return DataLoader(data, batch_size=4 // ranks, sampler=sampler)  # type: ignore[arg-type]
 
 
+def _data() -> Tensor:
+    return torch.randint(0, 383, (160, TOKENS), generator=torch.Generator().manual_seed(0))
+
+
 @dataclass(frozen=True)
 class Run:
     """What to train, and how."""
 
     steps: int = 10
-    config: PaCAConfig = PaCAConfig(r=4, alpha=8)
+    config: PaCAConfig = PaCAConfig(r=4, alpha=8)  # noqa: RUF009  (frozen)
     module: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] | None = None
@@ -83,23 +93,24 @@ def train(run: Run) -> dict[str, Any]:
     module.ranks_of_one = run.ranks_of_one
     trainer = make_trainer(run)
     trainer.fit(module, ckpt_path=run.resume)
-    if run.save:
-        trainer.save_checkpoint(run.save)
     losses = [sum(part) / run.ranks_of_one for part in zip(*[iter(module.losses)] * run.ranks_of_one, strict=True)]
     return {"losses": losses, "deltas": whole_deltas(module)}
 
 
 def make_trainer(run: Run, **overrides: Any) -> Trainer:
+    callbacks: list[Callback] = [PaCAStrategy(run.config)]
+    if run.save:  # at the ends of epochs, where a run resumes exactly with any DataLoader
+        callbacks.append(ModelCheckpoint(run.save.parent, run.save.stem, every_n_train_steps=5))
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1 if run.strategy is None else int(os.environ["LOCAL_WORLD_SIZE"]),
         "strategy": "auto" if run.strategy is None else FSDP2Strategy(**run.strategy),
         "max_steps": run.steps,
         "accumulate_grad_batches": run.ranks_of_one,
-        "callbacks": [PaCAStrategy(run.config)],
+        "callbacks": callbacks,
         "logger": False,
         "use_distributed_sampler": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": run.save is not None,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }

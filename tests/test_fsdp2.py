@@ -105,13 +105,13 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         name: Run(
             steps=5,
             strategy={"save_distributed_checkpoint": sharded},
-            trainer={"limit_train_batches": 5},
-            save=directory / name,
+            module={"by_step": True},
+            save=directory / f"{name}.ckpt",
         )
         for name, sharded in FORMATS.items()
     }
-    whole = {"whole": Run(strategy={}, trainer={"limit_train_batches": 5})}
-    return {"directory": directory, **launch(train_all, 4, FOUR | whole | half)[0]}
+    whole = {"whole": Run(strategy={}, module={"by_step": True})}
+    return {"checkpoints": directory, **launch(train_all, 4, FOUR | whole | half)[0]}
 
 
 @pytest.mark.distributed
@@ -124,8 +124,8 @@ def test_four_ranks_equal_one_process(four_ranks: dict[str, Any], name: str) -> 
 def test_checkpoints_hold_only_what_is_trained(four_ranks: dict[str, Any]) -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
-    saved = FileSystemReader(four_ranks["directory"] / "directory").read_metadata().state_dict_metadata
-    file = torch.load(four_ranks["directory"] / "file", weights_only=True)
+    saved = FileSystemReader(four_ranks["checkpoints"] / "directory.ckpt").read_metadata().state_dict_metadata
+    file = torch.load(four_ranks["checkpoints"] / "file.ckpt", weights_only=True)
     names = {name.removeprefix("state_dict.") for name in saved if name.startswith("state_dict.")}
     assert names == set(file["state_dict"])
     assert {name.rpartition(".")[2] for name in names} == {"paca_delta", "paca_indices"}
@@ -155,7 +155,7 @@ def test_resume_a_file_on_a_single_device_and_back(four_ranks: dict[str, Any], t
 
 def resumed(four_ranks: dict[str, Any], name: str, **changes: Any) -> Run:
     return dataclasses.replace(
-        Run(trainer={"limit_train_batches": 5}), resume=four_ranks["directory"] / name, **changes
+        Run(module={"by_step": True}), resume=four_ranks["checkpoints"] / f"{name}.ckpt", **changes
     )
 
 
@@ -165,7 +165,7 @@ def latter_half(result: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_when_a_rank_dies_the_other_ends_and_the_last_checkpoint_resumes(tmp_path: Path) -> None:
-    run = Run(strategy={}, steps=9, save=tmp_path / "last.ckpt", trainer={"limit_train_batches": 5})
+    run = Run(strategy={}, steps=9, save=tmp_path / "last.ckpt")
     with pytest.raises(AssertionError, match=r"(?s)exit codes \[1, 9\].*rank 0: .*[Cc]onnection"):
         launch(train_until_death, 2, run, 3)
     run = dataclasses.replace(run, steps=5, resume=run.save, save=None)
@@ -181,7 +181,7 @@ def test_blocks_are_those_that_hugging_face_declares_or_given_by_name() -> None:
     assert find_blocks(model) == list(model.model.layers)
     assert find_blocks(model, ["LlamaMLP"]) == [layer.mlp for layer in model.model.layers]
     assert find_blocks(nn.Linear(2, 2)) == []
-    with pytest.raises(PaCAError, match="'LlamaDecoder'.* Did you mean 'LlamaDecoderLayer'"):
+    with pytest.raises(PaCAError, match=r"'LlamaDecoder'.* Did you mean 'LlamaDecoderLayer'"):
         find_blocks(model, ["LlamaDecoder"])
 
 
