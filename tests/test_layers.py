@@ -93,7 +93,7 @@ def test_parity_with_a_masked_dense_gradient(
 def test_20_steps_equal_a_dense_update_with_a_masked_gradient(
     make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer], accumulate: int
 ) -> None:
-    """Largest difference of any weight after 20 steps: 4e-16 in fp64, of updates of about 0.2."""
+    """Largest difference of any weight after 20 steps: 1.8e-16 in fp64, of updates of up to 0.5."""
     torch.manual_seed(0)
     start = nn.Linear(IN, OUT, dtype=torch.float64)
     layer = PaCALinear(IN, OUT, dtype=torch.float64, r=R, alpha=ALPHA, indices=INDICES)
