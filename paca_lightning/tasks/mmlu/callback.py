@@ -212,6 +212,7 @@ class MMLUEvaluation(Callback):
 
 def _metrics(results: Results) -> dict[str, float]:
     """Overall accuracies and those of the categories, by the names they are logged under."""
-    first = next(iter(results.values()))[0]
-    named = {f"{m}/{s.name}": s.accuracy for m, scores in results.items() for s in scores if s.level != "subject"}
-    return {"accuracy": first.accuracy, **named}
+    named = {"accuracy": next(iter(results.values()))[0].accuracy}
+    for method, scores in results.items():
+        named |= {f"{method}/{s.name.replace(' ', '_')}": s.accuracy for s in scores if s.level != "subject"}
+    return named

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from paca_lightning.tasks.mmlu.prompts import Prompt
 
+_LEAST_FILLED = 0.7  # of a row: rather a smaller batch than more padding
+
 
 @dataclass(frozen=True, slots=True)
 class ScoringBatch:
@@ -37,12 +39,17 @@ def plan_batches(prompts: Sequence[Prompt], groups: Sequence[object], batch_size
     by_group: dict[object, list[int]] = {}
     for row, group in enumerate(groups):
         by_group.setdefault(group, []).append(row)
-    batches = []
+    batches: list[ScoringBatch] = []
     for rows in by_group.values():
-        rows.sort(key=lambda row: -len(prompts[row].tokens))
-        chunks = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
-        batches += [ScoringBatch(chunk, [prompts[row] for row in chunk]) for chunk in chunks]
-    # The longest first: what does not fit into memory shows at once.
+        longest = 0
+        for row in sorted(rows, key=lambda row: -len(prompts[row].tokens)):
+            length = len(prompts[row].tokens)
+            if not longest or len(batches[-1].rows) == batch_size or length < _LEAST_FILLED * longest:
+                batches.append(ScoringBatch([], []))
+                longest = length
+            batches[-1].rows.append(row)
+            batches[-1].prompts.append(prompts[row])
+    # The longest first, so that what does not fit into memory shows at once.
     return sorted(batches, key=lambda batch: -max(len(prompt.tokens) for prompt in batch.prompts))
 
 
