@@ -131,7 +131,7 @@ def bench(
 
 
 def _peak(workload: Workload, method: Method, progress: Any) -> int | None:
-    if not is_measurable(workload.device):
+    if not is_measurable(workload):
         return None
     progress(f"{method.label}: peak memory in a fresh process")
     peak = peak_bytes(workload, method)

@@ -72,20 +72,22 @@ def longest_sequence(workload: Workload, method: Method, budget: str) -> int:
 
 
 def check_budget(workload: Workload, budget: str) -> None:
-    """Refuse a budget that the weights alone exceed.
+    """Refuse a budget that the weights alone exceed, or that cannot be compared with anything measured.
 
     Raises:
-        PaCAError: If they do.
+        PaCAError: If so.
     """
+    if not is_measurable(workload):
+        raise PaCAError("Memory on the CPU is measured under Linux and without --compile, so --max-length needs both.")
     parameters = workload.skeleton().parameters()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     if parse_bytes(budget) <= weights:
         raise PaCAError(f"A budget of {budget} is below the model itself: its weights take {format_bytes(weights)}.")
 
 
-def is_measurable(device: str) -> bool:
-    """Whether peaks can be measured: on every accelerator, and on the CPU under Linux."""
-    return device != "cpu" or Path("/proc/self/clear_refs").exists()
+def is_measurable(workload: Workload) -> bool:
+    """Whether peaks can be measured: on accelerators, and on the CPU under Linux where no compiler uses memory too."""
+    return workload.device != "cpu" or (not workload.compile and Path("/proc/self/clear_refs").exists())
 
 
 def _measure(workload: Workload, method: Method, budget: float) -> float:
