@@ -181,10 +181,9 @@ def _check_layers(
     for path in sorted(layers.keys() ^ deltas.keys()):
         where = "in the adapter but not a PaCA layer of the model" if path in deltas else "not in the adapter"
         raise PaCAError(f"{path!r} is {where}. Use the settings and the base model it was trained with.")
-    for path in deltas if ours is not None else ():
-        if path in ours.scalings and path in ours.fingerprint:
-            continue
-        raise PaCAError(f"{OURS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
+    for path in deltas:
+        if ours is not None and not (path in ours.scalings and path in ours.fingerprint):
+            raise PaCAError(f"{OURS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
     for path, layer in layers.items():
         expected = (layer.out_features, layer.r)
         if tuple(deltas[path].shape) != expected:
