@@ -42,7 +42,7 @@ class ConversionReport:
         trainable_parameters: Of the deltas and the modules trained whole.
         total_parameters: Of the base model and the deltas.
         learning_rate: Once known, the optimizer's; ``scaling * learning_rate`` is Adam's step on a column.
-        optimizer_bytes: Of the optimizer's state; until it is known, that of Adam, two fp32 values a parameter.
+        optimizer_bytes: Of Adam's state, two fp32 values a trained parameter.
     """
 
     config: PaCAConfig
