@@ -7,13 +7,13 @@ that scores differ from those published for the original weights. Needs no netwo
 """
 
 import importlib.util
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from paca_lightning.files import written_aside
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -36,15 +36,9 @@ def convert(source: Path, destination: Path) -> None:
     model = type(quantized)(config).to(torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=destination.parent))
-    try:
+    with written_aside(destination) as scratch:
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(scratch)
-        scratch.chmod(0o755)
-        scratch.rename(destination)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main() -> None:

@@ -110,5 +110,5 @@ def test_a_run_directory_that_cannot_be_made_is_found_before_training(directory,
     (tmp_path / "file").write_text("not a directory")
     run = trainer(tmp_path, callbacks=[SampleAnswers([QUESTION])], logger=False)
     run._default_root_dir = str(tmp_path / "file" / "run")
-    with pytest.raises(PaCAError, match="cannot be created"):
+    with pytest.raises(PaCAError, match="cannot be written"):
         run.fit(CausalLMModule(directory), datamodule=Chat(1))

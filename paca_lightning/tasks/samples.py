@@ -12,7 +12,8 @@ from rich.text import Text
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.tasks.artifacts import replacing, run_directory
+from paca_lightning.files import replacing
+from paca_lightning.tasks.artifacts import run_directory
 
 FILE_NAME = "answers.json"
 
