@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAStrategy, disable_paca, paca_layers, write_columns
 from paca_lightning.layers import local
@@ -24,17 +25,31 @@ class TinyChat(LightningModule):
     """A tiny Llama with odd sizes, so that rows do not divide by the ranks, built in __init__ or configure_model."""
 
     def __init__(
-        self, *, in_init: bool = False, dtype: torch.dtype = torch.float32, by_step: bool = False, **overrides: Any
+        self,
+        *,
+        in_init: bool = False,
+        dtype: torch.dtype = torch.float32,
+        by_step: bool = False,
+        directory: Path | None = None,
+        **overrides: Any,
     ) -> None:
         super().__init__()
         self.overrides = {"intermediate_size": 97, "vocab_size": 383} | overrides
         self.dtype_ = dtype
         self.by_step = by_step  # a step's data depends on its number alone: Lightning replays a plain DataLoader
+        self.directory = directory
         self.losses: list[float] = []
         self.ranks_of_one = 1
         self.model: nn.Module | None = self._build() if in_init else None
 
     def _build(self) -> nn.Module:
+        if self.directory and getattr(self.trainer.strategy, "streams_checkpoints", False):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.directory)).train()
+            model.checkpoint_directory = self.directory
+            return model
+        if self.directory:
+            return AutoModelForCausalLM.from_pretrained(self.directory).train()
         return tiny_llama(**self.overrides).to(self.dtype_)
 
     def configure_model(self) -> None:

@@ -138,7 +138,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         blocks = find_blocks(model, self.blocks)
         if not blocks:
             rank_zero_info(
-                f"{type(model).__name__} declares no blocks, so all its parameters but those of PaCA layers are gathered "
+                f"{type(model).__name__} declares no blocks, so all parameters but those of PaCA layers are gathered "
                 "at once. Name the classes of its layers in FSDP2Strategy(blocks=[...])."
             )
         if self.activation_checkpointing:

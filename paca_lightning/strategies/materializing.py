@@ -16,6 +16,7 @@ SOURCE = "checkpoint_directory"
 """Attribute of a module on meta: where its values come from, in a checkpoint that names them as the module does."""
 
 
+@torch.no_grad()
 def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
     """Allocate what is on meta, and fill it: from checkpoints where modules name one, else as modules initialise.
 
@@ -80,7 +81,6 @@ def _initialisers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {child: owner for owner in outer_first for child in owner.modules()}
 
 
-@torch.no_grad()
 def _initialise(module: nn.Module, owner: nn.Module | None, path: str) -> None:
     if owner is not None:
         owner._init_weights(module)  # type: ignore[operator]
