@@ -110,7 +110,7 @@ class PaCAStrategy(Callback):
         self._load_adapter(pl_module)
 
     def _load_adapter(self, pl_module: LightningModule) -> None:
-        on_meta = any(layer.weight.is_meta for _, layer in paca_layers(pl_module))
+        on_meta = any(layer.base.is_meta for _, layer in paca_layers(pl_module))
         if self.adapter is not None and self._adapter_pending and not on_meta:
             load_adapter(pl_module, self.adapter)
             self._adapter_pending = False
@@ -146,6 +146,22 @@ class PaCAStrategy(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put averaged models right before they are saved."""
         settle_averages(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The scaling of each layer, which a checkpoint of deltas alone does not tell."""
+        return {"scaling": {} if self.report is None else {layer.path: layer.scaling for layer in self.report.layers}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose deltas would enter the weights with another scaling."""
+        here = self.state_dict()["scaling"]
+        for path, scaling in state_dict["scaling"].items():
+            if here.get(path, scaling) != scaling:
+                raise PaCAError(
+                    f"The checkpoint trained {path!r} with scaling {scaling:g} (alpha / r), and this run has "
+                    f"{here[path]:g}: the deltas would mean other weights. Use the alpha it was trained with."
+                )
 
     @rank_zero_only
     def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:

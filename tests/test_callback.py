@@ -309,6 +309,14 @@ def test_checkpoint_of_another_conversion_is_refused(trainer: Any, tmp_path: Pat
         trainer(PaCAStrategy(CONFIG)).validate(Module(), loader(), ckpt_path=tmp_path / "partial.ckpt")
 
 
+def test_checkpoint_of_another_scaling_is_refused(trainer: Any, tmp_path: Path) -> None:
+    trainer(PaCAStrategy(CONFIG), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loader())
+    for stage in ("fit", "validate"):
+        run = trainer(PaCAStrategy(PaCAConfig(r=4, alpha=4)), max_epochs=3)
+        with pytest.raises(PaCAError, match=r"'net\.0' with scaling 2 .*this run has 1"):
+            getattr(run, stage)(Module(), loader(), ckpt_path=tmp_path / "one.ckpt")
+
+
 def test_adapter_goes_in_and_out(trainer: Any, tmp_path: Path) -> None:
     module = Module()
     trainer(PaCAStrategy(CONFIG), AdapterCheckpoint(str(tmp_path / "adapter"))).fit(module, loader())
