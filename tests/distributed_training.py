@@ -3,8 +3,11 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paca_lightning import PaCAConfig, PaCAStrategy, disable_paca, paca_layers, write_columns
+from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, disable_paca, paca_layers, write_columns
 from paca_lightning.layers import local
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from tests.tiny import tiny_llama
@@ -244,6 +247,7 @@ def on_two_ranks(runs: dict[str, Run], plain: Run) -> dict[str, Any]:
         "plain": train_plain(plain),
         "communication": count_communication(),
         "again": validate_after_fit(),
+        "full disk": save_on_a_full_disk(),
     }
 
 
@@ -255,3 +259,13 @@ def validate_after_fit() -> tuple[int, int]:
     trainer = make_trainer(run)
     trainer.fit(module)
     return len(module.losses), trainer.global_step
+
+
+def save_on_a_full_disk() -> str:
+    """What saving says when the last rank's disk has one byte left."""
+    trainer = make_trainer(Run(steps=1, strategy={}))
+    trainer.fit(TinyChat())
+    free = 1 if trainer.global_rank == trainer.world_size - 1 else 2**40
+    with patch("shutil.disk_usage", lambda _: SimpleNamespace(free=free)), pytest.raises(PaCAError) as refused:
+        trainer.save_checkpoint("/tmp/never-written.ckpt")
+    return str(refused.value)

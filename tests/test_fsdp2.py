@@ -9,11 +9,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from paca_lightning import PaCAConfig, PaCAError
+from paca_lightning import PaCAConfig, PaCAError, apply_paca
 from paca_lightning.strategies.checkpointing import checkpoint_blocks
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
-from paca_lightning.strategies.sharding import find_blocks
+from paca_lightning.strategies.sharding import ShardingOptions, find_blocks, shard
 from tests.distributed_launch import launch
 from tests.distributed_training import Plain, Run, on_two_ranks, train, train_all, train_plain, train_until_death
 from tests.tiny import tiny_llama
@@ -86,6 +87,11 @@ def test_write_back_is_local_and_accumulation_reduces_once_per_step(two_ranks: d
 @pytest.mark.distributed
 def test_a_sharded_module_goes_on_to_other_runs(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["again"] == (4, 2)
+
+
+@pytest.mark.distributed
+def test_all_ranks_refuse_to_save_where_one_has_too_little_space(two_ranks: dict[str, Any]) -> None:
+    assert "does not fit on the disk of '/tmp/never-written.ckpt'" in two_ranks["full disk"]
 
 
 FOUR = {
@@ -195,6 +201,48 @@ def test_checkpointed_blocks_give_the_same_gradients_even_with_a_cache() -> None
         model(input_ids=ids, labels=ids, use_cache=True).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other, strict=True))
+
+
+class Shared(nn.Module):
+    """Two blocks with one weight between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+        self.second[0].weight = self.first[0].weight
+
+
+def scaled() -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.scale = nn.Parameter(torch.ones(()))
+    return model
+
+
+def quantized_by_bitsandbytes() -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.weight.quant_state = object()
+    return model
+
+
+def converted_gpt2() -> nn.Module:
+    model = nn.Sequential(Conv1D(8, 4))
+    apply_paca(model, PaCAConfig(r=2))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Shared(), "'first.0.weight' is shared by a Sequential and a Sequential"),
+        (scaled(), r"'scale' is a scalar, which FSDP2 cannot shard. Make it a tensor of shape \(1,\)"),
+        (quantized_by_bitsandbytes(), r"'weight' is quantized by bitsandbytes.*quantize='nf4'"),
+        (converted_gpt2(), r"The weight of '0' \(Hugging Face's Conv1D\) is transposed"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_anything_is(model: nn.Module, message: str) -> None:
+    blocks = find_blocks(model, ["Sequential"]) if isinstance(model, Shared) else []
+    with pytest.raises(PaCAError, match=message):
+        shard(model, None, blocks, ShardingOptions())
 
 
 @pytest.mark.parametrize(

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.layers import local
 from paca_lightning.strategies.checkpointing import checkpoint_blocks
 from paca_lightning.strategies.materializing import materialize
 from paca_lightning.strategies.restoring import METADATA, by_position, load_directory, load_file
@@ -209,8 +212,13 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint beside its destination and renames it, so that an interruption leaves no half one."""
+        """Writes a checkpoint beside its destination and renames it, so that an interruption leaves no half one.
+
+        Raises:
+            PaCAError: On every rank, before anything is written, if the disk of one has too little space.
+        """
         path = Path(self.broadcast(filepath))
+        self._check_space(checkpoint, path)
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -220,6 +228,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.global_rank == 0:
             _replace(path, scratch)
         self.barrier()
+
+    def _check_space(self, checkpoint: dict[str, Any], path: Path) -> None:
+        own = sum(local(leaf).nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor))
+        needed = int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="sum"))
+        free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+        if not self.reduce_boolean_decision(needed < free):
+            raise PaCAError(
+                f"A checkpoint of {needed / 2**20:.0f} MiB does not fit on the disk of {str(path)!r} "
+                f"({free / 2**20:.0f} MiB free on rank {self.global_rank}). Make room, or save elsewhere."
+            )
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

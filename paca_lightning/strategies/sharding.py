@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCALayer
+from paca_lightning.layers import PaCAConv1D, PaCALayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +199,11 @@ def _check_parameters(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise PaCAError(f"{path!r} is wrapped in FSDP1. Leave the wrapping to strategy='paca_fsdp2'.")
+        if isinstance(module, PaCAConv1D):
+            raise PaCAError(
+                f"The weight of {path!r} (Hugging Face's Conv1D) is transposed, so its rows are not those of its delta "
+                "and it cannot be sharded with it. Train it with strategy='ddp', or with quantize='nf4'."
+            )
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "quant_state"):
             raise PaCAError(
