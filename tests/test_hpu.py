@@ -54,7 +54,7 @@ def hpu(library: Path) -> Iterator[Run]:
 
 
 def test_other_hosts_are_left_alone() -> None:
-    assert {"hpu_single", "hpu_ddp"} <= set(StrategyRegistry)
+    assert {"hpu_single", "hpu_ddp", "hpu_fsdp2"} <= set(StrategyRegistry)
     assert "hpu" in AcceleratorRegistry
     assert not hasattr(_AcceleratorConnector, "_patched_for_hpu")
     assert "habana_frameworks" not in sys.modules
@@ -289,22 +289,13 @@ def _describe_trainer(**options: Any) -> SimpleNamespace:
 
 
 def _train_compiled(paca: bool) -> tuple[TinyModule, int]:
-    """Trains with a stand-in for Intel's compiler under its name; also returns how many graphs it was given."""
-    from torch._dynamo import lookup_backend, register_backend, reset
-
-    graphs = 0
-
-    def hpu_backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        nonlocal graphs
-        graphs += 1
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    reset()
-    register_backend(hpu_backend, name=f"hpu_backend_{paca}")
-    module = TinyModule(backend=f"hpu_backend_{paca}")
+    """Trains through ``hpu_backend``; also returns the number of graphs that it compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = TinyModule(backend="hpu_backend")
     train("hpu", module=module, callbacks=[PaCAStrategy(PACA)] if paca else [])
     del module.forward_net  # compiled code cannot be pickled
-    return module, graphs
+    return module, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _train_straight_and_resumed(folder: Path) -> tuple[TinyModule, TinyModule]:

@@ -14,10 +14,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from paca_lightning import PaCAConfig, PaCAStrategy
 from paca_lightning.strategies import HPUDDPStrategy
-from paca_lightning.strategies.hpu import HPUFSDP2Mixin
+from paca_lightning.strategies.hpu.mixins import HPUFSDP2Mixin
 from tests.simulated_hpu.training import TinyModule, batches, train, trainer
 
 PACA = PaCAConfig(r=4)
@@ -32,14 +33,10 @@ class ShardedModule(TinyModule):
         for unit in (self.net[0], self.net[4], self.net):
             fully_shard(unit, mesh=self.device_mesh["data_parallel"])
 
-    def full_weights(self) -> torch.Tensor:
-        return torch.cat(
-            [getattr(p, "full_tensor", lambda p=p: p)().detach().cpu().flatten() for p in self.parameters()]
-        )
-
 
 def weights(module: pl.LightningModule) -> torch.Tensor:
-    return torch.cat([p.detach().cpu().flatten() for p in module.parameters()])
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return torch.cat([p.detach().cpu().flatten() for p in whole])
 
 
 def ddp_and_fsdp2(folder: str) -> None:
@@ -88,7 +85,11 @@ def ddp_and_fsdp2(folder: str) -> None:
     sharded = ShardedModule(dropout=0)
     strategy = HPUShardingStrategy(data_parallel_size=2, tensor_parallel_size=1)
     trainer(accelerator="hpu", devices=2, strategy=strategy).fit(sharded, batches())
-    torch.testing.assert_close(sharded.full_weights(), weights(reference), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(weights(sharded), weights(reference), atol=1e-6, rtol=1e-5)
+
+    sharded = TinyModule(dropout=0)
+    trainer(accelerator="hpu", devices=2, strategy="hpu_fsdp2", callbacks=PaCAStrategy(PACA)).fit(sharded, batches())
+    torch.testing.assert_close(weights(sharded), weights(paca_reference), atol=1e-6, rtol=1e-5)
 
 
 def all_cards() -> None:

@@ -92,6 +92,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceIndex deviceCount() const noexcept override { return device_count(); }
   Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
   Stream getDefaultStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
+  Stream getNewStream(Device device, int) const override { return Stream(Stream::DEFAULT, device); }
   Stream exchangeStream(Stream stream) const override { return Stream(Stream::DEFAULT, stream.device()); }
   bool queryStream(const Stream&) const override { return true; }
   void synchronizeStream(const Stream&) const override {}
@@ -163,7 +164,9 @@ Tensor copy_from_and_resize(const Tensor& source, const Tensor& target) {
 
 const Tensor& resize_(const Tensor& tensor, SymIntArrayRef size, std::optional<MemoryFormat>) {
   auto* impl = tensor.unsafeGetTensorImpl();
-  impl->set_sizes_contiguous(C10_AS_INTARRAYREF_SLOW(size));
+  auto sizes = C10_AS_INTARRAYREF_SLOW(size);
+  if (tensor.sizes() == sizes) return tensor;  // and its strides stay
+  impl->set_sizes_contiguous(sizes);
   size_t needed = impl->numel() ? (impl->numel() + impl->storage_offset()) * tensor.itemsize() : 0;
   auto* storage = impl->unsafe_storage().unsafeGetStorageImpl();
   if (storage->nbytes() < needed) {

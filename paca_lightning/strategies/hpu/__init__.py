@@ -12,20 +12,20 @@ from paca_lightning.strategies.hpu.accelerator import HPUAccelerator
 from paca_lightning.strategies.hpu.bridge import bridge_installed
 from paca_lightning.strategies.hpu.connector import patch_connector
 from paca_lightning.strategies.hpu.ddp import HPUDDPStrategy
-from paca_lightning.strategies.hpu.mixins import HPUDistributedMixin, HPUFSDP2Mixin, HPUStrategyMixin
+from paca_lightning.strategies.hpu.fsdp2 import HPUFSDP2Strategy
+from paca_lightning.strategies.hpu.mixins import HPUStrategyMixin
 from paca_lightning.strategies.hpu.single import SingleHPUStrategy
 
 __all__ = [
     "HPUAccelerator",
     "HPUDDPStrategy",
-    "HPUDistributedMixin",
-    "HPUFSDP2Mixin",
+    "HPUFSDP2Strategy",
     "HPUStrategyMixin",
     "SingleHPUStrategy",
 ]
 
 AcceleratorRegistry.register("hpu", HPUAccelerator, description="Intel Gaudi", override=True)
-for _strategy in (SingleHPUStrategy, HPUDDPStrategy):
+for _strategy in (SingleHPUStrategy, HPUDDPStrategy, HPUFSDP2Strategy):
     StrategyRegistry.register(_strategy.strategy_name, _strategy, description=_strategy.__name__, override=True)
 if bridge_installed():
     patch_connector(_AcceleratorConnector)

@@ -2,40 +2,26 @@
 
 ``torch.hpu`` holds two groups of names and nothing else, so that a call of any other name fails: those that
 ``paca_lightning`` calls (``CALLED_BY_US``; all of them exist in the real bridge), and those that PyTorch and Lightning
-call on any device module. The environment variable ``SIMULATED_HPU_LIBRARY`` holds the path of the compiled extension,
-``SIMULATED_HPU_COUNT`` the number of cards (8 by default).
+call on any device module. The compiler backend ``hpu_backend`` traces and then runs eagerly. The operator that
+bitsandbytes calls for NF4 is here too. Environment variables: ``SIMULATED_HPU_LIBRARY`` is the path of the compiled
+extension, ``SIMULATED_HPU_COUNT`` the number of cards (8 by default).
 """
 
+import functools
 import importlib.util
 import os
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch._dynamo
 
 CALLED_BY_US = ("is_available", "device_count", "manual_seed_all", "memory_stats", "get_device_name", "synchronize")
 
 _spec = importlib.util.spec_from_file_location("simulated_hpu", os.environ["SIMULATED_HPU_LIBRARY"])
 _device = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_device)
-
-
-class _Event:
-    def record(self, stream: object = None) -> None: ...
-    def wait(self, stream: object = None) -> None: ...
-    def synchronize(self) -> None: ...
-
-
-class _Stream:
-    def __init__(self, *_: object, **__: object) -> None: ...
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-    def wait_stream(self, other: object) -> None: ...
-    def wait_event(self, event: object) -> None: ...
-    def synchronize(self) -> None: ...
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
 
 
 class _DeviceContext:
@@ -72,11 +58,34 @@ hpu._is_in_bad_fork = lambda: False
 hpu.current_device = lambda: 0
 hpu.set_device = _check
 hpu.device = _DeviceContext
-hpu.Stream = _Stream
-hpu.Event = _Event
+hpu.Stream = functools.partial(torch.Stream, "hpu")
+hpu.Event = functools.partial(torch.Event, "hpu")
 hpu.stream = lambda stream: stream
-hpu.current_stream = lambda device=None: _Stream()
+hpu.current_stream = lambda device=None: torch.accelerator.current_stream()
 hpu.get_rng_state = lambda device=None: torch.get_rng_state()
 hpu.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
 
 torch._register_device_module("hpu", hpu)
+
+
+@torch._dynamo.register_backend(name="hpu_backend")
+def _hpu_backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def _dequantize_nf4(
+    packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, *, out_shape: list[int], out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Two weights a byte, the first in the high half: a level of NF4 times the scale of its block."""
+    from bitsandbytes.functional import get_4bit_type
+
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1, blocksize)
+    levels = get_4bit_type("nf4", device=packed.device)[codes.long()]
+    return (levels * absmax.float()[:, None]).to(out_dtype).reshape(-1)[: out_shape[0]]
+
+
+_operators = torch.library.Library("hpu", "DEF")
+_operators.define(
+    "dequantize_nf4(Tensor packed, Tensor absmax, int blocksize, *, SymInt[] out_shape, ScalarType out_dtype) -> Tensor"
+)
+_operators.impl("dequantize_nf4", _dequantize_nf4, "HPU")
