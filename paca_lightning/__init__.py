@@ -10,6 +10,7 @@ from paca_lightning.layers import PaCALinear
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.report import ConversionReport
 from paca_lightning.targets import paca_layers
+from paca_lightning.tools.export import export_lora, export_merged
 
 __all__ = [
     "AdapterCheckpoint",
@@ -22,6 +23,8 @@ __all__ = [
     "apply_paca",
     "attach",
     "disable_paca",
+    "export_lora",
+    "export_merged",
     "load_adapter",
     "merge",
     "paca_layers",
