@@ -131,10 +131,21 @@ def test_paca_on_one_card_computes_what_it_computes_on_the_cpu(hpu: Run, precisi
     on_hpu, on_cpu = (
         run(_train_paca, accelerator, precision=precision) for run, accelerator in [(hpu, "hpu"), (_here, "cpu")]
     )
+    # Autocast has lists of its own for the CPU, so that mixed precision rounds elsewhere.
     assert on_hpu.losses == (on_cpu.losses if precision != "bf16-mixed" else pytest.approx(on_cpu.losses, rel=1e-2))
     deltas = [p for name, p in on_hpu.named_parameters() if name.endswith("paca_delta")]
     assert deltas
     assert all(delta.dtype == torch.float32 and delta.any() for delta in deltas)
+
+
+def test_nf4_base_trains_on_one_card(hpu: Run) -> None:
+    on_hpu, on_cpu = (
+        run(_train_paca, accelerator, PaCAConfig(r=4, quantize="nf4"), precision="bf16-true")
+        for run, accelerator in [(hpu, "hpu"), (_here, "cpu")]
+    )
+    assert any(name.endswith("packed") for name, _ in on_hpu.named_parameters())
+    assert on_hpu.losses == pytest.approx(on_cpu.losses, rel=1e-2)
+    assert on_hpu.losses != train("cpu", precision="bf16-true").losses
 
 
 def test_mixed_precision_autocasts_on_the_hpu(hpu: Run) -> None:
@@ -258,6 +269,16 @@ def test_eight_cards(library: Path) -> None:
     assert set(re.findall(r"rank (\d) done", output)) == set("01234567")
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_smoke_script_passes(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMULATED_HPU_COUNT", "2")
+    small = "--hidden-size 64 --layers 1 --length 32 --batch-size 1 --timing-steps 2 --timeout 120"
+    report = launch("scripts.hpu_smoke", *small.split(), library=library, timeout=280)
+    assert "All checks passed." in report
+    assert report.count("| ok |") == 11
+
+
 # ---- run on the device ---------------------------------------------------------------------------------------------
 
 
@@ -274,8 +295,8 @@ def _bridge_is_imported() -> bool:
     return "habana_frameworks.torch" in sys.modules
 
 
-def _train_paca(accelerator: str, **options: Any) -> TinyModule:
-    return train(accelerator, callbacks=PaCAStrategy(PACA), **options)
+def _train_paca(accelerator: str, config: PaCAConfig = PACA, **options: Any) -> TinyModule:
+    return train(accelerator, callbacks=PaCAStrategy(config), **options)
 
 
 def _make_trainer(**options: Any) -> None:
