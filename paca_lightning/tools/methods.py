@@ -69,6 +69,11 @@ def _paca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     return model
 
 
+def _qpaca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    apply_paca(model, PaCAConfig(r=r, quantize="nf4"))
+    return model
+
+
 def _full(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     return model.requires_grad_(True)
 
@@ -99,12 +104,13 @@ def _narrow_lora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
 _APPLY: dict[str, Callable[[nn.Module, int, list[Target]], nn.Module]] = {
     FLOOR: _floor,
     "paca": _paca,
+    "qpaca": _qpaca,
     "lora": _lora,
     "lora-narrow": _narrow_lora,
     "dora": _dora,
     "full": _full,
 }
-_WRITES = {"paca": "targets", "full": "all"}
+_WRITES = {"paca": "targets", "qpaca": "targets", "full": "all"}
 _UNRANKED = (FLOOR, "full")
 _BASELINES = ("lora", "lora-narrow", "dora")
 

@@ -27,7 +27,7 @@ def print_table(rows: list[Row], title: str, console: Console | None = None) -> 
         title: What was measured.
         console: Where to. Default: standard output.
     """
-    time = _table(title, "step ms", "x floor", "quartiles", "forward", "backward", "optimizer")
+    time = _table(title, "step ms", "x floor", "quartiles", "fwd ms", "bwd ms", "opt ms")
     longest = any("max_tokens" in row for row in rows)
     memory = _table("", "saved", "peak", "trainable", "tokens/s", *(["longest"] if longest else []))
     for row in rows:
