@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
@@ -353,6 +354,8 @@ def test_the_data_tool_marks_trained_tokens(module: Any, monkeypatch: pytest.Mon
     assert "<|im_end|>⟧" in text
     assert "validation" in text
     assert "dropped, no answer left" in text
+    with pytest.raises(PaCAError, match="the data here is LightningDataModule"):
+        data_tool.data(LightningDataModule())
 
 
 @pytest.mark.parametrize("packing", [False, True])

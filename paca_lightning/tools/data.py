@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.data.tokenization import TokenizedSplit
 from paca_lightning.tasks.instruction import InstructionDataModule
 
@@ -20,8 +21,12 @@ def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
         samples: How many conversations to print, the first ones of the training split. What is trained stands in ⟦ ⟧.
 
     Raises:
-        PaCAError: The data cannot be used.
+        PaCAError: The data cannot be used, or is of another kind.
     """
+    if not isinstance(datamodule, InstructionDataModule):
+        raise PaCAError(
+            f"the data command shows an InstructionDataModule; the data here is {type(datamodule).__name__}."
+        )
     datamodule.prepare_data()
     datamodule.setup()
     console = Console()
