@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 def hpu_process(library: Path) -> Iterator[Callable[..., Any]]:
     """A process in which the simulated Gaudi software is installed, as ``run(function, *args, **kwargs)``.
 
-    The function must be importable; its result or exception comes back pickled.
+    The function must be importable; its result or exception comes back pickled. PyTorch is told not to load the bridge
+    by itself, so that it is seen when ``paca_lightning`` does.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_install, initargs=(library,)) as pool:
         yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(timeout=120)
@@ -26,6 +27,7 @@ def hpu_process(library: Path) -> Iterator[Callable[..., Any]]:
 
 def _install(library: Path) -> None:
     os.environ["SIMULATED_HPU_LIBRARY"] = str(library)
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     sys.path.insert(0, str(BRIDGE))
 
 
