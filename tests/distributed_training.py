@@ -135,6 +135,16 @@ def make_trainer(run: Run, **overrides: Any) -> Trainer:
     return Trainer(**(settings | run.trainer | overrides))
 
 
+def resume_all(runs: dict[str, Run], refused: dict[str, Run]) -> dict[str, Any]:
+    """Results of runs that resume, and messages of those that must not."""
+    messages = {}
+    for name, run in refused.items():
+        with pytest.raises(PaCAError) as error:
+            train(run)
+        messages[name] = str(error.value)
+    return train_all(runs) | {"refused": messages}
+
+
 def whole_deltas(module: nn.Module) -> dict[str, Tensor]:
     """The delta of each layer, gathered; and a check that each layer's weight is in step with it."""
     deltas = {}

@@ -16,7 +16,16 @@ from paca_lightning.strategies.checkpointing import checkpoint_blocks
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from paca_lightning.strategies.sharding import ShardingOptions, find_blocks, shard
 from tests.distributed_launch import launch
-from tests.distributed_training import Plain, Run, on_two_ranks, train, train_all, train_plain, train_until_death
+from tests.distributed_training import (
+    Plain,
+    Run,
+    on_two_ranks,
+    resume_all,
+    train,
+    train_all,
+    train_plain,
+    train_until_death,
+)
 from tests.tiny import tiny_llama
 
 NF4 = PaCAConfig(r=4, alpha=8, quantize="nf4")
@@ -101,6 +110,7 @@ FOUR = {
     "NF4, bf16-mixed": Run(strategy={}, config=NF4, trainer={"precision": "bf16-mixed"}),
 }
 FORMATS = {"directory": True, "file": False}
+SAVED = {name: (Run().config, sharded) for name, sharded in FORMATS.items()} | {"NF4 directory": (NF4, True)}
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +120,21 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     half = {
         name: Run(
             steps=5,
+            config=config,
             strategy={"save_distributed_checkpoint": sharded},
             module={"by_step": True},
             save=directory / f"{name}.ckpt",
         )
-        for name, sharded in FORMATS.items()
+        for name, (config, sharded) in SAVED.items()
     }
-    whole = {"whole": Run(strategy={}, module={"by_step": True})}
-    return {"checkpoints": directory, **launch(train_all, 4, FOUR | whole | half)[0]}
+    whole = {
+        name: Run(strategy={}, config=SAVED[name][0], module={"by_step": True}) for name in ("file", "NF4 directory")
+    }
+    return {
+        "checkpoints": directory,
+        **launch(train_all, 4, FOUR | half)[0],
+        "whole": launch(train_all, 4, whole)[0],
+    }
 
 
 @pytest.mark.distributed
@@ -140,33 +157,43 @@ def test_checkpoints_hold_only_what_is_trained(four_ranks: dict[str, Any]) -> No
 @pytest.mark.distributed
 def test_resume_on_two_ranks(four_ranks: dict[str, Any]) -> None:
     # Another seed draws other columns: those of the checkpoint must replace them.
-    runs = {name: resumed(four_ranks, name, strategy={}, config=PaCAConfig(r=4, alpha=8, seed=1)) for name in FORMATS}
-    for result in launch(train_all, 2, runs)[0].values():
-        assert_equal_runs(result, latter_half(four_ranks["whole"]))
+    other_columns = PaCAConfig(r=4, alpha=8, seed=1)
+    runs = {name: resumed(four_ranks, name, strategy={}, config=other_columns) for name in FORMATS}
+    runs["NF4 directory"] = resumed(four_ranks, "NF4 directory", strategy={}, config=NF4)
+    refused = {name: dataclasses.replace(runs[name], config=PaCAConfig(r=8)) for name in FORMATS}
+    refused["nowhere"] = dataclasses.replace(runs["file"], resume=Path("/tmp/nowhere.ckpt"))
+    results = launch(resume_all, 2, runs, refused)[0]
+    for name in runs:
+        assert_equal_runs(results[name], latter_half(four_ranks, name))
+    assert "does not fit this model" in results["refused"]["directory"]
+    assert "has shape (64, 4) in the checkpoint and (64, 8) in the model" in results["refused"]["file"]
+    assert "'/tmp/nowhere.ckpt' is neither a checkpoint file nor a directory" in results["refused"]["nowhere"]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", FORMATS)
 def test_resume_sharded_on_one_rank(four_ranks: dict[str, Any], name: str) -> None:
-    assert_equal_runs(launch(train, 1, resumed(four_ranks, name, strategy={}))[0], latter_half(four_ranks["whole"]))
+    result = launch(train, 1, resumed(four_ranks, name, strategy={}))[0]
+    assert_equal_runs(result, latter_half(four_ranks, name))
 
 
+@pytest.mark.distributed
 def test_resume_a_file_on_a_single_device_and_back(four_ranks: dict[str, Any], tmp_path: Path) -> None:
-    single = resumed(four_ranks, "file", steps=10, save=tmp_path / "single.ckpt")
-    assert_equal_runs(train(single), latter_half(four_ranks["whole"]))
+    single = resumed(four_ranks, "file", save=tmp_path / "single.ckpt")
+    assert_equal_runs(train(single), latter_half(four_ranks, "file"))
 
     back = dataclasses.replace(single, steps=15, resume=single.save, save=None)
     assert_equal_runs(launch(train, 2, dataclasses.replace(back, strategy={}))[0], train(back))
 
 
 def resumed(four_ranks: dict[str, Any], name: str, **changes: Any) -> Run:
-    return dataclasses.replace(
-        Run(module={"by_step": True}), resume=four_ranks["checkpoints"] / f"{name}.ckpt", **changes
-    )
+    checkpoint = four_ranks["checkpoints"] / f"{name}.ckpt"
+    return dataclasses.replace(Run(module={"by_step": True}), resume=checkpoint, **changes)
 
 
-def latter_half(result: dict[str, Any]) -> dict[str, Any]:
-    return result | {"losses": result["losses"][5:]}
+def latter_half(four_ranks: dict[str, Any], name: str) -> dict[str, Any]:
+    whole: dict[str, Any] = four_ranks["whole"]["NF4 directory" if name.startswith("NF4") else "file"]
+    return whole | {"losses": whole["losses"][5:]}
 
 
 @pytest.mark.distributed
