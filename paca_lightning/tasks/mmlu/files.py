@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow  # type: ignore[import-untyped]
+import pyarrow
 from pyarrow import parquet
 
 from paca_lightning.errors import PaCAError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pyarrow  # type: ignore[import-untyped]
+import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
