@@ -51,9 +51,9 @@ def bench(
         model: Hugging Face model to measure: a local directory or a hub id. Give this or --preset.
         preset: Known shape with random weights: small, llama3-8b or llama3.1-70b.
         layers: Use only the first so many layers.
-        methods: Which, with commas between them: floor, paca, qpaca (on NF4), full, and PEFT's lora and dora (no dropout,
-            adapters in fp32 as PEFT has them by itself) and lora-narrow (adapters in --dtype). A method may have a
-            rank of its own: paca:16,lora:8.
+        methods: Which, with commas between them: floor, paca, qpaca (on NF4), full, PEFT's lora and dora (no dropout,
+            adapters in fp32 as PEFT has them by itself), lora-narrow (adapters in --dtype). A method may have a rank of
+            its own: paca:16,lora:8.
         r: Rank or ranks, with commas between them, of the methods without one of their own.
         match: What LoRA and DoRA have in common with PaCA: rank, parameters (as many trainable ones), or both, in two
             rows.
