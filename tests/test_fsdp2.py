@@ -128,13 +128,10 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for name, (config, sharded) in SAVED.items()
     }
     whole = {
-        name: Run(strategy={}, config=SAVED[name][0], module={"by_step": True}) for name in ("file", "NF4 directory")
+        f"whole {kind}": Run(strategy={}, config=config, module={"by_step": True})
+        for kind, config in (("dense", Run().config), ("NF4", NF4))
     }
-    return {
-        "checkpoints": directory,
-        **launch(train_all, 4, FOUR | half)[0],
-        "whole": launch(train_all, 4, whole)[0],
-    }
+    return {"checkpoints": directory, **launch(train_all, 4, FOUR | half | whole)[0]}
 
 
 @pytest.mark.distributed
@@ -192,7 +189,7 @@ def resumed(four_ranks: dict[str, Any], name: str, **changes: Any) -> Run:
 
 
 def latter_half(four_ranks: dict[str, Any], name: str) -> dict[str, Any]:
-    whole: dict[str, Any] = four_ranks["whole"]["NF4 directory" if name.startswith("NF4") else "file"]
+    whole: dict[str, Any] = four_ranks["whole NF4" if name.startswith("NF4") else "whole dense"]
     return whole | {"losses": whole["losses"][5:]}
 
 

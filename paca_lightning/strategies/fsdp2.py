@@ -118,6 +118,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
 
     @override
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        if self.options.cpu_offload and self.root_device.type != "cpu" and ":" not in backend:
+            # The norm of offloaded gradients is reduced in host memory.
+            backend = f"cpu:gloo,{self.root_device.type}:{backend}"
+        return backend
+
+    @override
     def setup(self, trainer: "pl.Trainer") -> None:
         """Casts, shards and fills the model, then builds the optimizers."""
         assert self.model is not None
