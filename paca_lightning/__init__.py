@@ -1,5 +1,6 @@
 """Fine-tune large models with Lightning by training a few input columns of each frozen weight (PaCA)."""
 
+import paca_lightning.strategies  # noqa: F401  (registers "paca_fsdp2" and the HPU's by name)
 from paca_lightning.adapter import load_adapter, save_adapter
 from paca_lightning.adapter_checkpoint import AdapterCheckpoint
 from paca_lightning.callback import PaCAStrategy

@@ -52,6 +52,8 @@ def written_aside(directory: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o777 & ~_umask())
+        for file in scratch.iterdir():  # some libraries write through temporary files that only their owner may read
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         if destination.exists():
             for file in scratch.iterdir():
                 file.replace(destination / file.name)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from paca_lightning.tasks.causal_lm import one_row
 from paca_lightning.tasks.data.collate import Documents, PadCollator
 from paca_lightning.tasks.data.packing import Packing, best_fit_decreasing
+from paca_lightning.tasks.loss import CausalLMLoss
 from tests.tiny import tiny_llama
 
 
@@ -96,6 +98,19 @@ def test_packed_logits_equal_unpacked_ones(attention: str, tolerance: float) -> 
         torch.testing.assert_close(together[row, column : column + length], alone, rtol=0, atol=tolerance)
         if column:  # what the comparison would see if attention crossed documents
             assert (leaking[row, column : column + length] - alone).abs().max() > 1e-3
+
+
+def test_packed_rows_in_one_row_are_the_same_computation() -> None:
+    """What flash kernels need, which keep documents apart in a single row only."""
+    model = tiny_llama().double().eval()
+    batch = PadCollator(pad_token_id=2, packed=True)(documents([9, 5, 1, 4, 12, 3], [4, 2]))
+    flat = one_row(batch)
+    assert flat["input_ids"].shape == (1, batch["input_ids"].numel())
+    loss = CausalLMLoss()
+    two, tokens = loss(model, {name: batch[name] for name in ("input_ids", "position_ids")}, batch["labels"])
+    one, same_tokens = loss(model, {name: flat[name] for name in ("input_ids", "position_ids")}, flat["labels"])
+    assert tokens == same_tokens
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
 
 
 def test_a_padded_batch_has_a_mask_only_if_it_has_padding() -> None:

@@ -163,7 +163,7 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss per trained token of a micro-batch; 0 if it has none."""
-        total, tokens = self.loss(self._built(), _inputs(batch), batch["labels"])
+        total, tokens = self._loss(batch)
         self.train_loss.update(total, tokens)
         return total / tokens.clamp(min=1)
 
@@ -201,7 +201,7 @@ class CausalLMModule(LightningModule):
         self._log_split("test", self.test_loss)
 
     def _evaluate(self, metric: MeanTokenLoss, batch: Batch) -> None:
-        metric.update(*self.loss(self._built(), _inputs(batch), batch["labels"]))
+        metric.update(*self._loss(batch))
 
     def _log_split(self, split: str, metric: MeanTokenLoss) -> None:
         loss = metric.compute()
@@ -210,9 +210,25 @@ class CausalLMModule(LightningModule):
         self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
 
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of the trained tokens of a batch, and their number."""
+        model = self._built()
+        if "position_ids" in batch and model.config._attn_implementation.startswith("flash"):
+            batch = one_row(batch)
+        return self.loss(model, _inputs(batch), batch["labels"])
+
     def _built(self) -> PreTrainedModel:
         assert self.model is not None, "configure_model() builds the model"
         return self.model
+
+
+def one_row(batch: Batch) -> Batch:
+    """A batch of packed rows as a single packed row: the same computation, as positions restart in each document.
+
+    Hugging Face keeps the attention of flash kernels inside documents for one row only; for more it would silently
+    cross them.
+    """
+    return {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
 
 
 def _inputs(batch: Batch) -> Batch:

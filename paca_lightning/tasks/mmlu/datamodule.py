@@ -163,4 +163,5 @@ class MMLUDataModule(LightningDataModule):
             name=f"MMLU {name}",
         )
         collator = PadCollator(pad_token_id(self.tokenizer), hparams["pad_to_multiple_of"], hparams["max_length"])
-        return ResumableLoader(DocumentReader(samples.dataset), order, collator, hparams["num_workers"])
+        trainer = self.trainer if name == "train" else None
+        return ResumableLoader(DocumentReader(samples.dataset), order, collator, hparams["num_workers"], trainer)
