@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,7 +84,26 @@ def _run_tool(command: str, arguments: list[str]) -> None:
 
     module, _ = TOOLS[command]
     function: Callable[..., Any] = getattr(importlib.import_module(module), command)
-    auto_cli(function, args=arguments, prog=f"paca-lightning {command}", as_positional=False)
+    auto_cli(
+        function,
+        args=_as_jsonargparse_has_them(function, arguments),
+        prog=f"paca-lightning {command}",
+        as_positional=False,
+    )
+
+
+def _as_jsonargparse_has_them(function: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """Options as people type them: dashes in names, and switches without a value."""
+    switches = {name for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    result = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            if name[2:] in switches and not equals and following.startswith("-"):
+                equals, value = "=", "true"
+        result.append(name + equals + value)
+    return result
 
 
 def _show_data(arguments: list[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAError, load_adapter
-from paca_lightning.cli import main
+from paca_lightning.cli import _as_jsonargparse_has_them, main
 
 ROOT = Path(__file__).parents[1]
 DEBUG = ["--config", "configs/debug.yaml"]
@@ -99,6 +99,15 @@ def test_data_shows_trained_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "⟦" in printed
     assert "215" in printed
+
+
+def test_tools_take_dashes_and_bare_switches() -> None:
+    def tool(max_length: int = 0, compile: bool = False, dtype: str = "auto") -> None: ...
+
+    typed = ["--max-length", "8", "--compile", "--dtype=bf-16"]
+    assert _as_jsonargparse_has_them(tool, typed) == ["--max_length", "8", "--compile=true", "--dtype=bf-16"]
+    assert _as_jsonargparse_has_them(tool, ["--compile"]) == ["--compile=true"]
+    assert _as_jsonargparse_has_them(tool, ["--compile", "false"]) == ["--compile", "false"]
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:
