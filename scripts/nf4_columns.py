@@ -1,0 +1,79 @@
+"""Held-out loss of an NF4 model whose PaCA columns are unquantized, before any training, against the plain NF4 model.
+
+The columns that PaCA trains start from the full-precision weight, so they undo a part of the quantization error at
+once.
+Prints, for each selection and rank, the loss and how much of the loss that NF4 costs comes back.
+
+    python scripts/nf4_columns.py models/SmolLM2-135M-Instruct text.jsonl --ranks 8 32 128
+
+The second argument holds chat messages, one conversation a line; a quarter of them calibrates quant_error, and the loss
+is that of all tokens of the others.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from paca_lightning import PaCAConfig, apply_paca, disable_paca
+
+LENGTH = 256
+
+
+def blocks(tokenizer: object, path: Path, limit: int) -> Tensor:
+    """Conversations as running text, cut into blocks, shape (blocks, LENGTH)."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    text = "".join(tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False) for line in lines)
+    ids = torch.tensor(tokenizer(text)["input_ids"][: limit * LENGTH])
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+@torch.no_grad()
+def loss(model: nn.Module, ids: Tensor) -> float:
+    """Mean loss over all tokens."""
+    return sum(model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in ids.split(4)) / len(ids)
+
+
+def losses(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """Name and loss of each model; the first is the full-precision one, the second the plain NF4 one."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    ids = blocks(tokenizer, arguments.text, arguments.blocks)
+    held_out, calibration = ids[len(ids) // 4 :], ids[: len(ids) // 4].split(4)
+
+    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    yield "full precision", loss(base, held_out)
+    plain = copy.deepcopy(base)
+    apply_paca(plain, PaCAConfig(r=1, quantize="nf4"))
+    with disable_paca(plain):
+        yield "plain NF4", loss(plain, held_out)
+    for selection, data in (("random", None), ("quant_error", None), ("quant_error", calibration)):
+        for r in arguments.ranks:
+            model = copy.deepcopy(base)
+            batches = data and [{"input_ids": rows} for rows in data]
+            apply_paca(model, PaCAConfig(r=r, quantize="nf4", selection=selection), calibration=batches)
+            yield f"{selection}{' x activations' if data else ''}, r={r}", loss(model, held_out)
+
+
+def main() -> None:
+    """Print the table as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--blocks", type=int, default=64, help=f"at most so many blocks of {LENGTH} tokens")
+    table = losses(parser.parse_args())
+    (name, full), (second, plain) = next(table), next(table)
+    print(f"{'model':<36} {'loss':>8} {'to NF4':>9} {'regained':>9}")
+    print(f"{name:<36} {full:8.4f} {full - plain:+9.4f}")
+    print(f"{second:<36} {plain:8.4f}")
+    for name, value in table:
+        print(f"{name:<36} {value:8.4f} {value - plain:+9.4f} {(plain - value) / (plain - full):9.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
