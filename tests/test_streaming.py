@@ -81,7 +81,7 @@ def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
         for name, directory in directories.items()
         for config in [{"dense": DENSE, "tied": DENSE, "NF4": NF4}[name]]
     }
-    result["loss"] = float(streamed(directories["dense"], DENSE)(input_ids=IDS, labels=IDS).loss)
+    result["loss"] = streamed(directories["dense"], DENSE)(input_ids=IDS, labels=IDS).loss.item()
     result["columns"] = {
         selection: chosen(directories["dense"], selection) for selection in ("weight_norm", "quant_error")
     }
@@ -124,7 +124,7 @@ def test_streamed_rows_are_those_of_the_whole_model(
 
 @pytest.mark.distributed
 def test_a_streamed_model_computes(directories: dict[str, Path], two_ranks: list[dict[str, Any]]) -> None:
-    expected = float(loaded(directories["dense"], DENSE)(input_ids=IDS, labels=IDS).loss)
+    expected = loaded(directories["dense"], DENSE)(input_ids=IDS, labels=IDS).loss.item()
     assert two_ranks[0]["loss"] == pytest.approx(expected, rel=1e-6)
 
 
