@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 IGNORE_INDEX = -100
 MIN_CHUNK = 128
@@ -99,8 +100,9 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.to(dtype)
     else:
         hidden = hidden.to(weight.dtype)
-    if hidden.device.type == "cpu":
-        # Rows that are not trained cost nothing. Elsewhere their number would have to be awaited.
+    if hidden.device.type == "cpu" and not is_fake(hidden):
+        # Rows that are not trained cost nothing. Elsewhere their number would have to be awaited, and tensors that are
+        # traced have no values.
         trained = labels != IGNORE_INDEX
         hidden, labels = hidden[trained], labels[trained]
     if chunk_size is None:
