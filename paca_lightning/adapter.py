@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paca_lightning.config import PaCAConfig
-from paca_lightning.conversion import config_of, convert, saved_modules, undone_on_error
+from paca_lightning.conversion import config_of, convert
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import written_aside
 from paca_lightning.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
-from paca_lightning.layers import PaCALayer
+from paca_lightning.layers import PaCALayer, copy_into
 from paca_lightning.report import ConversionReport
+from paca_lightning.reversal import undone_on_error
 from paca_lightning.selection import check_indices
 from paca_lightning.targets import base_model_prefix, clean_path, paca_layers, relative_path
+from paca_lightning.trained_whole import saved_modules
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "paca_lightning.json"
 PREFIX = "base_model.model."
@@ -97,10 +99,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
             raise
     with torch.no_grad():
         for path, layer in layers.items():
-            _copy(layer.paca_delta, deltas[path])
+            copy_into(layer.paca_delta, deltas[path])
             layer.write_columns()
         for tensor, value in targets:
-            _copy(tensor, value)
+            copy_into(tensor, value)
     return report
 
 
@@ -245,15 +247,6 @@ def _relative_saved(model: nn.Module) -> dict[str, nn.Module]:
 def _whole(tensor: Tensor) -> Tensor:
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full.detach().cpu().contiguous().clone()
-
-
-def _copy(parameter: Tensor, value: Tensor) -> None:
-    if hasattr(parameter, "to_local"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(parameter, DTensor)
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
 
 
 def _is_first_rank() -> bool:

@@ -17,12 +17,13 @@ from paca_lightning.adapter import adapter_config, load_adapter
 from paca_lightning.averaging import check_order, settle_averages
 from paca_lightning.checkpoint import keep_everything, keep_trained_state
 from paca_lightning.config import PaCAConfig
-from paca_lightning.conversion import attach, convert
+from paca_lightning.conversion import convert
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable
 from paca_lightning.report import ConversionReport
 from paca_lightning.targets import paca_layers
 from paca_lightning.training_data import select_on_training_data
+from paca_lightning.write_back import attach
 
 
 class PaCAStrategy(Callback):

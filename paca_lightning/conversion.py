@@ -1,19 +1,18 @@
-"""Turning a model's linear layers into PaCA layers in place, and back."""
+"""Turning a model's linear layers into PaCA layers, in place."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.calibration import BY_WEIGHT, calibrate, weight_scores
 from paca_lightning.config import CALIBRATED, PaCAConfig
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCALayer
+from paca_lightning.layers import PENDING_SELECTION, PaCALayer
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.report import ConversionReport, report_on
+from paca_lightning.reversal import undone_on_error
 from paca_lightning.selection import check_indices, largest_indices, random_indices
 from paca_lightning.targets import (
     Target,
@@ -24,6 +23,7 @@ from paca_lightning.targets import (
     relative_path,
     resolve,
 )
+from paca_lightning.trained_whole import mark, original_state
 
 
 def apply_paca(
@@ -57,25 +57,6 @@ def apply_paca(
         if undecided and calibration is not None:
             select_columns(model, config, calibration, undecided)
     return report
-
-
-@contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """If the block fails, release the layers that it converted, and freeze and thaw parameters as they were."""
-    layers = {layer for _, layer in paca_layers(model)}
-    saved = {module for _, module in saved_modules(model)}
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except Exception:
-        _release([layer for _, layer in paca_layers(model) if layer not in layers], trained=False)
-        for _, module in saved_modules(model):
-            if module not in saved:
-                del vars(module)["_paca_original"]
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-        raise
 
 
 def convert(
@@ -113,7 +94,7 @@ def convert(
             f"selection={config.selection!r} looks at data: pass calibration=, an iterable of batches "
             "(PaCAStrategy takes them from the training data by itself)."
         )
-    originals = {path: _original(module) for path, module in resolution.saved.items()}
+    originals = {path: original_state(module) for path, module in resolution.saved.items()}
     with undone_on_error(model):
         model.requires_grad_(False)
         for target in fresh:
@@ -125,7 +106,7 @@ def convert(
         for _, layer in paca_layers(model):
             layer.paca_delta.requires_grad_(True)
         for path, module in resolution.saved.items():
-            vars(module).setdefault("_paca_original", originals[path])
+            mark(module, originals[path])
             module.requires_grad_(True)
     return report_on(model, config, resolution), undecided
 
@@ -190,96 +171,27 @@ def quantize_layers(model: nn.Module, config: PaCAConfig, undecided: Container[s
         QPaCALinear.quantize(layer, clean_path(path))
 
 
-def write_columns(model: nn.Module) -> None:
-    """Bring every PaCA weight in a model up to date with its delta."""
-    for _, layer in paca_layers(model):
-        layer.write_columns()
-
-
-def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
-    """Write the trained columns back after each step of an optimizer: for Fabric and plain PyTorch loops.
-
-    Args:
-        optimizer: Has some or all of the model's deltas.
-        model: The converted model.
-
-    Returns:
-        A handle whose ``remove()`` ends it.
-
-    Raises:
-        PaCAError: If the optimizer has none of the model's deltas.
-    """
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = [layer for _, layer in paca_layers(model) if id(layer.paca_delta) in owned]
-    if not layers:
-        raise PaCAError(
-            f"{type(optimizer).__name__} has none of the model's paca_delta parameters, so nothing would be trained. "
-            "Build it after apply_paca."
-        )
-
-    def write_back(*_: object) -> None:
-        for layer in layers:
-            layer.write_columns()
-
-    return optimizer.register_step_post_hook(write_back)
-
-
-@contextmanager
-def disable_paca(model: nn.Module) -> Iterator[None]:
-    """Inside this context the model is the base model, bitwise, and trains nothing of PaCA.
-
-    Dense weights are overwritten and put back, so run the backward of anything computed before it first: autograd
-    refuses afterwards.
-    """
-    layers = [layer for _, layer in paca_layers(model) if layer.paca_enabled]
-    tuned = [(module, _original(module)) for _, module in saved_modules(model)]
-    for layer in layers:
-        layer.restore_columns()
-        layer.paca_enabled = False
-    for module, _ in tuned:
-        _overwrite(module, vars(module)["_paca_original"])
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.paca_enabled = True
-            layer.write_columns()
-        for module, values in tuned:
-            _overwrite(module, values)
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Turn PaCA layers into plain linear layers that hold the trained columns; returns the model."""
-    return _release_all(model, trained=True)
-
-
-def unload(model: nn.Module) -> nn.Module:
-    """Turn PaCA layers into plain linear layers with the base weight, bitwise; returns the model."""
-    return _release_all(model, trained=False)
-
-
 def config_of(model: nn.Module) -> PaCAConfig | None:
     """The configuration that a model was converted with, if it was."""
     configs = (vars(layer).get("_paca_config") for _, layer in paca_layers(model))
     return next((config for config in configs if config is not None), None)
 
 
-def saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Path and module of what is trained whole."""
-    return [(path, module) for path, module in model.named_modules() if "_paca_original" in vars(module)]
-
-
 def _convert(target: Target, config: PaCAConfig, chosen: Tensor | None, path: str) -> None:
     module = target.module
+    # On meta there is no weight to judge by yet: whoever fills it chooses the columns then.
+    pending = chosen is None and config.selection in BY_WEIGHT and module.weight.is_meta
     if chosen is None:
         chosen = random_indices(in_features_of(target.module), target.r, seed=config.seed, path=path)
     target.layer_class.adopt(module, chosen, target.scaling)
     vars(module)["_paca_config"] = config
+    if pending:
+        vars(module)[PENDING_SELECTION] = config.selection
 
 
 def _columns_by_weight(target: Target, selection: str) -> Tensor | None:
-    """The columns that a layer's own weight decides, if it does."""
-    if selection not in BY_WEIGHT:
+    """The columns that a layer's own weight decides, if it does and is at hand."""
+    if selection not in BY_WEIGHT or target.module.weight.is_meta:
         return None
     return largest_indices(weight_scores(target.module, target.layer_class, selection, target.path), target.r)
 
@@ -336,31 +248,3 @@ def _refuse_sharded(model: nn.Module, fresh: list[Target]) -> None:
 
 def _sharded(what: str) -> str:
     return f"{what!r} is sharded already. Call apply_paca before fully_shard, or leave both to strategy='paca_fsdp2'."
-
-
-def _original(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's parameters and persistent buffers in host memory."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in module.state_dict().items()}
-
-
-@torch.no_grad()
-def _overwrite(module: nn.Module, values: dict[str, Tensor]) -> None:
-    for name, tensor in module.state_dict().items():
-        tensor.copy_(values[name])
-
-
-def _release_all(model: nn.Module, *, trained: bool) -> nn.Module:
-    if any(not layer.paca_enabled for _, layer in paca_layers(model)):
-        raise PaCAError("merge and unload do not work inside disable_paca: leave that context first.")
-    _release((layer for _, layer in list(paca_layers(model))), trained=trained)
-    for _, module in saved_modules(model):
-        if not trained:
-            _overwrite(module, vars(module)["_paca_original"])
-        del vars(module)["_paca_original"]
-    return model
-
-
-def _release(layers: Iterable[PaCALayer], *, trained: bool) -> None:
-    for layer in layers:
-        vars(layer).pop("_paca_config", None)
-        layer.release(trained=trained)

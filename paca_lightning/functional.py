@@ -8,16 +8,31 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
+def portable(scaling: float, like: Tensor) -> float | Tensor:
+    """The scaling as a custom function takes it: a float, or a scalar tensor of at least fp32 while compiling.
+
+    Where layers differ in their scaling, torch.compile makes it symbolic, and cannot hand a symbolic float to a custom
+    function (2.13).
+    """
+    if not torch.compiler.is_compiling():
+        return scaling
+    return like.new_full((), scaling, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
 class _ColumnGradient(torch.autograd.Function):
     """Identity on a linear layer's output; its backward gives the delta the gradient of the selected columns."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, output: Tensor, input: Tensor, delta: Tensor, indices: Tensor, scaling: float
+        ctx: FunctionCtx, output: Tensor, input: Tensor, delta: Tensor, indices: Tensor, scaling: float | Tensor
     ) -> Tensor:
         # All that is kept of the input: r of its channels, in the precision in which the layer computed.
-        ctx.save_for_backward(input.index_select(-1, indices).to(output.dtype))
-        ctx.scaling = scaling  # type: ignore[attr-defined]
+        selected = input.index_select(-1, indices).to(output.dtype)
+        if isinstance(scaling, Tensor):
+            ctx.save_for_backward(selected, scaling)
+        else:
+            ctx.save_for_backward(selected)
+            ctx.scaling = scaling  # type: ignore[attr-defined]
         ctx.delta_dtype = delta.dtype  # type: ignore[attr-defined]
         # Returning the tensor itself as "modified" costs nothing and lets an in-place activation follow; a view of it
         # would forbid that.
@@ -27,10 +42,11 @@ class _ColumnGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-        (selected,) = ctx.saved_tensors
-        grad = grad_output.t() @ selected
-        grad = grad.to(ctx.delta_dtype)
-        if ctx.scaling != 1.0:
+        selected, *scale = ctx.saved_tensors
+        grad = (grad_output.t() @ selected).to(ctx.delta_dtype)
+        if scale:
+            grad = grad * scale[0]
+        elif ctx.scaling != 1.0:
             grad = grad * ctx.scaling
         return grad_output, None, grad, None, None
 
@@ -53,7 +69,7 @@ def column_gradient(output: Tensor, input: Tensor, delta: Tensor, indices: Tenso
     Returns:
         ``output`` with the tap in its graph.
     """
-    return _ColumnGradient.apply(output, input, delta, indices, scaling)
+    return _ColumnGradient.apply(output, input, delta, indices, portable(scaling, delta))
 
 
 def tapped(linear: Callable[[Tensor], Tensor], input: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:

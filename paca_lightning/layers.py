@@ -10,10 +10,23 @@ from paca_lightning.errors import PaCAError
 from paca_lightning.functional import tapped
 from paca_lightning.selection import check_indices, random_indices
 
+PENDING_SELECTION = "_paca_pending_selection"
+"""Attribute of a layer converted on meta: by which scores of its weight its columns have yet to be chosen."""
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a sharded tensor; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def copy_into(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded: each rank takes its rows, without communication."""
+    if hasattr(tensor, "to_local"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(tensor, DTensor)
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
 
 
 class PaCALayer(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.functional import portable
 from paca_lightning.layers import PaCALayer, PaCALinear, local
 from paca_lightning.nf4 import Scales, dequantize_rows, from_linear4bit, quantize_rows
 
@@ -230,7 +231,7 @@ class QPaCALinear(PaCALayer):
             self.paca_base_columns,
             delta,
             self.paca_indices,
-            self.scaling,
+            portable(self.scaling, self.paca_delta),
             *self.scales,
         )
         return output
@@ -254,13 +255,14 @@ class _DequantizedLinear(torch.autograd.Function):
         columns: Tensor,
         delta: Tensor | None,
         indices: Tensor,
-        scaling: float,
+        scaling: float | Tensor,
         *scales: Tensor,
     ) -> Tensor:
         weight = _weight(packed, scales, in_features, input.dtype, columns, delta, indices, scaling)
         # All of these are parameters and buffers of the layer: keeping them copies nothing.
-        ctx.save_for_backward(packed, columns, delta, indices, *scales)  # type: ignore[arg-type]
-        ctx.in_features, ctx.scaling = in_features, scaling  # type: ignore[attr-defined]
+        compiled = isinstance(scaling, Tensor)
+        ctx.save_for_backward(packed, columns, delta, indices, *scales, *([scaling] if compiled else []))  # type: ignore[arg-type]
+        ctx.in_features, ctx.scaling = in_features, None if compiled else scaling  # type: ignore[attr-defined]
         return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
 
     @staticmethod
@@ -269,11 +271,12 @@ class _DequantizedLinear(torch.autograd.Function):
         packed, columns, delta, indices, *scales = ctx.saved_tensors
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            settings = (columns, delta, indices, ctx.scaling)
+            scaling = scales.pop() if ctx.scaling is None else ctx.scaling
+            settings = (columns, delta, indices, scaling)
             grad_input = grad_output @ _weight(packed, tuple(scales), ctx.in_features, grad_output.dtype, *settings)
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_input, grad_bias, *[None] * (6 + len(scales))
+        return grad_input, grad_bias, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def _weight(
@@ -284,12 +287,13 @@ def _weight(
     columns: Tensor,
     delta: Tensor | None,
     indices: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
 ) -> Tensor:
     """The weight to compute with: the NF4 base, and in the selected columns what was trained unless delta is None."""
     weight = dequantize_rows(packed, scales, in_features, dtype)
     if delta is not None:
-        weight.index_copy_(1, indices, torch.add(columns, delta, alpha=scaling).to(dtype))
+        trained = columns + delta * scaling if isinstance(scaling, Tensor) else columns.add(delta, alpha=scaling)
+        weight.index_copy_(1, indices, trained.to(dtype))
     return weight
 
 

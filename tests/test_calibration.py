@@ -64,14 +64,6 @@ def test_weight_norm_of_a_transposed_layer_goes_over_its_rows() -> None:
     assert chosen(model) == {"0": expected}
 
 
-def test_weight_norm_needs_weights() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(PaCAError, match="selection='weight_norm' needs the weight of '0', which is still on meta"):
-        apply_paca(model, PaCAConfig(r=2, selection="weight_norm"))
-    assert type(model[0]) is nn.Linear
-
-
 def test_activation_norm_takes_the_channels_of_largest_norm_over_all_tokens(
     model: Classifier, batches: list[tuple[Tensor, Tensor]]
 ) -> None:

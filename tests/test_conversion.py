@@ -21,7 +21,8 @@ from paca_lightning import (
     unload,
     write_columns,
 )
-from paca_lightning.conversion import config_of, saved_modules
+from paca_lightning.conversion import config_of
+from paca_lightning.trained_whole import saved_modules
 from tests.tiny import tiny_llama
 
 CONFIG = PaCAConfig(r=4, alpha=6.0)  # scaling 1.5
@@ -358,3 +359,46 @@ def test_conversion_copies_no_weight() -> None:
     extra = sum(p.nbytes for name, p in real.state_dict().items() if "paca" in name)
     # Of each weight of 1024 columns in 2 bytes: 8 in fp32 and 8 in bf16 are added, and 8 indices.
     assert extra == 4 * (1024 * 8 * (4 + 2) + 8 * 8)
+
+
+def test_forward_before_disable_paca_and_backward_after_it() -> None:
+    """Preference tuning takes the base model as its reference between the two."""
+    model, inputs = tiny_llama(), torch.arange(12)[None]
+    apply_paca(model, PaCAConfig(r=4))
+    with torch.no_grad():
+        for _, layer in paca_layers(model):
+            layer.paca_delta.normal_()
+    write_columns(model)
+    model(input_ids=inputs, labels=inputs).loss.backward()
+    expected = {path: layer.paca_delta.grad.clone() for path, layer in paca_layers(model)}
+    model.zero_grad()
+    policy = model(input_ids=inputs, labels=inputs).loss
+    with disable_paca(model), torch.no_grad():
+        reference = model(input_ids=inputs, labels=inputs).loss
+    (policy - reference).backward()
+    for path, layer in paca_layers(model):
+        assert torch.equal(layer.paca_delta.grad, expected[path])
+
+    policy = model(input_ids=inputs, labels=inputs).loss
+    with disable_paca(model), torch.no_grad():
+        for _, layer in paca_layers(model):
+            layer.paca_delta.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        policy.backward()
+
+
+def test_modules_to_save_on_meta_have_no_original_to_go_back_to() -> None:
+    with torch.device("meta"):
+        model = tiny_llama()
+    apply_paca(model, PaCAConfig(r=4, modules_to_save=["norm"]))
+    with pytest.raises(PaCAError, match=r"'model\.norm' is trained whole and was converted on the meta device"):
+        unload(model)
+
+
+def test_columns_that_were_never_chosen_are_not_trained() -> None:
+    with torch.device("meta"):
+        model = tiny_llama()
+    apply_paca(model, PaCAConfig(r=4, selection="weight_norm"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    with pytest.raises(PaCAError, match="were to be chosen by its weight"):
+        attach(optimizer, model)

@@ -16,7 +16,10 @@ ROWS: list[list[set[str]]] = [
     [{"config", "errors", "files"}],
     [{"selection"}, {"functional"}, {"nf4"}],
     [{"layers", "quantized"}],
-    [{"targets", "report", "calibration", "conversion", "checkpoint", "fingerprint", "adapter"}],
+    [
+        {"targets", "report", "calibration", "trained_whole", "reversal", "conversion", "write_back"}
+        | {"checkpoint", "fingerprint", "adapter"}
+    ],
     [{"callback", "averaging", "training_data", "adapter_checkpoint"}, {"strategies"}],
     [{"tasks"}],
     [{"tools"}],

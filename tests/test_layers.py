@@ -430,3 +430,17 @@ def test_the_layers_of_a_model_are_found_once_each() -> None:
 def test_the_layer_prints_its_rank_and_scaling() -> None:
     layer, _ = layer_and_twin()
     assert repr(layer) == "PaCALinear(in_features=24, out_features=16, bias=True, r=4, scaling=1.5)"
+
+
+def test_compiles_where_layers_differ_in_their_scaling() -> None:
+    """Then torch.compile makes the scaling symbolic."""
+    eager = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    apply_paca(eager, PaCAConfig(r=2, alpha_pattern={"0": 3.0, "1": 5.0, "2": 7.0}))
+    compiled = copy.deepcopy(eager)
+    for layer in compiled:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 8)
+    eager(x).sum().backward()
+    compiled(x).sum().backward()
+    for (_, expected), (_, layer) in zip(paca_layers(eager), paca_layers(compiled), strict=True):
+        torch.testing.assert_close(layer.paca_delta.grad, expected.paca_delta.grad)

@@ -17,14 +17,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
-from paca_lightning.layers import local
+from paca_lightning.layers import PENDING_SELECTION, local
 from paca_lightning.nf4 import quantize_rows, squared_errors
 from paca_lightning.selection import largest_indices
 from paca_lightning.strategies import materializing
 from paca_lightning.strategies.materializing import materialize
 from paca_lightning.strategies.rows import RowReader
 from paca_lightning.strategies.sharding import ShardingOptions, find_blocks, shard
-from paca_lightning.strategies.streaming import PENDING_SELECTION, stream
+from paca_lightning.strategies.streaming import stream
 from tests.distributed_launch import launch
 from tests.distributed_training import Run, train, train_all
 from tests.tiny import tiny_llama

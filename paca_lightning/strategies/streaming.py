@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCALayer, local
+from paca_lightning.layers import PENDING_SELECTION, PaCALayer, local
 from paca_lightning.nf4 import CHUNK, quantize_rows, squared_errors
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.selection import largest_indices
 from paca_lightning.strategies.rows import RowReader
 from paca_lightning.strategies.sharding import local_rows
 from paca_lightning.targets import clean_path
-
-PENDING_SELECTION = "_paca_pending_selection"
-"""Attribute of a layer converted on meta: by which scores of its weight the columns have yet to be chosen."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.loss import CausalLMLoss
 from paca_lightning.tasks.metrics import MeanTokenLoss
-from paca_lightning.tasks.pretrained import build_causal_lm
+from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
 from paca_lightning.tasks.schedules import WarmupSchedule
 
 Batch = dict[str, Tensor]
@@ -97,14 +98,20 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         settings = self.hparams
-        model = build_causal_lm(
-            settings["model"],
-            dtype=settings["dtype"],
-            attn_implementation=settings["attn_implementation"],
-            pretrained=settings["pretrained"],
-            revision=settings["revision"],
-            trust_remote_code=settings["trust_remote_code"],
-        )
+        strategy = None if self._trainer is None else self._trainer.strategy
+        # Such a strategy fills a model on meta itself, of which no process ever holds the whole.
+        streamed = settings["pretrained"] and getattr(strategy, "streams_checkpoints", False)
+        with torch.device("meta") if streamed else nullcontext():
+            model = build_causal_lm(
+                settings["model"],
+                dtype=settings["dtype"],
+                attn_implementation=settings["attn_implementation"],
+                pretrained=settings["pretrained"],
+                revision=settings["revision"],
+                trust_remote_code=settings["trust_remote_code"],
+            )
+        if streamed:
+            vars(model)["checkpoint_directory"] = checkpoint_directory(settings["model"], settings["revision"])
         if settings["activation_checkpointing"]:
             _checkpoint_activations(model)
         if settings["compile"]:

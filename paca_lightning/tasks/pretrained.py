@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from paca_lightning.errors import PaCAError
@@ -58,6 +59,28 @@ def build_causal_lm(
             "that holds config.json, the weights (*.safetensors) and the tokenizer, as save_pretrained() writes it."
         ) from error
     return loaded.train()
+
+
+def checkpoint_directory(model: str, revision: str | None = None) -> str:
+    """Where a model's safetensors files are; those of a hub id are downloaded first.
+
+    Args:
+        model: Directory or hub id.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        PaCAError: If the hub cannot be reached.
+    """
+    if Path(model).expanduser().is_dir():
+        return str(Path(model).expanduser())
+    try:
+        return str(
+            snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
+        )
+    except (OSError, ValueError) as error:
+        raise PaCAError(
+            f"The weights of {model!r} could not be downloaded: {error}\nWithout network, give a local directory."
+        ) from error
 
 
 def _check_directory(model: str) -> None:

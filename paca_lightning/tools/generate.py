@@ -3,8 +3,8 @@
 from transformers import AutoTokenizer
 
 from paca_lightning.adapter import load_adapter
-from paca_lightning.conversion import merge
 from paca_lightning.errors import PaCAError
+from paca_lightning.reversal import merge
 from paca_lightning.tasks.pretrained import build_causal_lm
 from paca_lightning.tasks.samples import greedy_answer
 

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from paca_lightning.conversion import attach
 from paca_lightning.targets import paca_layers
 from paca_lightning.tools.methods import Method
 from paca_lightning.tools.workload import Workload
+from paca_lightning.write_back import attach
 
 
 class StepTime(NamedTuple):

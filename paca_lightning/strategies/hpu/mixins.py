@@ -95,7 +95,9 @@ class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
         """No device ids for DistributedDataParallel: with any, Lightning would open a CUDA stream."""
 
     def _get_process_group_backend(self) -> str:
-        return self._process_group_backend or "hccl"
+        self._process_group_backend = self._process_group_backend or "hccl"
+        backend: str = super()._get_process_group_backend()  # type: ignore[misc]
+        return backend
 
 
 class HPUFSDP2Mixin(HPUDistributedMixin):
