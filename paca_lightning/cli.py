@@ -24,7 +24,7 @@ DATA = {"data": "Show what a config trains on: samples with the trained tokens m
 # Imported when asked for: --help and a typing mistake shall answer at once.
 TOOLS = {
     "generate": ("paca_lightning.tools.generate", "Answer prompts with a model and an adapter."),
-    "export": ("paca_lightning.tools.export", "Write a merged Hugging Face checkpoint or a LoRA adapter."),
+    "export": ("paca_lightning.tools.export_adapter", "Write a merged Hugging Face checkpoint or a LoRA adapter."),
     "bench": ("paca_lightning.tools.bench", "Measure time and memory of PaCA against other methods."),
 }
 

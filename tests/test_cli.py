@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paca_lightning import PaCAError, load_adapter
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, save_adapter
 from paca_lightning.cli import _as_jsonargparse_has_them, main
+from tests.tiny import tiny_llama, tiny_model_directory
 
 ROOT = Path(__file__).parents[1]
 DEBUG = ["--config", "configs/debug.yaml"]
@@ -108,6 +109,21 @@ def test_tools_take_dashes_and_bare_switches() -> None:
     assert _as_jsonargparse_has_them(tool, typed) == ["--max_length", "8", "--compile=true", "--dtype=bf-16"]
     assert _as_jsonargparse_has_them(tool, ["--compile"]) == ["--compile=true"]
     assert _as_jsonargparse_has_them(tool, ["--compile", "false"]) == ["--compile", "false"]
+
+
+def test_export_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, adapter = tiny_model_directory(tmp_path / "base"), tmp_path / "adapter"
+    trained = tiny_llama()
+    apply_paca(trained, PaCAConfig(r=4))
+    save_adapter(trained, adapter)
+    given = ["--model", str(base), "--adapter", str(adapter)]
+    main(["export", *given, "--output", str(tmp_path / "merged")])
+    main(["export", *given, "--output", str(tmp_path / "lora"), "--format", "lora"])
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    prompts = ["--prompts", '["Who are you?"]', "--max-new-tokens", "2"]
+    main(["generate", "--model", str(tmp_path / "merged"), *prompts])
+    assert "> Who are you?" in capsys.readouterr().out
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,9 @@
 """Answer prompts with a model and its adapter."""
 
-from transformers import AutoTokenizer
-
-from paca_lightning.adapter import load_adapter
 from paca_lightning.errors import PaCAError
 from paca_lightning.reversal import merge
-from paca_lightning.tasks.pretrained import build_causal_lm
 from paca_lightning.tasks.samples import greedy_answer
+from paca_lightning.tools.loading import load_with_adapter
 
 
 def generate(
@@ -24,16 +21,9 @@ def generate(
     Raises:
         PaCAError: If the model, its tokenizer or the adapter cannot be used.
     """
-    built = build_causal_lm(model, dtype=dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise PaCAError(f"{model!r} has no tokenizer that can be loaded: {error}") from error
+    built, tokenizer = load_with_adapter(model, adapter, dtype)
     if tokenizer.chat_template is None:
         raise PaCAError(f"The tokenizer of {model!r} has no chat template to put prompts into.")
-    if adapter is not None:
-        load_adapter(built, adapter)
-        merge(built)
-    built.eval()
+    merge(built)
     for prompt in prompts:
         print(f"> {prompt}\n{greedy_answer(built, tokenizer, prompt, max_new_tokens)}\n")

@@ -1,0 +1,29 @@
+"""Turn an adapter into what other programs load."""
+
+from typing import Literal
+
+from paca_lightning.files import check_writable
+from paca_lightning.tools.export import export_lora, export_merged
+from paca_lightning.tools.loading import load_with_adapter
+
+
+def export(model: str, adapter: str, output: str, format: Literal["merged", "lora"] = "merged") -> None:
+    """Write a model with its adapter as a plain Hugging Face checkpoint, or the adapter as LoRA.
+
+    Args:
+        model: Hugging Face directory or hub id of the base model.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote.
+        output: Directory to write.
+        format: merged, a plain Hugging Face checkpoint in bf16 with its tokenizer; or lora, an exact LoRA adapter of
+            the same rank in PEFT's layout, for servers that know only LoRA.
+
+    Raises:
+        PaCAError: If the model or the adapter cannot be used, or the directory cannot be written.
+    """
+    check_writable(output, "--output")
+    built, tokenizer = load_with_adapter(model, adapter)
+    if format == "merged":
+        export_merged(built, output, tokenizer)
+    else:
+        export_lora(built, output)
+    print(f"Written: {output}")
