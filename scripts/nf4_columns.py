@@ -6,8 +6,8 @@ Prints, for each selection and rank, the loss and how much of the loss that NF4 
 
     python scripts/nf4_columns.py models/SmolLM2-135M-Instruct text.jsonl --ranks 8 32 128
 
-The second argument holds chat messages, one conversation a line; a quarter of them calibrates quant_error, and the loss
-is that of all tokens of the others.
+The second argument is plain text, or chat messages, one conversation a line (.jsonl). Its first quarter calibrates
+quant_error, and the loss is that of all tokens of the rest.
 """
 
 import argparse
@@ -26,9 +26,11 @@ LENGTH = 256
 
 
 def blocks(tokenizer: object, path: Path, limit: int) -> Tensor:
-    """Conversations as running text, cut into blocks, shape (blocks, LENGTH)."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    text = "".join(tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False) for line in lines)
+    """Running text cut into blocks, shape (blocks, LENGTH)."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        chats = [json.loads(line)["messages"] for line in text.splitlines()]
+        text = "".join(tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats)
     ids = torch.tensor(tokenizer(text)["input_ids"][: limit * LENGTH])
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
