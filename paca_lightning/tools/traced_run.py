@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.nf4 import quantize_rows
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from paca_lightning.strategies.sharding import find_blocks
 from paca_lightning.targets import paca_layers
@@ -67,6 +68,7 @@ def trace(run: TracedRun, layers: int | None = None) -> Timeline:
         run: The run.
         layers: Keep only so many of the model's blocks. Default: all.
     """
+    quantize_rows(torch.zeros(1, 1))  # loads bitsandbytes now: its constants shall have data
     module, precision, trainer = _build(run, layers)
     with _fake_ranks(run) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         _allocate(module)
@@ -169,7 +171,7 @@ def _trace_step(
         for group in optimizer.param_groups:
             if run.accelerator and group.get("foreach", 0) is None and not group.get("fused"):
                 group["foreach"] = True  # PyTorch's choice for tensors on an accelerator
-        if any(True for _ in paca_layers(module)):
+        if any(layer.paca_delta.requires_grad for _, layer in paca_layers(module)):
             attach(optimizer, module)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)

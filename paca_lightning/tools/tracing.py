@@ -52,10 +52,10 @@ class _Allocation:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Memory in use after each operator of a step.
+    """Memory in use after each operator of a step that changed it.
 
     Attributes:
-        phases: Name of the phase of each operator, shape (operators,).
+        phases: Name of the phase of each operator.
         sizes: Bytes in use by kind, shape (operators, kinds).
     """
 
@@ -127,7 +127,16 @@ class MemoryTracer(TorchDispatchMode):
             changes[min(allocation.start, count), kind] += allocation.size
             if allocation.end is not None:
                 changes[min(allocation.end, count), kind] -= allocation.size
-        return Timeline(self._phases, changes.cumsum(0)[:count])
+        sizes = changes.cumsum(0)[:count]
+        # Views and the like change nothing, and PyTorch caches some: without them, equal steps give equal timelines.
+        kept = [
+            number
+            for number in range(count)
+            if not number
+            or self._phases[number] != self._phases[number - 1]
+            or (sizes[number] != sizes[number - 1]).any()
+        ]
+        return Timeline([self._phases[number] for number in kept], sizes[kept])
 
     @override
     def __enter__(self) -> "MemoryTracer":
