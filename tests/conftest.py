@@ -1,0 +1,19 @@
+"""What every test leaves behind is taken away: the environment of a launched run, and its process group."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture(autouse=True)
+def left_as_it_was() -> Iterator[None]:
+    """Lightning's launchers leave LOCAL_RANK and the like, which a later run would take for its own."""
+    before = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    yield
+    for name in [name for name in os.environ if not name.startswith("PYTEST_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
