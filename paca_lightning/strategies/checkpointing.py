@@ -54,11 +54,21 @@ def _offloaded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContext
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
         if tensor.untyped_storage()._cdata not in storages:
             return tensor.device, tensor
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
-        return tensor.device, pinned.copy_(tensor, non_blocking=True)
+        return tensor.device, to_host(tensor)
 
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
         device, tensor = packed
-        return tensor.to(device, non_blocking=True)
+        return to_device(tensor, device)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy of a tensor in host memory, pinned if it comes from an accelerator."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type != "cpu")
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor where it is needed."""
+    return tensor.to(device, non_blocking=True)

@@ -30,6 +30,8 @@ def extrapolate(short: Timeline, long: Timeline, blocks: int) -> Timeline | None
         Memory around the first and the last blocks of the whole model. None if the traces do not correspond.
     """
     best: Timeline | None = None
+    more_blocks = blocks - FEW - 1
+    trained = long.trainable_parameters + more_blocks * (long.trainable_parameters - short.trainable_parameters)
     for middle in range(1, FEW):
         before, after = list(_segments(short)), list(_without(middle, _segments(long)))
         if [name for name, _ in before] != [name for name, _ in after]:
@@ -42,9 +44,9 @@ def extrapolate(short: Timeline, long: Timeline, blocks: int) -> Timeline | None
                     return None
                 # Loops over all blocks: the optimizer's.
                 few, more = (rows[rows.sum(1).argmax()][None] for rows in (few, more))
-            parts.append(more + (blocks - FEW - 1) * (more - few))
-            phases += [_renamed(name, middle, blocks - FEW)] * len(more)
-        timeline = Timeline(phases, np.concatenate(parts))
+            parts.append(more + more_blocks * (more - few))
+            phases += [_renamed(name, middle, more_blocks + 1)] * len(more)
+        timeline = Timeline(phases, np.concatenate(parts), trained)
         if best is None or timeline.peak > best.peak:
             best = timeline
     return best

@@ -1,9 +1,10 @@
 """One training step of a run, traced: on tensors without data, for one rank of any number of ranks."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.nf4 import quantize_rows
+from paca_lightning.strategies import checkpointing
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from paca_lightning.strategies.sharding import find_blocks
 from paca_lightning.targets import paca_layers
+from paca_lightning.tools.extrapolation import FEW, extrapolate
 from paca_lightning.tools.tracing import Kind, MemoryTracer, Timeline
 from paca_lightning.write_back import attach
 
@@ -59,25 +62,71 @@ class TracedRun:
     accelerator: bool = True
 
 
-def trace(run: TracedRun, layers: int | None = None) -> Timeline:
-    """Memory during one training step, after the steps before it have filled the optimizer's state.
-
-    In Lightning's order: forward, then the gradients of the step before are freed, backward, optimizer and write-back.
+class TracedModel:
+    """A run's model, built and converted once on ``meta``, whose steps can be traced with any batch.
 
     Args:
         run: The run.
-        layers: Keep only so many of the model's blocks. Default: all.
+
+    Raises:
+        PaCAError: If it cannot be traced.
     """
-    quantize_rows(torch.zeros(1, 1))  # loads bitsandbytes now: its constants shall have data
-    module, precision, trainer = _build(run, layers)
-    with _fake_ranks(run) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        _allocate(module)
-        blocks = find_blocks(module)
-        if run.strategy is not None:
-            run.strategy._sharding_mesh = mesh
-            run.strategy._shard(module)
-        optimizers = _optimizers(module, trainer)
-        return _trace_step(run, module, precision, optimizers, blocks)
+
+    def __init__(self, run: TracedRun) -> None:
+        self.run = run
+        quantize_rows(torch.zeros(1, 1))  # loads bitsandbytes now: its constants shall have data
+        self._trainer = _quiet_trainer(run.precision)
+        self._module = self._build()
+        self._blocks = len(find_blocks(self._module, run.strategy and run.strategy.blocks))
+
+    def step(self, *, tokens: int | None = None, batch_size: int | None = None, whole: bool = False) -> Timeline:
+        """Memory during one training step, after the steps before it have filled the optimizer's state.
+
+        In Lightning's order: forward, then the gradients of the step before are freed, backward, optimizer and
+        write-back. Of many equal blocks, a few are traced.
+
+        Args:
+            tokens: Length of each sequence. Default: the run's.
+            batch_size: Sequences of a micro-batch. Default: the run's.
+            whole: Trace all blocks even if they are equal.
+        """
+        run = replace(self.run, tokens=tokens or self.run.tokens, batch_size=batch_size or self.run.batch_size)
+        if not whole and self._blocks > FEW + 1 and self._equal_blocks():
+            timeline = extrapolate(self._trace(run, FEW), self._trace(run, FEW + 1), self._blocks)
+            if timeline is not None:
+                return timeline
+        return self._trace(run, None)
+
+    def _build(self) -> LightningModule:
+        precision = self._trainer.precision_plugin
+        module = copy.deepcopy(self.run.module)
+        with torch.device("meta"), precision.module_init_context():
+            module.configure_model()
+        module = module.to("meta")
+        self.run.convert(module)
+        return precision.convert_module(module).train()  # type: ignore[return-value]
+
+    def _equal_blocks(self) -> bool:
+        blocks = find_blocks(self._module, self.run.strategy and self.run.strategy.blocks)
+        config = next((m.config for m in self._module.modules() if hasattr(m, "config")), None)
+        kinds = getattr(config, "layer_types", None) or []
+        shapes = {
+            tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters()) for block in blocks
+        }
+        return len(shapes) == 1 and len(set(kinds)) <= 1 and _container(self._module, blocks) is not None
+
+    def _trace(self, run: TracedRun, layers: int | None) -> Timeline:
+        module = copy.deepcopy(self._module)
+        if layers is not None:
+            _truncate(module, run, layers)
+        with _fake_ranks(run) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+            _allocate(module)
+            blocks = find_blocks(module, run.strategy and run.strategy.blocks)
+            if run.strategy is not None:
+                run.strategy._sharding_mesh = mesh
+                run.strategy._shard(module)
+            optimizers = _optimizers(module, self._trainer)
+            return _trace_step(run, module, self._trainer.precision_plugin, optimizers, blocks)
 
 
 @contextmanager
@@ -99,12 +148,14 @@ def _fake_ranks(run: TracedRun) -> Iterator[DeviceMesh | None]:
         dist.destroy_process_group()
 
 
-def _build(run: TracedRun, layers: int | None) -> tuple[LightningModule, Precision, Trainer]:
-    """The module, converted and in the run's precision, on ``meta``."""
-    trainer = Trainer(
+def _quiet_trainer(precision: str) -> Trainer:
+    """A trainer that trains nothing: it knows the precision, and tells schedules the length of a run."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    return Trainer(
         accelerator="cpu",
         devices=1,
-        precision=run.precision.replace("16-mixed", "bf16-mixed").replace("bfbf", "bf"),  # type: ignore[arg-type]
+        # fp16 takes as much memory, and a CPU has no autocast for it.
+        precision="bf16-mixed" if precision in ("16-mixed", "16") else precision,  # type: ignore[arg-type]
         max_steps=1,
         max_epochs=-1,
         logger=False,
@@ -112,23 +163,19 @@ def _build(run: TracedRun, layers: int | None) -> tuple[LightningModule, Precisi
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    precision = trainer.precision_plugin
-    module = copy.deepcopy(run.module)
-    with torch.device("meta"), precision.module_init_context():
-        module.configure_model()
-    run.convert(module)
-    module = precision.convert_module(module)  # type: ignore[assignment]
-    if layers is not None:
-        truncate(module, layers)
-    return module.train(), precision, trainer
 
 
-def truncate(module: nn.Module, layers: int) -> None:
+def _container(module: nn.Module, blocks: list[nn.Module]) -> nn.ModuleList | None:
+    """The list that holds just these blocks, if there is one."""
+    lists = (child for child in module.modules() if isinstance(child, nn.ModuleList))
+    return next((child for child in lists if list(child) == blocks), None)
+
+
+def _truncate(module: nn.Module, run: TracedRun, layers: int) -> None:
     """Keep a model's first blocks only."""
-    blocks = set(find_blocks(module))
-    for child in module.modules():
-        if isinstance(child, nn.ModuleList) and any(block in blocks for block in child):
-            del child[layers:]
+    container = _container(module, find_blocks(module, run.strategy and run.strategy.blocks))
+    assert container is not None
+    del container[layers:]
     for child in module.modules():
         if hasattr(getattr(child, "config", None), "num_hidden_layers"):
             child.config = copy.copy(child.config)
@@ -188,7 +235,7 @@ def _trace_step(
     batch = _batch(run)
     tracer.hold(batch.values(), Kind.ACTIVATIONS)
     micro_batches = min(run.accumulate, 2)  # the second begins with the gradients of the first, as all later ones do
-    with ExitStack() as hooks, tracer:
+    with ExitStack() as hooks, _host_memory(tracer), tracer:
         for number, block in enumerate(blocks):
             for handle in _mark(tracer, number, block, last=number == len(blocks) - 1):
                 hooks.callback(handle.remove)
@@ -214,7 +261,23 @@ def _trace_step(
         tracer.enter("optimizer")
         for optimizer in optimizers:
             optimizer.step()
-    return tracer.timeline()
+    return tracer.timeline(sum(parameter.numel() for parameter in trained))
+
+
+@contextmanager
+def _host_memory(tracer: MemoryTracer) -> Iterator[None]:
+    """Tell what is offloaded from what stays: all traced tensors are of one device."""
+
+    def to_host(tensor: Tensor) -> Tensor:
+        with tracer.elsewhere():
+            return tensor.clone()
+
+    originals = checkpointing.to_host, checkpointing.to_device
+    checkpointing.to_host, checkpointing.to_device = to_host, lambda tensor, device: tensor.clone()
+    try:
+        yield
+    finally:
+        checkpointing.to_host, checkpointing.to_device = originals
 
 
 def _mark(tracer: MemoryTracer, number: int, block: nn.Module, *, last: bool) -> Iterator[Any]:

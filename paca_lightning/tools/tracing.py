@@ -1,11 +1,12 @@
 """Memory of a training step, allocation by allocation, without the memory: for tensors that have no data.
 
-Every operator that PyTorch dispatches inside a :class:`MemoryTracer` may allocate storages, and storages end when nothing
+Every operator that PyTorch dispatches inside a :class:`MemoryTracer` may allocate storages, and they end when nothing
 refers to them. What an operator allocates and frees within its kernel is not seen, nor are an allocator's gaps.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from paca_lightning.layers import local
+from paca_lightning.base_layer import local
 
 
 class Kind(IntEnum):
@@ -57,10 +58,12 @@ class Timeline:
     Attributes:
         phases: Name of the phase of each operator.
         sizes: Bytes in use by kind, shape (operators, kinds).
+        trainable_parameters: How many numbers are trained, on all devices together.
     """
 
     phases: list[str]
     sizes: np.ndarray
+    trainable_parameters: int
 
     @property
     def peak(self) -> int:
@@ -88,6 +91,7 @@ class MemoryTracer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._phase = "forward"
+        self._counts = True
         self._phases: list[str] = []
         self._allocations: list[_Allocation] = []
         self._live: dict[int, _Allocation] = {}
@@ -107,6 +111,15 @@ class MemoryTracer(TorchDispatchMode):
         """The phase that the step is in."""
         return self._phase
 
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is allocated inside lies in another memory than the device's."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
     def end_forward(self) -> None:
         """What is in use now and was allocated in the forward waits for the backward."""
         self._decide("forward", Kind.ACTIVATIONS)
@@ -115,7 +128,7 @@ class MemoryTracer(TorchDispatchMode):
         """What is in use now and was allocated in the backward is gradients."""
         self._decide("backward", Kind.GRADIENTS)
 
-    def timeline(self) -> Timeline:
+    def timeline(self, trainable_parameters: int) -> Timeline:
         """What was recorded so far."""
         count = len(self._phases)
         changes = np.zeros((count + 1, len(Kind)), dtype=np.int64)
@@ -136,7 +149,7 @@ class MemoryTracer(TorchDispatchMode):
             or self._phases[number] != self._phases[number - 1]
             or (sizes[number] != sizes[number - 1]).any()
         ]
-        return Timeline([self._phases[number] for number in kept], sizes[kept])
+        return Timeline([self._phases[number] for number in kept], sizes[kept], trainable_parameters)
 
     @override
     def __enter__(self) -> "MemoryTracer":
@@ -162,10 +175,9 @@ class MemoryTracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, as operators on the local tensors
-        if func is torch.ops._c10d_functional.wait_tensor.default:
-            result = args[0]  # as it is in truth; for tensors without data, PyTorch returns a new one
-        else:
-            result = func(*args, **(kwargs or {}))
+        # Waiting returns its argument in truth; for tensors without data, PyTorch returns a new one.
+        waits = func is torch.ops._c10d_functional.wait_tensor.default
+        result = args[0] if waits else func(*args, **(kwargs or {}))
         if active_fake_mode() is not self._fake_mode:
             return result  # DTensor works out a result's shape under a fake mode of its own
         for leaf in tree_leaves(result):
@@ -179,7 +191,7 @@ class MemoryTracer(TorchDispatchMode):
     def _see(self, storage: UntypedStorage) -> _Allocation:
         key = storage._cdata
         if key not in self._live:
-            self._begin(key, storage.nbytes())
+            self._begin(key, storage.nbytes() if self._counts else 0)
         if key not in self._references:
             self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
         return self._live[key]
@@ -208,9 +220,9 @@ class MemoryTracer(TorchDispatchMode):
     def _gathers(self, args: Any, kwargs: Any) -> None:
         """Mark what FSDP2 gathers into, and from there copies out of."""
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and (allocation := self._live.get(leaf.untyped_storage()._cdata)):
-                if allocation.kind is None:
-                    allocation.kind = Kind.GATHERED_PARAMETERS
+            allocation = self._live.get(leaf.untyped_storage()._cdata) if isinstance(leaf, Tensor) else None
+            if allocation is not None and allocation.kind is None:
+                allocation.kind = Kind.GATHERED_PARAMETERS
 
     def _decide(self, phase: str, kind: Kind) -> None:
         for allocation in self._live.values():

@@ -1,0 +1,304 @@
+"""Predict the memory of a run from its config, without its weights and its devices."""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from rich.console import Console
+from rich.table import Table
+
+from paca_lightning.callback import PaCAStrategy
+from paca_lightning.config import PaCAConfig
+from paca_lightning.errors import PaCAError
+from paca_lightning.strategies.fsdp2 import FSDP2Strategy
+from paca_lightning.tools.baselines import FULL, LORA, NARROW_LORA, PACA, Baseline
+from paca_lightning.tools.presets import preset_config
+from paca_lightning.tools.traced_run import TracedModel, TracedRun
+from paca_lightning.tools.tracing import Kind, Timeline
+from paca_lightning.tools.units import format_bytes, parse_bytes
+
+GRANULARITY = 64  # tokens between two lengths that are tried
+RESIDENT = (Kind.PARAMETERS, Kind.OPTIMIZER)
+SHARDED = ("paca_fsdp2", "hpu_fsdp2")
+COPIED = ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true", "hpu_ddp")
+
+
+class _Config(LightningCLI):
+    """A config's module, data module and settings of the trainer, which may name devices that are not here."""
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        return self._get(self.config_init, "trainer")
+
+
+def read_config(arguments: list[str], preset: str | None = None) -> tuple[LightningModule, LightningDataModule, Any]:
+    """The module, the data module and the trainer's settings of a config; nothing is loaded.
+
+    Args:
+        arguments: As those of ``fit``: ``--config FILE``, and what it shall override.
+        preset: A known shape to give the module instead of its ``model``.
+
+    Raises:
+        PaCAError: If there is no such preset.
+    """
+    import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
+
+    if preset is not None:
+        directory = tempfile.mkdtemp(prefix="paca-preset-")
+        preset_config(preset).save_pretrained(directory)
+        arguments = [*arguments, "--model.init_args.model", directory]
+    sys.argv[1:] = arguments
+    cli = _Config(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        parser_kwargs={"prog": "paca-lightning estimate"},
+        run=False,
+    )
+    return cli.model, cli.datamodule, cli.trainer
+
+
+def traced_run(
+    module: LightningModule, datamodule: Any, trainer: Any, tokens: int | None = None, batch: int | None = None
+) -> tuple[TracedRun, PaCAConfig | None]:
+    """A run as a config describes it, to be traced.
+
+    Args:
+        module: Makes its model in ``configure_model``.
+        datamodule: Says how long and how many sequences are, by ``max_length`` and ``batch_size``.
+        trainer: Namespace of the trainer's settings.
+        tokens: Length of a sequence instead of the data module's.
+        batch: Sequences of a micro-batch instead of the data module's.
+
+    Returns:
+        The run, and the PaCA configuration if it has one.
+
+    Raises:
+        PaCAError: If something of it cannot be traced, or is not said.
+    """
+    if "configure_model" not in vars(type(module)):
+        raise PaCAError(
+            f"{type(module).__name__} does not build its model in configure_model, so it cannot be built without its "
+            "weights. Move the building there, or use CausalLMModule."
+        )
+    data = dict(getattr(datamodule, "hparams", {}))
+    tokens, batch = tokens or data.get("max_length"), batch or data.get("batch_size")
+    if tokens is None or batch is None:
+        raise PaCAError(
+            f"{type(datamodule).__name__} does not say how long its sequences are: give --tokens and --batch."
+        )
+    configs = [callback.config for callback in trainer.callbacks or [] if isinstance(callback, PaCAStrategy)]
+    config = configs[0] if configs else None
+    ranks = _devices(trainer.devices) * trainer.num_nodes
+    strategy, copied = _strategy(trainer.strategy, ranks)
+    run = TracedRun(
+        module=module,
+        convert=_converter(PACA if config else FULL, config),
+        strategy=strategy,
+        ranks=ranks if strategy else 1,
+        shard_size=strategy.shard_size if strategy else None,
+        gradient_buckets=copied,
+        precision=str(trainer.precision or "32-true"),
+        batch_size=batch,
+        tokens=tokens,
+        packed=bool(data.get("packing")),
+        accumulate=trainer.accumulate_grad_batches,
+        accelerator=trainer.accelerator != "cpu",
+    )
+    return run, config
+
+
+def estimate(
+    run: TracedRun,
+    config: PaCAConfig | None = None,
+    *,
+    budget: str | None = None,
+    json_file: str | None = None,
+    name: str | None = None,
+    console: Console | None = None,
+) -> bool:
+    """Print the peak memory of one device by kind, beside what LoRA and full fine-tuning would need.
+
+    Args:
+        run: The run.
+        config: Its PaCA configuration, whose layers and rank LoRA takes over.
+        budget: Memory of one device, such as ``24GiB``: also find the longest sequences and the largest batch that fit.
+        json_file: Where to write the same.
+        name: Of the model, for the table.
+        console: Where to print. Default: standard output.
+
+    Returns:
+        Whether the run fits the budget; True without one.
+
+    Raises:
+        PaCAError: If the budget is below the model itself.
+    """
+    start = time.perf_counter()
+    limit = parse_bytes(budget) if budget else None
+    model = TracedModel(run)
+    own = model.step()
+    own_name = PACA.name if config else FULL.name
+    rows = [_row(own_name, own, limit)]
+    if limit is not None:
+        resident = sum(own.at_peak[kind] for kind in RESIDENT)
+        if limit <= resident:
+            raise PaCAError(
+                f"A budget of {budget} is below the model itself: its parameters and the optimizer's state take "
+                f"{format_bytes(resident)} on each device. Shard it over more devices, or quantize it."
+            )
+        rows[0]["max_tokens"] = GRANULARITY * _largest(
+            lambda units: model.step(tokens=GRANULARITY * units).peak, limit, max(1, run.tokens // GRANULARITY)
+        )
+        rows[0]["max_batch"] = _largest(lambda units: model.step(batch_size=units).peak, limit, run.batch_size)
+    if config is not None:
+        for baseline in (LORA, NARROW_LORA, FULL):
+            other = replace(run, convert=_converter(baseline, config))
+            rows.append(_row(baseline.name, TracedModel(other).step(), limit))
+    setup = _setup(run, config, budget, time.perf_counter() - start) | ({"model": name} if name else {})
+    _print(rows, setup, limit, console or Console())
+    if json_file:
+        Path(json_file).write_text(json.dumps({"rows": rows, "setup": setup}, indent=2) + "\n", encoding="utf-8")
+    return limit is None or own.peak <= limit
+
+
+def _converter(baseline: Baseline, config: PaCAConfig | None) -> Callable[[LightningModule], None]:
+    return lambda module: baseline.convert(module, config or PaCAConfig())
+
+
+def _devices(devices: Any) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    try:
+        number = int(devices)
+    except ValueError:
+        number = -1
+    if number < 1:
+        raise PaCAError(f"devices={devices!r} depends on the machine. Give their number: --trainer.devices 8.")
+    return number
+
+
+def _strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
+    """The strategy that shards the model, if one does; otherwise whether gradients are copied to be exchanged."""
+    if isinstance(strategy, FSDP2Strategy) or strategy in SHARDED:
+        strategy = strategy if isinstance(strategy, FSDP2Strategy) else FSDP2Strategy()
+        if strategy.options.cpu_offload:
+            raise PaCAError("cpu_offload moves the model to host memory, which is not estimated. Leave it out to see.")
+        size = strategy.shard_size or ranks
+        if ranks % size:
+            raise PaCAError(f"shard_size={size} does not divide {ranks} ranks.")
+        return strategy, False
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if name in ("auto", "SingleDeviceStrategy", "HPUSingleStrategy") or name in COPIED or "DDP" in name:
+        return None, ranks > 1
+    raise PaCAError(f"strategy={name!r} is not estimated. Use auto, ddp or paca_fsdp2.")
+
+
+def _largest(peak: Callable[[int], int], limit: int, guess: int) -> int:
+    """The most units whose peak is within a limit, to 1%; peaks grow almost in proportion, which saves tries."""
+    below, above = 0, 0
+    low, high = 0, 0
+    while not above:
+        at_guess = peak(guess)
+        if at_guess <= limit:
+            below, low, guess = guess, at_guess, 2 * guess
+        else:
+            above, high = guess, at_guess
+    if not below:
+        if above == 1 or (low := peak(1)) > limit:
+            return 0
+        below = 1
+    while above - below > max(1, below // 100):
+        share = (limit - low) / (high - low)
+        guess = below + min(max(int(share * (above - below)), 1), above - below - 1)
+        at_guess = peak(guess)
+        if at_guess <= limit:
+            below, low = guess, at_guess
+            # One more step beyond the line usually closes the bracket.
+            step = max(1, below // 100)
+            if below + step < above and (beyond := peak(below + step)) > limit:
+                above, high = below + step, beyond
+        else:
+            above, high = guess, at_guess
+    return below
+
+
+def _row(method: str, timeline: Timeline, limit: int | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": method, "peak_bytes": timeline.peak}
+    row |= {f"{kind.name.lower()}_bytes": size for kind, size in timeline.at_peak.items()}
+    row |= {"peak_phase": timeline.peak_phase, "trainable_parameters": timeline.trainable_parameters}
+    if limit is not None:
+        row["fits"] = timeline.peak <= limit
+    return row
+
+
+def _setup(run: TracedRun, config: PaCAConfig | None, budget: str | None, seconds: float) -> dict[str, Any]:
+    return {
+        "model": run.module.hparams.get("model", type(run.module).__name__),
+        "config": None if config is None else config.to_dict(),
+        "ranks": run.ranks,
+        "sharded": run.strategy is not None,
+        "precision": run.precision,
+        "batch_size": run.batch_size,
+        "tokens": run.tokens,
+        "accumulate": run.accumulate,
+        "budget": budget,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _print(rows: list[dict[str, Any]], setup: dict[str, Any], limit: int | None, console: Console) -> None:
+    devices = f"{setup['ranks']} devices that share the model" if setup["sharded"] else "one device"
+    table = Table(
+        title=f"Peak memory of a device: {setup['model']}, {setup['batch_size']} x {setup['tokens']} tokens, "
+        f"{setup['precision']}, {devices}",
+        title_justify="left",
+    )
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["method"], justify="right")
+    for kind in Kind:
+        name = kind.name.lower()
+        table.add_row(name.replace("_", " "), *(format_bytes(row[f"{name}_bytes"]) for row in rows))
+    table.add_section()
+    table.add_row("[bold]peak[/]", *(f"[bold]{format_bytes(row['peak_bytes'])}[/]" for row in rows))
+    table.add_row("trained parameters", *(f"{row['trainable_parameters']:,}" for row in rows))
+    if limit is not None:
+        table.add_row(f"fits {setup['budget']}", *("yes" if row["fits"] else "[red]no[/]" for row in rows))
+    console.print(table)
+    if limit is not None:
+        console.print(
+            f"Within {setup['budget']}: at most {rows[0]['max_tokens']} tokens at batch size {setup['batch_size']}, or "
+            f"batch size {rows[0]['max_batch']} at {setup['tokens']} tokens."
+        )
+    console.print(
+        "Tensors only: the device's own context, communication buffers and gaps between tensors come on top, often 1 "
+        "to 2 GiB on a GPU."
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """``paca-lightning estimate``: returns the exit code, 1 if the run does not fit the budget."""
+    import argparse
+
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--budget")
+    options.add_argument("--json", dest="json_file")
+    options.add_argument("--preset")
+    options.add_argument("--tokens", type=int)
+    options.add_argument("--batch", type=int)
+    known, others = options.parse_known_args(arguments)
+    module, datamodule, trainer = read_config(others, known.preset)
+    run, config = traced_run(module, datamodule, trainer, known.tokens, known.batch)
+    return 0 if estimate(run, config, budget=known.budget, json_file=known.json_file, name=known.preset) else 1
