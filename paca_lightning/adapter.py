@@ -1,33 +1,38 @@
 """Adapter directories: indices and deltas in PEFT's PaCA layout, as safetensors and JSON."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from paca_lightning.config import PaCAConfig
+from paca_lightning.adapter_files import (
+    CONFIG,
+    OURS,
+    PREFIX,
+    TENSORS,
+    Ours,
+    adapter_config,
+    peft_config,
+    read_json,
+    read_ours,
+    read_tensors,
+    write_json,
+)
+from paca_lightning.base_layer import PaCALayer, copy_into
 from paca_lightning.conversion import config_of, convert
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import written_aside
 from paca_lightning.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
-from paca_lightning.layers import PaCALayer, copy_into
 from paca_lightning.report import ConversionReport
 from paca_lightning.reversal import undone_on_error
 from paca_lightning.selection import check_indices
 from paca_lightning.targets import base_model_prefix, clean_path, paca_layers, relative_path
 from paca_lightning.trained_whole import saved_modules
-
-CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "paca_lightning.json"
-PREFIX = "base_model.model."
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -59,10 +64,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         return
     with written_aside(directory) as scratch:
         save_file(tensors, scratch / TENSORS, metadata={"format": "pt"})
-        _write_json(scratch / CONFIG, _peft_config(model, config))
+        write_json(scratch / CONFIG, peft_config(model, config))
         ranks = {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()}
         ours = {"version": version("paca-lightning"), "config": config.to_dict(), "layers": ranks}
-        _write_json(scratch / OURS, ours | {"fingerprint": samples})
+        write_json(scratch / OURS, ours | {"fingerprint": samples})
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ConversionReport:
@@ -79,8 +84,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
         PaCAError: If a file is missing or damaged, a tensor does not fit (naming the layer), or the base model is
             another one. The model is then as it was, unless it was quantized on the way: that cannot be undone.
     """
-    config, ours = adapter_config(directory), _ours(Path(directory))
-    indices, deltas, whole = _sorted_out(_tensors(Path(directory)), directory)
+    config, ours = adapter_config(directory), read_ours(Path(directory))
+    indices, deltas, whole = _sorted_out(read_tensors(Path(directory)), directory)
     known = config_of(model)
     with _says_where(directory), undone_on_error(model):
         # Whatever the selection, the columns are the adapter's: no data needs to follow.
@@ -115,48 +120,6 @@ def _says_where(directory: str | os.PathLike[str]) -> Iterator[None]:
         raise PaCAError(f"{directory}: {error}") from error
 
 
-def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
-    """The settings an adapter was trained with.
-
-    Raises:
-        PaCAError: If the directory is not a PaCA adapter.
-    """
-    peft = _read_json(Path(directory) / CONFIG)
-    if peft.get("peft_type") != "PACA":
-        raise PaCAError(f"{Path(directory) / CONFIG}: peft_type is {peft.get('peft_type')!r}, not 'PACA'.")
-    ours = _ours(Path(directory))
-    if ours is not None:
-        return ours.config
-    try:
-        return PaCAConfig(
-            r=peft["r"],
-            alpha=peft["paca_alpha"],
-            target_modules=peft["target_modules"],
-            exclude_modules=_as_list(peft.get("exclude_modules")),
-            seed=peft.get("random_seed") or 0,
-            modules_to_save=_as_list(peft.get("modules_to_save")),
-        )
-    except KeyError as error:
-        raise PaCAError(f"{Path(directory) / CONFIG} has no {error}.") from error
-
-
-def _peft_config(model: nn.Module, config: PaCAConfig) -> dict[str, Any]:
-    """The settings under PEFT's names (0.22)."""
-    base = next((m for m in model.modules() if hasattr(m, "get_output_embeddings") and hasattr(m, "config")), None)
-    return {
-        "peft_type": "PACA",
-        "task_type": "CAUSAL_LM" if base is not None and type(base).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
-        "r": config.r,
-        "paca_alpha": config.alpha_of(None, config.r),
-        "random_seed": config.seed,
-        "target_modules": config.target_modules,
-        "exclude_modules": config.exclude_modules or None,
-        "modules_to_save": config.modules_to_save or None,
-        "inference_mode": True,
-    }
-
-
 def _sorted_out(
     tensors: dict[str, Tensor], directory: str | os.PathLike[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -178,7 +141,7 @@ def _sorted_out(
 
 
 def _check_layers(
-    layers: dict[str, PaCALayer], indices: dict[str, Tensor], deltas: dict[str, Tensor], ours: "_Ours | None"
+    layers: dict[str, PaCALayer], indices: dict[str, Tensor], deltas: dict[str, Tensor], ours: Ours | None
 ) -> None:
     for path in sorted(layers.keys() ^ deltas.keys()):
         where = "in the adapter but not a PaCA layer of the model" if path in deltas else "not in the adapter"
@@ -202,13 +165,13 @@ def _check_layers(
 
 
 def _check_base_model(
-    layers: dict[str, PaCALayer], ours: "_Ours | None", directory: str | os.PathLike[str], tolerance: float
+    layers: dict[str, PaCALayer], ours: Ours | None, directory: str | os.PathLike[str], tolerance: float
 ) -> None:
     if ours is None:
         return
     here = {path: sample_columns(_whole(layer.paca_base_columns)) for path, layer in layers.items()}
     if (path := differing_layer(ours.fingerprint, here, tolerance)) is not None:
-        name = _read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+        name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
         raise PaCAError(
             f"it was trained on another base model: its weights differ from those here, most in {path!r}. Load the one "
             f"it was trained on{f', {name!r}' if name else ''}."
@@ -253,59 +216,3 @@ def _is_first_rank() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
         torch.distributed.get_rank() == 0
     )
-
-
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class _Ours:
-    """What PEFT's layout has no place for."""
-
-    config: PaCAConfig
-    scalings: dict[str, float]
-    fingerprint: dict[str, list[float]]
-
-
-def _ours(directory: Path) -> _Ours | None:
-    path = directory / OURS
-    if not path.exists():
-        return None
-    content = _read_json(path)
-    try:
-        return _Ours(
-            config=PaCAConfig.from_dict(content["config"]),
-            scalings={name: layer["alpha"] / layer["r"] for name, layer in content["layers"].items()},
-            fingerprint={name: list(map(float, values)) for name, values in content["fingerprint"].items()},
-        )
-    except PaCAError as error:
-        raise PaCAError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise PaCAError(f"{path} is damaged ({type(error).__name__}: {error}). Save the adapter again.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PaCAError(f"{path} is missing: {str(path.parent)!r} is not a complete adapter directory.") from error
-    except (OSError, ValueError) as error:
-        raise PaCAError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise PaCAError(f"{path} holds {type(content).__name__}, not an object.")
-    return content
-
-
-def _tensors(directory: Path) -> dict[str, Tensor]:
-    path = directory / TENSORS
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise PaCAError(f"{path} is missing: {str(directory)!r} is not a complete adapter directory.") from error
-    except (OSError, SafetensorError) as error:
-        raise PaCAError(f"{path} is damaged or truncated: {error}") from error

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.quantized import QPaCALinear
 from paca_lightning.targets import paca_layers
 
 Averaging = (WeightAveraging, StochasticWeightAveraging)
@@ -23,6 +24,17 @@ def check_order(trainer: Trainer, callback: Callback) -> None:
                 f"{type(other).__name__} is listed before {type(callback).__name__}, so it would average a copy made "
                 f"before the conversion. List {type(callback).__name__} first."
             )
+
+
+def check_bases(trainer: Trainer, model: nn.Module) -> None:
+    """Raise if an averaging callback would average the packed bytes of quantized layers."""
+    averaging = [c for c in trainer.callbacks if isinstance(c, Averaging)]  # type: ignore[attr-defined]
+    quantized = [path for path, layer in paca_layers(model) if isinstance(layer, QPaCALinear)]
+    if averaging and quantized:
+        raise PaCAError(
+            f"{type(averaging[0]).__name__} averages all tensors of a model, and the packed NF4 weights of "
+            f"{quantized[0]!r} have no mean. Leave the callback out, or use a base that is not quantized."
+        )
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from paca_lightning.base_layer import PaCALayer
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCAConv1D, PaCALayer
+from paca_lightning.layers import PaCAConv1D
 from paca_lightning.nf4 import dequantize_rows, from_linear4bit, squared_errors
 
 BY_WEIGHT = ("weight_norm", "quant_error")

@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from paca_lightning.adapter import adapter_config, load_adapter
-from paca_lightning.averaging import check_order, settle_averages
+from paca_lightning.adapter import load_adapter
+from paca_lightning.adapter_files import adapter_config
+from paca_lightning.averaging import check_bases, check_order, settle_averages
 from paca_lightning.checkpoint import keep_everything, keep_trained_state
 from paca_lightning.config import PaCAConfig
-from paca_lightning.conversion import convert
+from paca_lightning.conversion import convert, quantize_layers
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable
 from paca_lightning.report import ConversionReport
@@ -105,6 +106,7 @@ class PaCAStrategy(Callback):
             trainer.precision_plugin.convert_module(pl_module)
         self.report, undecided = convert(pl_module, self.config, data_follows=True)
         self._undecided |= undecided
+        check_bases(trainer, pl_module)
         if not self.full_checkpoints:
             keep_trained_state(pl_module)
             pl_module.strict_loading = False
@@ -129,8 +131,13 @@ class PaCAStrategy(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the columns by the first training batches, if the selection looks at data."""
-        if self._undecided and self.adapter is None and trainer.ckpt_path is None:
+        if not self._undecided:
+            return
+        if self.adapter is None and trainer.ckpt_path is None:
             select_on_training_data(trainer, pl_module, self.config, self._undecided)
+        quantize_layers(pl_module, self.config)  # which waited for the columns, chosen or loaded
+        if not self.full_checkpoints:
+            keep_trained_state(pl_module)
         self._undecided = set()
 
     @override

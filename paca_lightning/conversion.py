@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paca_lightning.base_layer import PENDING_SELECTION, PaCALayer
 from paca_lightning.calibration import BY_WEIGHT, calibrate, weight_scores
 from paca_lightning.config import CALIBRATED, PaCAConfig
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PENDING_SELECTION, PaCALayer
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.report import ConversionReport, report_on
 from paca_lightning.reversal import undone_on_error

@@ -3,13 +3,12 @@
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
+from paca_lightning.base_layer import PaCALayer, local
+from paca_lightning.dequantized import dequantized_linear, merged_weight
 from paca_lightning.errors import PaCAError
-from paca_lightning.functional import portable
-from paca_lightning.layers import PaCALayer, PaCALinear, local
+from paca_lightning.layers import PaCALinear
 from paca_lightning.nf4 import Scales, dequantize_rows, from_linear4bit, quantize_rows
 
 LINEAR4BIT_ATTRIBUTES = (
@@ -152,7 +151,7 @@ class QPaCALinear(PaCALayer):
             trained: Whether the columns are the trained ones or the base columns.
         """
         columns, delta = local(self.paca_base_columns), local(self.paca_delta)
-        return _weight(
+        return merged_weight(
             local(self.packed),
             tuple(map(local, self.scales)),
             self.in_features,
@@ -223,78 +222,22 @@ class QPaCALinear(PaCALayer):
         device = input.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         delta = self.paca_delta.detach() if self.paca_enabled else None
-        output: Tensor = _DequantizedLinear.apply(
+        return dequantized_linear(
             input.to(dtype),
             self.bias,
             self.packed,
+            self.scales,
             self.in_features,
             self.paca_base_columns,
             delta,
             self.paca_indices,
-            portable(self.scaling, self.paca_delta),
-            *self.scales,
+            self.scaling,
         )
-        return output
 
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self._describe()}"
-
-
-class _DequantizedLinear(torch.autograd.Function):
-    """Linear map by a frozen weight that exists only during its GEMM; keeps no activation."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        input: Tensor,
-        bias: Tensor | None,
-        packed: Tensor,
-        in_features: int,
-        columns: Tensor,
-        delta: Tensor | None,
-        indices: Tensor,
-        scaling: float | Tensor,
-        *scales: Tensor,
-    ) -> Tensor:
-        weight = _weight(packed, scales, in_features, input.dtype, columns, delta, indices, scaling)
-        # All of these are parameters and buffers of the layer: keeping them copies nothing.
-        compiled = isinstance(scaling, Tensor)
-        ctx.save_for_backward(packed, columns, delta, indices, *scales, *([scaling] if compiled else []))  # type: ignore[arg-type]
-        ctx.in_features, ctx.scaling = in_features, None if compiled else scaling  # type: ignore[attr-defined]
-        return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        packed, columns, delta, indices, *scales = ctx.saved_tensors
-        grad_input = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            scaling = scales.pop() if ctx.scaling is None else ctx.scaling
-            settings = (columns, delta, indices, scaling)
-            grad_input = grad_output @ _weight(packed, tuple(scales), ctx.in_features, grad_output.dtype, *settings)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_input, grad_bias, *[None] * (len(ctx.needs_input_grad) - 2)
-
-
-def _weight(
-    packed: Tensor,
-    scales: Scales,
-    in_features: int,
-    dtype: torch.dtype,
-    columns: Tensor,
-    delta: Tensor | None,
-    indices: Tensor,
-    scaling: float | Tensor,
-) -> Tensor:
-    """The weight to compute with: the NF4 base, and in the selected columns what was trained unless delta is None."""
-    weight = dequantize_rows(packed, scales, in_features, dtype)
-    if delta is not None:
-        trained = columns + delta * scaling if isinstance(scaling, Tensor) else columns.add(delta, alpha=scaling)
-        weight.index_copy_(1, indices, trained.to(dtype))
-    return weight
 
 
 def _other_columns(layer: str) -> str:

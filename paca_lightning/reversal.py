@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from paca_lightning.base_layer import PaCALayer, local
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCALayer, local
 from paca_lightning.targets import paca_layers
 from paca_lightning.trained_whole import load_local_state, local_state, restore_original, saved_modules, unmark
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils import parametrize
 
+from paca_lightning.base_layer import PaCALayer
 from paca_lightning.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCAConv1D, PaCALayer, PaCALinear
+from paca_lightning.layers import PaCAConv1D, PaCALinear
 from paca_lightning.nf4 import linear4bit_class, linear4bit_obstacle
 from paca_lightning.quantized import QPaCALinear
 

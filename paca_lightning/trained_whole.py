@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from paca_lightning.base_layer import copy_into, local
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import copy_into, local
 
 ORIGINAL = "_paca_original"
 

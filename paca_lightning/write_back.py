@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from paca_lightning.base_layer import PENDING_SELECTION
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PENDING_SELECTION
 from paca_lightning.targets import paca_layers
 
 

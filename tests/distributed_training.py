@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, disable_paca, paca_layers, write_columns
-from paca_lightning.layers import local
+from paca_lightning.base_layer import local
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from tests.tiny import tiny_llama
 

@@ -17,6 +17,7 @@ from paca_lightning import (
     PaCAError,
     PaCALinear,
     PaCAStrategy,
+    QPaCALinear,
     apply_paca,
     load_adapter,
     paca_layers,
@@ -345,7 +346,25 @@ def test_ctrl_c_leaves_the_adapter(trainer: Any, tmp_path: Path) -> None:
     assert torch.equal(fresh.net[0].weight, module.net[0].weight)
 
 
+def test_quantized_base_with_columns_chosen_by_data_resumes(trainer: Any, tmp_path: Path) -> None:
+    config = PaCAConfig(r=4, quantize="nf4", selection="activation_norm")
+    whole, first, second = Module(), Module(), Module()
+    trainer(PaCAStrategy(config), max_epochs=2).fit(whole, loader())
+    trainer(PaCAStrategy(config), ModelCheckpoint(tmp_path, filename="one"), max_epochs=1).fit(first, loader())
+    state = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
+    assert {key.rpartition(".")[2] for key in state} == {"paca_delta", "paca_indices"}
+    trainer(PaCAStrategy(config), max_epochs=2).fit(second, loader(), ckpt_path=tmp_path / "one.ckpt")
+    for (_, expected), (_, layer) in zip(paca_layers(whole), paca_layers(second), strict=True):
+        assert isinstance(layer, QPaCALinear)
+        assert torch.equal(layer.paca_delta, expected.paca_delta)
+
+
 # Weight averaging
+
+
+def test_averaging_packed_weights_is_refused(trainer: Any) -> None:
+    with pytest.raises(PaCAError, match="packed NF4 weights"):
+        trainer(PaCAStrategy(PaCAConfig(r=4, quantize="nf4")), EMAWeightAveraging()).fit(Module(), loader())
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 ROWS: list[list[set[str]]] = [
     [{"config", "errors", "files"}],
     [{"selection"}, {"functional"}, {"nf4"}],
-    [{"layers", "quantized"}],
+    [{"base_layer", "layers", "dequantized", "quantized"}],
     [
         {"targets", "report", "calibration", "trained_whole", "reversal", "conversion", "write_back"}
-        | {"checkpoint", "fingerprint", "adapter"}
+        | {"checkpoint", "fingerprint", "adapter_files", "adapter"}
     ],
     [{"callback", "averaging", "training_data", "adapter_checkpoint"}, {"strategies"}],
     [{"tasks"}],

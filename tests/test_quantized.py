@@ -21,12 +21,12 @@ from paca_lightning import (
     PaCALinear,
     QPaCALinear,
     apply_paca,
+    dequantized,
     disable_paca,
     load_adapter,
     merge,
     nf4,
     paca_layers,
-    quantized,
     save_adapter,
     unload,
 )
@@ -177,7 +177,7 @@ def test_dequantizes_again_only_for_the_gradient_of_its_input(
         calls.append(args)
         return nf4.dequantize_rows(*args)
 
-    monkeypatch.setattr(quantized, "dequantize_rows", counted)
+    monkeypatch.setattr(dequantized, "dequantize_rows", counted)
     layer(torch.randn(3, 128, requires_grad=needs_grad)).sum().backward()
     assert len(calls) == times
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
-from paca_lightning.layers import PENDING_SELECTION, local
+from paca_lightning.base_layer import PENDING_SELECTION, local
 from paca_lightning.nf4 import quantize_rows, squared_errors
 from paca_lightning.selection import largest_indices
 from paca_lightning.strategies import materializing

@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from paca_lightning.base_layer import local
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import local
 from paca_lightning.strategies.checkpointing import checkpoint_blocks
 from paca_lightning.strategies.materializing import materialize
 from paca_lightning.strategies.restoring import METADATA, by_position, load_directory, load_file

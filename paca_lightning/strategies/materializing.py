@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from paca_lightning.base_layer import local
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import local
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.strategies.streaming import stream
 from paca_lightning.targets import paca_layers

@@ -10,8 +10,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from paca_lightning.base_layer import PaCALayer
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PaCAConv1D, PaCALayer
+from paca_lightning.layers import PaCAConv1D
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from paca_lightning.base_layer import PENDING_SELECTION, PaCALayer, local
 from paca_lightning.errors import PaCAError
-from paca_lightning.layers import PENDING_SELECTION, PaCALayer, local
 from paca_lightning.nf4 import CHUNK, quantize_rows, squared_errors
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.selection import largest_indices

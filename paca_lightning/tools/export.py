@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from paca_lightning.base_layer import PaCALayer
 from paca_lightning.conversion import config_of
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import written_aside
-from paca_lightning.layers import PaCALayer
 from paca_lightning.nf4 import dequantize_rows, from_linear4bit, linear4bit_class, linear4bit_obstacle
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.targets import base_model_prefix, clean_path, paca_layers, relative_path
