@@ -79,7 +79,7 @@ def _lora(module: LightningModule, config: PaCAConfig, dtype: torch.dtype | None
         r = max(1, round(ranks[path] * features[1] / sum(features)))
         quantized = config.quantize is not None
         module.set_submodule(path, LoRALinear(layer, features, r, dtype, quantized=quantized))
-    module.idle.requires_grad_(False)  # type: ignore[union-attr]
+    module.idle.requires_grad_(False)
 
 
 def _narrow_lora(module: LightningModule, config: PaCAConfig) -> None:
@@ -94,8 +94,8 @@ def _floor(module: LightningModule, config: PaCAConfig) -> None:
     # A layer of ours that trains nothing is a plain frozen one, quantized or not.
     apply_paca(module, replace(config, r=1, rank_pattern={}, alpha_pattern={}, selection="random"))
     module.requires_grad_(False)
-    embedding = next(m for m in module.modules() if hasattr(m, "get_input_embeddings")).get_input_embeddings()
-    cast(nn.Module, embedding).register_forward_hook(_ask_for_gradient)
+    model: Any = next(child for child in module.modules() if hasattr(child, "get_input_embeddings"))
+    model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
     module.idle = nn.Parameter(torch.zeros(1, device="meta"))  # an optimizer needs something
 
 

@@ -278,9 +278,12 @@ def _print(rows: list[dict[str, Any]], setup: dict[str, Any], limit: int | None,
         table.add_row(f"fits {setup['budget']}", *("yes" if row["fits"] else "[red]no[/]" for row in rows))
     console.print(table)
     if limit is not None:
+        tokens, batch = rows[0]["max_tokens"], rows[0]["max_batch"]
         console.print(
-            f"Within {setup['budget']}: at most {rows[0]['max_tokens']} tokens at batch size {setup['batch_size']}, or "
-            f"batch size {rows[0]['max_batch']} at {setup['tokens']} tokens."
+            f"Within {setup['budget']} at batch size {setup['batch_size']}: "
+            + (f"at most {tokens} tokens." if tokens else f"not even {GRANULARITY} tokens.")
+            + f" At {setup['tokens']} tokens: "
+            + (f"at most batch size {batch}." if batch else "not even batch size 1.")
         )
     console.print(
         "Tensors only: the device's own context, communication buffers and gaps between tensors come on top, often 1 "

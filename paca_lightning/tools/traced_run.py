@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import masking_utils
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.nf4 import quantize_rows
@@ -61,6 +62,11 @@ class TracedRun:
     accumulate: int = 1
     accelerator: bool = True
 
+    @property
+    def block_names(self) -> list[str] | None:
+        """Class names of the model's blocks; None: those that Hugging Face models declare."""
+        return None if self.strategy is None else self.strategy.blocks
+
 
 class TracedModel:
     """A run's model, built and converted once on ``meta``, whose steps can be traced with any batch.
@@ -77,7 +83,7 @@ class TracedModel:
         quantize_rows(torch.zeros(1, 1))  # loads bitsandbytes now: its constants shall have data
         self._trainer = _quiet_trainer(run.precision)
         self._module = self._build()
-        self._blocks = len(find_blocks(self._module, run.strategy and run.strategy.blocks))
+        self._blocks = len(find_blocks(self._module, run.block_names))
 
     def step(self, *, tokens: int | None = None, batch_size: int | None = None, whole: bool = False) -> Timeline:
         """Memory during one training step, after the steps before it have filled the optimizer's state.
@@ -107,7 +113,7 @@ class TracedModel:
         return precision.convert_module(module).train()  # type: ignore[return-value]
 
     def _equal_blocks(self) -> bool:
-        blocks = find_blocks(self._module, self.run.strategy and self.run.strategy.blocks)
+        blocks = find_blocks(self._module, self.run.block_names)
         config = next((m.config for m in self._module.modules() if hasattr(m, "config")), None)
         kinds = getattr(config, "layer_types", None) or []
         shapes = {
@@ -121,7 +127,7 @@ class TracedModel:
             _truncate(module, run, layers)
         with _fake_ranks(run) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
             _allocate(module)
-            blocks = find_blocks(module, run.strategy and run.strategy.blocks)
+            blocks = find_blocks(module, run.block_names)
             if run.strategy is not None:
                 run.strategy._sharding_mesh = mesh
                 run.strategy._shard(module)
@@ -173,13 +179,14 @@ def _container(module: nn.Module, blocks: list[nn.Module]) -> nn.ModuleList | No
 
 def _truncate(module: nn.Module, run: TracedRun, layers: int) -> None:
     """Keep a model's first blocks only."""
-    container = _container(module, find_blocks(module, run.strategy and run.strategy.blocks))
+    container = _container(module, find_blocks(module, run.block_names))
     assert container is not None
     del container[layers:]
     for child in module.modules():
-        if hasattr(getattr(child, "config", None), "num_hidden_layers"):
-            child.config = copy.copy(child.config)
-            child.config.num_hidden_layers = layers
+        config: Any = getattr(child, "config", None)
+        if hasattr(config, "num_hidden_layers"):
+            child.config = copy.copy(config)
+            child.config.num_hidden_layers = layers  # type: ignore[union-attr]
 
 
 @torch.no_grad()
@@ -187,7 +194,8 @@ def _allocate(module: nn.Module) -> None:
     """Give every parameter and buffer a device, but no data. Parameters that are shared stay so."""
     made: dict[int, Tensor] = {}
     for child in module.modules():
-        for store in (child._parameters, child._buffers):
+        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
+        for store in stores:
             for name, tensor in store.items():
                 if tensor is None:
                     continue
@@ -235,7 +243,7 @@ def _trace_step(
     batch = _batch(run)
     tracer.hold(batch.values(), Kind.ACTIVATIONS)
     micro_batches = min(run.accumulate, 2)  # the second begins with the gradients of the first, as all later ones do
-    with ExitStack() as hooks, _host_memory(tracer), tracer:
+    with ExitStack() as hooks, _documents(packed=run.packed), _host_memory(tracer), tracer:
         for number, block in enumerate(blocks):
             for handle in _mark(tracer, number, block, last=number == len(blocks) - 1):
                 hooks.callback(handle.remove)
@@ -247,7 +255,7 @@ def _trace_step(
             with precision.train_step_context():
                 loss = module.training_step(batch, micro_batch)
             if loss is None or not isinstance(loss, Tensor):
-                loss = loss["loss"]  # type: ignore[index,call-overload]
+                loss = loss["loss"]  # type: ignore[index]
             if run.accumulate > 1:
                 loss = loss / run.accumulate
             tracer.end_forward()
@@ -262,6 +270,21 @@ def _trace_step(
         for optimizer in optimizers:
             optimizer.step()
     return tracer.timeline(sum(parameter.numel() for parameter in trained))
+
+
+@contextmanager
+def _documents(*, packed: bool) -> Iterator[None]:
+    """Tell transformers whether rows hold several documents: it reads that from values, and takes it for granted here.
+
+    Where they do, attention needs a mask of all pairs of tokens; otherwise the kernel's own causal mask.
+    """
+    original = masking_utils.find_packed_sequence_indices
+    if not packed:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 @contextmanager

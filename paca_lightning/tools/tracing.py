@@ -164,7 +164,7 @@ class MemoryTracer(TorchDispatchMode):
 
         # FSDP2 frees and allocates gathered parameters this way, which is no operator.
         UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
-        return super().__enter__()  # type: ignore[return-value]
+        return super().__enter__()
 
     @override
     def __exit__(self, *args: Any) -> None:
