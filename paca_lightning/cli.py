@@ -20,7 +20,10 @@ RUNS = {
     "test": "Evaluate on the test split (LightningCLI).",
     "predict": "Run a model over a data set (LightningCLI).",
 }
-DATA = {"data": "Show what a config trains on: samples with the trained tokens marked, and length statistics."}
+LOOKS = {
+    "data": "Show what a config trains on: samples with the trained tokens marked, and length statistics.",
+    "estimate": "Predict the memory of a config's run, without its weights and its devices.",
+}
 # Imported when asked for: --help and a typing mistake shall answer at once.
 TOOLS = {
     "generate": ("paca_lightning.tools.generate", "Answer prompts with a model and an adapter."),
@@ -30,7 +33,7 @@ TOOLS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``paca-lightning``; exits with 0, with 2 for a mistake of the user, or with 130 after Ctrl-C.
+    """Run ``paca-lightning``; exits with 0, with 1 where a budget is exceeded, 2 for a mistake, or 130 after Ctrl-C.
 
     Args:
         args: Command line without the program's name. Default: that of the process.
@@ -70,12 +73,17 @@ def _run(arguments: list[str]) -> None:
         print(version("paca-lightning"))
     elif command in TOOLS:
         _run_tool(command, arguments[1:])
-    elif command in DATA:
+    elif command == "data":
         _show_data(arguments[1:])
+    elif command == "estimate":
+        from paca_lightning.tools import estimate
+
+        if (code := estimate.main(arguments[1:])) != 0:
+            sys.exit(code)
     elif command in RUNS:
         _lightning_cli(arguments, run=True)
     else:
-        commands = ", ".join([*RUNS, *DATA, *TOOLS])
+        commands = ", ".join([*RUNS, *LOOKS, *TOOLS])
         raise PaCAError(f"{command!r} is no command. Commands: {commands}. See paca-lightning --help.")
 
 
@@ -137,7 +145,7 @@ def _lightning_cli(arguments: list[str], *, run: bool) -> Any:
 
 def _print_overview() -> None:
     table = Table(title="paca-lightning COMMAND --help tells more", title_justify="left", box=None, show_header=False)
-    for name, purpose in (RUNS | DATA | {name: purpose for name, (_, purpose) in TOOLS.items()}).items():
+    for name, purpose in (RUNS | LOOKS | {name: purpose for name, (_, purpose) in TOOLS.items()}).items():
         table.add_row(f"[bold]{name}[/]", purpose)
     rich.print(table)
     rich.print(

@@ -43,7 +43,7 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[o
 def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "data", "bench", "--debug"):
+    for command in ("fit", "validate", "test", "predict", "data", "estimate", "bench", "--debug"):
         assert command in printed
 
 
