@@ -28,11 +28,12 @@ from paca_lightning.conversion import config_of, convert
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import written_aside
 from paca_lightning.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
+from paca_lightning.gathering import is_first_rank, whole_tensor
 from paca_lightning.report import ConversionReport
 from paca_lightning.reversal import undone_on_error
 from paca_lightning.selection import check_indices
-from paca_lightning.targets import base_model_prefix, clean_path, paca_layers, relative_path
-from paca_lightning.trained_whole import saved_modules
+from paca_lightning.targets import layers_by_path
+from paca_lightning.trained_whole import saved_by_path
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -47,23 +48,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         PaCAError: If the model has no PaCA layers.
     """
-    layers = _relative_layers(model)
+    layers = layers_by_path(model)
     config = config_of(model)
     if not layers or config is None:
         raise PaCAError("The model has no PaCA layers, so there is no adapter to save. Call apply_paca first.")
     tensors: dict[str, Tensor] = {}
     samples: dict[str, list[float]] = {}
     for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.paca_delta"] = _whole(layer.paca_delta)
-        tensors[f"{PREFIX}{path}.paca_indices"] = _whole(layer.paca_indices)
-        samples[path] = sample_columns(_whole(layer.paca_base_columns))
-    for path, module in _relative_saved(model).items():
+        tensors[f"{PREFIX}{path}.paca_delta"] = whole_tensor(layer.paca_delta)
+        tensors[f"{PREFIX}{path}.paca_indices"] = whole_tensor(layer.paca_indices)
+        samples[path] = sample_columns(whole_tensor(layer.paca_base_columns))
+    for path, module in saved_by_path(model).items():
         for name, tensor in module.state_dict().items():
-            tensors[f"{PREFIX}{path}.{name}"] = _whole(tensor)
-    if not _is_first_rank():
+            tensors[f"{PREFIX}{path}.{name}"] = whole_tensor(tensor)
+    if not is_first_rank():
         return
     with written_aside(directory) as scratch:
-        save_file(tensors, scratch / TENSORS, metadata={"format": "pt"})
+        save_file(_unshared(tensors), scratch / TENSORS, metadata={"format": "pt"})
         write_json(scratch / CONFIG, peft_config(model, config))
         ranks = {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()}
         ours = {"version": version("paca-lightning"), "config": config.to_dict(), "layers": ranks}
@@ -90,7 +91,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
     with _says_where(directory), undone_on_error(model):
         # Whatever the selection, the columns are the adapter's: no data needs to follow.
         report, _ = convert(model, known or config, indices if known is None else None, data_follows=True)
-        layers = _relative_layers(model)
+        layers = layers_by_path(model)
         before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
         _check_layers(layers, indices, deltas, ours)
         targets = _whole_targets(model, whole)
@@ -169,7 +170,7 @@ def _check_base_model(
 ) -> None:
     if ours is None:
         return
-    here = {path: sample_columns(_whole(layer.paca_base_columns)) for path, layer in layers.items()}
+    here = {path: sample_columns(whole_tensor(layer.paca_base_columns)) for path, layer in layers.items()}
     if (path := differing_layer(ours.fingerprint, here, tolerance)) is not None:
         name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
         raise PaCAError(
@@ -182,7 +183,7 @@ def _whole_targets(model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Ten
     """What is trained whole in the model, and the value the adapter has for it."""
     here = {
         f"{path}.{name}": tensor
-        for path, module in _relative_saved(model).items()
+        for path, module in saved_by_path(model).items()
         for name, tensor in module.state_dict().items()
     }
     for name in sorted(here.keys() ^ whole.keys()):
@@ -197,22 +198,6 @@ def _whole_targets(model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Ten
     return [(here[name], value) for name, value in whole.items()]
 
 
-def _relative_layers(model: nn.Module) -> dict[str, PaCALayer]:
-    prefix = base_model_prefix(model)
-    return {relative_path(clean_path(path), prefix): layer for path, layer in paca_layers(model)}
-
-
-def _relative_saved(model: nn.Module) -> dict[str, nn.Module]:
-    prefix = base_model_prefix(model)
-    return {relative_path(clean_path(path), prefix): module for path, module in saved_modules(model)}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu().contiguous().clone()
-
-
-def _is_first_rank() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, as safetensors writes no two names of one memory."""
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

@@ -270,3 +270,9 @@ def paca_layers(model: nn.Module) -> Iterator[tuple[str, PaCALayer]]:
     for path, module in model.named_modules():
         if isinstance(module, PaCALayer):
             yield path, module
+
+
+def layers_by_path(model: nn.Module) -> dict[str, PaCALayer]:
+    """The PaCA layers of a model by their path from the base model, as adapter files have them."""
+    prefix = base_model_prefix(model)
+    return {relative_path(clean_path(path), prefix): layer for path, layer in paca_layers(model)}

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from paca_lightning.base_layer import copy_into, local
 from paca_lightning.errors import PaCAError
+from paca_lightning.targets import base_model_prefix, clean_path, relative_path
 
 ORIGINAL = "_paca_original"
 
@@ -12,6 +13,12 @@ ORIGINAL = "_paca_original"
 def saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Path and module of what is trained whole."""
     return [(path, module) for path, module in model.named_modules() if ORIGINAL in vars(module)]
+
+
+def saved_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """What is trained whole by its path from the base model, as adapter files have it."""
+    prefix = base_model_prefix(model)
+    return {relative_path(clean_path(path), prefix): module for path, module in saved_modules(model)}
 
 
 def original_state(module: nn.Module) -> dict[str, Tensor] | None:

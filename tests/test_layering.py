@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 ROWS: list[list[set[str]]] = [
     [{"config", "errors", "files"}],
     [{"selection"}, {"functional"}, {"nf4"}],
-    [{"base_layer", "layers", "dequantized", "quantized"}],
+    [{"gathering", "base_layer", "layers", "dequantized", "quantized"}],
     [
         {"targets", "report", "calibration", "trained_whole", "reversal", "conversion", "write_back"}
         | {"checkpoint", "fingerprint", "adapter_files", "adapter"}

@@ -14,9 +14,10 @@ from paca_lightning.base_layer import PaCALayer
 from paca_lightning.conversion import config_of
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import written_aside
+from paca_lightning.gathering import is_first_rank, whole_tensor
 from paca_lightning.nf4 import dequantize_rows, from_linear4bit, linear4bit_class, linear4bit_obstacle
 from paca_lightning.quantized import QPaCALinear
-from paca_lightning.targets import base_model_prefix, clean_path, paca_layers, relative_path
+from paca_lightning.targets import base_model_prefix, clean_path, layers_by_path, relative_path
 from paca_lightning.trained_whole import saved_modules
 
 DTYPE = torch.bfloat16
@@ -53,7 +54,7 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
         plain = type(base)(config).to(DTYPE)
     plain.generation_config = base.generation_config
     state = _plain_state(base)
-    if not _is_first_rank():
+    if not is_first_rank():
         return
     with written_aside(directory) as scratch:
         plain.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
@@ -88,12 +89,12 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         selection = torch.zeros(layer.r, layer.in_features)
         selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
         tensors[f"base_model.model.{path}.lora_A.weight"] = selection
-        tensors[f"base_model.model.{path}.lora_B.weight"] = _whole(layer.paca_delta).float() * factor
+        tensors[f"base_model.model.{path}.lora_B.weight"] = whole_tensor(layer.paca_delta).float() * factor
     prefix = base_model_prefix(model)
     for path, module in saved_modules(model):
         for name, parameter in module.named_parameters():
             key = f"base_model.model.{relative_path(clean_path(path), prefix)}.{name}"
-            tensors[key] = _whole(parameter).contiguous()
+            tensors[key] = whole_tensor(parameter).contiguous()
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(_unwrapped(model)).__name__.endswith("ForCausalLM") else None,
@@ -109,7 +110,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    if not _is_first_rank():
+    if not is_first_rank():
         return
     with written_aside(directory) as scratch:
         save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -119,8 +120,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def _layers(model: nn.Module) -> dict[str, PaCALayer]:
     """PaCA layers by their path from the base model."""
-    prefix = base_model_prefix(model)
-    layers = {relative_path(clean_path(path), prefix): layer for path, layer in paca_layers(model)}
+    layers = layers_by_path(model)
     if not layers:
         raise PaCAError("The model has no PaCA layers, so there is nothing to export. Call apply_paca first.")
     return layers
@@ -152,7 +152,7 @@ def _plain_state(base: nn.Module) -> dict[str, Tensor]:
     for name, tensor in base.state_dict().items():
         key = clean_path(name)
         if key.endswith(".bias") or not any(parent in special for parent in _parents(key)):
-            state[key] = _narrow(_whole(tensor))
+            state[key] = _narrow(whole_tensor(tensor))
     for path, module in special.items():
         state[f"{path}.weight"] = _narrow(_dense_weight(path, module))
     return state
@@ -173,7 +173,7 @@ def _dense_weight(path: str, module: nn.Module) -> Tensor:
         weight = _gathered(module.dequantize(DTYPE), module)
         return weight.t().contiguous() if module.paca_base_class.__name__ == "Conv1D" else weight
     if isinstance(module, PaCALayer):
-        return _whole(module.weight)
+        return whole_tensor(module.weight)
     if (obstacle := linear4bit_obstacle(module)) is not None:
         raise PaCAError(f"{path!r} cannot be exported: {obstacle}.")
     packed, scales, _ = from_linear4bit(module, path)
@@ -192,13 +192,3 @@ def _gathered(rows: Tensor, layer: QPaCALinear) -> Tensor:
         rows, packed.device_mesh, packed.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
     )
     return sharded.full_tensor().cpu()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu()
-
-
-def _is_first_rank() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
