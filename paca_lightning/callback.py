@@ -32,7 +32,8 @@ class PaCAStrategy(Callback):
 
     Add it to a Trainer's callbacks, with any LightningModule whose optimizer takes
     ``[p for p in self.parameters() if p.requires_grad]``. It converts the target layers when a run starts, writes the
-    trained columns back after every optimizer step, and keeps frozen weights out of checkpoints.
+    trained columns back after every optimizer step, logs ``paca/scaled_lr``, and keeps frozen weights out of
+    checkpoints.
 
     It is a *callback*, a strategy of fine-tuning: it goes to ``Trainer(callbacks=...)``, not to
     ``Trainer(strategy=...)``, and works beside the strategies that distribute a run.
@@ -139,6 +140,19 @@ class PaCAStrategy(Callback):
         if not self.full_checkpoints:
             keep_trained_state(pl_module)
         self._undecided = set()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log ``scaling * lr``, Adam's step on a column, where LearningRateMonitor logs the learning rate."""
+        if trainer.loggers and trainer._logger_connector.should_update_logs:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            for logger in trainer.loggers:
+                logger.log_metrics({"paca/scaled_lr": self._scaled_lr(trainer)}, step=step)
+
+    def _scaled_lr(self, trainer: Trainer) -> float:
+        assert self.report is not None
+        lr = max(float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        return lr * max(layer.scaling for layer in self.report.layers)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

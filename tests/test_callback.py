@@ -1,5 +1,6 @@
 """PaCAStrategy on Lightning's clock: where models are built, how they are trained, saved and resumed."""
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -250,6 +252,14 @@ def test_summary_names_the_effective_step(trainer: Any, capsys: pytest.CaptureFi
     assert "160 of 968" in printed
     assert callback.report is not None
     assert callback.report.delta_bytes == 160 * 4
+
+
+def test_logs_the_effective_step(trainer: Any, tmp_path: Path) -> None:
+    run = trainer(PaCAStrategy(CONFIG), logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    run.fit(Module(), loader())
+    with (Path(run.log_dir) / "metrics.csv").open(newline="") as file:
+        logged = [row["paca/scaled_lr"] for row in csv.DictReader(file) if row["paca/scaled_lr"]]
+    assert [float(value) for value in logged] == [0.02] * 6  # scaling 2, learning rate 0.01; 12 steps
 
 
 # Checkpoints
