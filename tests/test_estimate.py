@@ -15,8 +15,10 @@ from paca_lightning import PaCAConfig, PaCAError, apply_paca, attach
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from paca_lightning.tasks import CausalLMModule
 from paca_lightning.tools.baselines import FLOOR, FULL, LORA, PACA, Baseline
-from paca_lightning.tools.estimate import main, read_config, traced_run
-from paca_lightning.tools.traced_run import TracedModel, TracedRun
+from paca_lightning.tools.described_run import read_config, traced_run
+from paca_lightning.tools.estimate import main
+from paca_lightning.tools.traced_run import TracedModel
+from paca_lightning.tools.traced_step import TracedRun
 from paca_lightning.tools.tracing import Kind
 
 CONFIG = PaCAConfig(r=8)

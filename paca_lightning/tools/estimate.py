@@ -1,121 +1,26 @@
 """Predict the memory of a run from its config, without its weights and its devices."""
 
 import json
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from paca_lightning.callback import PaCAStrategy
 from paca_lightning.config import PaCAConfig
 from paca_lightning.errors import PaCAError
-from paca_lightning.strategies.fsdp2 import FSDP2Strategy
-from paca_lightning.tools.baselines import FULL, LORA, NARROW_LORA, PACA, Baseline
-from paca_lightning.tools.presets import preset_config
-from paca_lightning.tools.traced_run import TracedModel, TracedRun
+from paca_lightning.tools.baselines import FULL, LORA, NARROW_LORA, PACA
+from paca_lightning.tools.described_run import converter, read_config, traced_run
+from paca_lightning.tools.traced_run import TracedModel
+from paca_lightning.tools.traced_step import TracedRun
 from paca_lightning.tools.tracing import Kind, Timeline
 from paca_lightning.tools.units import format_bytes, parse_bytes
 
 GRANULARITY = 64  # tokens between two lengths that are tried
 RESIDENT = (Kind.PARAMETERS, Kind.OPTIMIZER)
-SHARDED = ("paca_fsdp2", "hpu_fsdp2")
-COPIED = ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true", "hpu_ddp")
-
-
-class _Config(LightningCLI):
-    """A config's module, data module and settings of the trainer, which may name devices that are not here."""
-
-    def instantiate_trainer(self, **_: Any) -> Any:
-        return self._get(self.config_init, "trainer")
-
-
-def read_config(arguments: list[str], preset: str | None = None) -> tuple[LightningModule, LightningDataModule, Any]:
-    """The module, the data module and the trainer's settings of a config; nothing is loaded.
-
-    Args:
-        arguments: As those of ``fit``: ``--config FILE``, and what it shall override.
-        preset: A known shape to give the module instead of its ``model``.
-
-    Raises:
-        PaCAError: If there is no such preset.
-    """
-    import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
-
-    if preset is not None:
-        directory = tempfile.mkdtemp(prefix="paca-preset-")
-        preset_config(preset).save_pretrained(directory)
-        arguments = [*arguments, "--model.init_args.model", directory]
-    sys.argv[1:] = arguments
-    cli = _Config(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-        parser_kwargs={"prog": "paca-lightning estimate"},
-        run=False,
-    )
-    return cli.model, cli.datamodule, cli.trainer
-
-
-def traced_run(
-    module: LightningModule, datamodule: Any, trainer: Any, tokens: int | None = None, batch: int | None = None
-) -> tuple[TracedRun, PaCAConfig | None]:
-    """A run as a config describes it, to be traced.
-
-    Args:
-        module: Makes its model in ``configure_model``.
-        datamodule: Says how long and how many sequences are, by ``max_length`` and ``batch_size``.
-        trainer: Namespace of the trainer's settings.
-        tokens: Length of a sequence instead of the data module's.
-        batch: Sequences of a micro-batch instead of the data module's.
-
-    Returns:
-        The run, and the PaCA configuration if it has one.
-
-    Raises:
-        PaCAError: If something of it cannot be traced, or is not said.
-    """
-    if "configure_model" not in vars(type(module)):
-        raise PaCAError(
-            f"{type(module).__name__} does not build its model in configure_model, so it cannot be built without its "
-            "weights. Move the building there, or use CausalLMModule."
-        )
-    data = dict(getattr(datamodule, "hparams", {}))
-    tokens, batch = tokens or data.get("max_length"), batch or data.get("batch_size")
-    if tokens is None or batch is None:
-        raise PaCAError(
-            f"{type(datamodule).__name__} does not say how long its sequences are: give --tokens and --batch."
-        )
-    configs = [callback.config for callback in trainer.callbacks or [] if isinstance(callback, PaCAStrategy)]
-    config = configs[0] if configs else None
-    ranks = _devices(trainer.devices) * trainer.num_nodes
-    strategy, copied = _strategy(trainer.strategy, ranks)
-    run = TracedRun(
-        module=module,
-        convert=_converter(PACA if config else FULL, config),
-        strategy=strategy,
-        ranks=ranks if strategy else 1,
-        shard_size=strategy.shard_size if strategy else None,
-        gradient_buckets=copied,
-        precision=str(trainer.precision or "32-true"),
-        batch_size=batch,
-        tokens=tokens,
-        packed=bool(data.get("packing")),
-        accumulate=trainer.accumulate_grad_batches,
-        accelerator=trainer.accelerator != "cpu",
-    )
-    return run, config
 
 
 def estimate(
@@ -162,47 +67,13 @@ def estimate(
         rows[0]["max_batch"] = _largest(lambda units: model.step(batch_size=units).peak, limit, run.batch_size)
     if config is not None:
         for baseline in (LORA, NARROW_LORA, FULL):
-            other = replace(run, convert=_converter(baseline, config))
+            other = replace(run, convert=converter(baseline, config))
             rows.append(_row(baseline.name, TracedModel(other).step(), limit))
     setup = _setup(run, config, budget, time.perf_counter() - start) | ({"model": name} if name else {})
     _print(rows, setup, limit, console or Console())
     if json_file:
         Path(json_file).write_text(json.dumps({"rows": rows, "setup": setup}, indent=2) + "\n", encoding="utf-8")
     return limit is None or own.peak <= limit
-
-
-def _converter(baseline: Baseline, config: PaCAConfig | None) -> Callable[[LightningModule], None]:
-    return lambda module: baseline.convert(module, config or PaCAConfig())
-
-
-def _devices(devices: Any) -> int:
-    if isinstance(devices, list):
-        return len(devices)
-    if isinstance(devices, str) and "," in devices:
-        return len([part for part in devices.split(",") if part.strip()])
-    try:
-        number = int(devices)
-    except ValueError:
-        number = -1
-    if number < 1:
-        raise PaCAError(f"devices={devices!r} depends on the machine. Give their number: --trainer.devices 8.")
-    return number
-
-
-def _strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
-    """The strategy that shards the model, if one does; otherwise whether gradients are copied to be exchanged."""
-    if isinstance(strategy, FSDP2Strategy) or strategy in SHARDED:
-        strategy = strategy if isinstance(strategy, FSDP2Strategy) else FSDP2Strategy()
-        if strategy.options.cpu_offload:
-            raise PaCAError("cpu_offload moves the model to host memory, which is not estimated. Leave it out to see.")
-        size = strategy.shard_size or ranks
-        if ranks % size:
-            raise PaCAError(f"shard_size={size} does not divide {ranks} ranks.")
-        return strategy, False
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if name in ("auto", "SingleDeviceStrategy", "HPUSingleStrategy") or name in COPIED or "DDP" in name:
-        return None, ranks > 1
-    raise PaCAError(f"strategy={name!r} is not estimated. Use auto, ddp or paca_fsdp2.")
 
 
 def _largest(peak: Callable[[int], int], limit: int, guess: int) -> int:
