@@ -121,6 +121,15 @@ def _says_where(directory: str | os.PathLike[str]) -> Iterator[None]:
         raise PaCAError(f"{directory}: {error}") from error
 
 
+def adapter_indices(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The columns that an adapter trains, by layer path.
+
+    Raises:
+        PaCAError: If a file of it is missing or damaged.
+    """
+    return _sorted_out(read_tensors(Path(directory)), directory)[0]
+
+
 def _sorted_out(
     tensors: dict[str, Tensor], directory: str | os.PathLike[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

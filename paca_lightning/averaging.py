@@ -26,6 +26,11 @@ def check_order(trainer: Trainer, callback: Callback) -> None:
             )
 
 
+def copies_without_asking(trainer: Trainer) -> bool:
+    """Whether a callback copies the module in its ``setup`` without calling ``configure_model`` before."""
+    return any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
 def check_bases(trainer: Trainer, model: nn.Module) -> None:
     """Raise if an averaging callback would average the packed bytes of quantized layers."""
     averaging = [c for c in trainer.callbacks if isinstance(c, Averaging)]  # type: ignore[attr-defined]

@@ -9,13 +9,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from paca_lightning.adapter import load_adapter
+from paca_lightning.adapter import adapter_indices, load_adapter
 from paca_lightning.adapter_files import adapter_config
-from paca_lightning.averaging import check_bases, check_order, settle_averages
+from paca_lightning.averaging import check_bases, check_order, copies_without_asking, settle_averages
 from paca_lightning.checkpoint import keep_everything, keep_trained_state
 from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import convert, quantize_layers
@@ -25,6 +26,9 @@ from paca_lightning.report import ConversionReport
 from paca_lightning.targets import paca_layers
 from paca_lightning.training_data import select_on_training_data
 from paca_lightning.write_back import attach
+
+LOADED = "_paca_adapter"
+"""Attribute of a module: the adapter that was loaded into it, which later runs go on from."""
 
 
 class PaCAStrategy(Callback):
@@ -59,7 +63,6 @@ class PaCAStrategy(Callback):
         self.adapter = adapter
         self.full_checkpoints = full_checkpoints
         self.report: ConversionReport | None = None
-        self._adapter_pending = adapter is not None
         self._undecided: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
@@ -70,7 +73,6 @@ class PaCAStrategy(Callback):
         check_order(trainer, self)
         if stage == "fit":
             _check_outputs(trainer)
-        self._adapter_pending = self.adapter is not None
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
         original = pl_module.configure_model
@@ -80,6 +82,8 @@ class PaCAStrategy(Callback):
             self._convert(trainer, pl_module)
 
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
+        if stage == "fit" and copies_without_asking(trainer):
+            configure_model()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,7 +109,12 @@ class PaCAStrategy(Callback):
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             # It would replace PaCA layers later: let it quantize first, and convert what it leaves.
             trainer.precision_plugin.convert_module(pl_module)
-        self.report, undecided = convert(pl_module, self.config, data_follows=True)
+        fresh = not any(paca_layers(pl_module))
+        if fresh:
+            vars(pl_module).pop(LOADED, None)
+        # Known before a quantized base forgets what the columns started from.
+        indices = adapter_indices(self.adapter) if self.adapter is not None and fresh else None
+        self.report, undecided = convert(pl_module, self.config, indices, data_follows=True)
         self._undecided |= undecided
         check_bases(trainer, pl_module)
         if not self.full_checkpoints:
@@ -114,10 +123,21 @@ class PaCAStrategy(Callback):
         self._load_adapter(pl_module)
 
     def _load_adapter(self, pl_module: LightningModule) -> None:
+        """Load the adapter to start from, once into a module, and as soon as its weights are there."""
         on_meta = any(layer.base.is_meta for _, layer in paca_layers(pl_module))
-        if self.adapter is not None and self._adapter_pending and not on_meta:
+        if self.adapter is not None and not on_meta and vars(pl_module).get(LOADED) != self.adapter:
             load_adapter(pl_module, self.adapter)
-            self._adapter_pending = False
+            vars(pl_module)[LOADED] = self.adapter
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What evaluation needs that conversion could not do yet: weights may have come after it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        if trainer.ckpt_path is None:
+            self._load_adapter(pl_module)
+        elif self._undecided:
+            quantize_layers(pl_module, self.config)  # the checkpoint has told the columns
+            self._undecided = set()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -156,8 +176,19 @@ class PaCAStrategy(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put averaged models right before they are swapped in."""
+        """Load an adapter that had to wait, and put averaged models right before they are swapped in."""
+        self._settle(trainer, pl_module)
         settle_averages(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load an adapter that had to wait."""
+        self._settle(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load an adapter that had to wait."""
+        self._settle(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

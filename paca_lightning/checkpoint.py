@@ -62,6 +62,13 @@ def _check_loaded(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     lost = [key for key in missing if key.endswith(ADAPTER)]
     frozen = {key for key in missing if any(key == name or key.endswith("." + name) for name in vars(module)[FROZEN])}
     if not lost:
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        for key in missing:
+            if any(key == name or key.endswith("." + name) for name in trained):
+                raise PaCAError(
+                    f"The checkpoint has nothing for {key!r}, which this run trains whole. Use the modules_to_save it "
+                    "was trained with."
+                )
         missing[:] = [key for key in missing if key not in frozen]
         return
     # A base checkpoint has nothing of the adapter, but every weight; it does not know the base columns.

@@ -26,12 +26,18 @@ def select_on_training_data(
     The loader's position and the random state are as before.
 
     Raises:
-        PaCAError: If the module steps its optimizers itself.
+        PaCAError: If the module steps its optimizers itself, or has several train loaders.
     """
     if not pl_module.automatic_optimization:
         raise PaCAError(
             f"selection={config.selection!r} runs training_step on some batches, which would step the optimizers of a "
             "module with manual optimization. Call apply_paca(model, config, calibration=batches) in __init__ instead."
+        )
+
+    if isinstance(trainer.train_dataloader, (dict, list, tuple)):
+        raise PaCAError(
+            f"selection={config.selection!r} looks at the batches of one train loader, and this run has several. Call "
+            "apply_paca(model, config, calibration=batches) in __init__ instead."
         )
 
     def step(batch: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -343,6 +343,27 @@ def test_adapter_goes_in_and_out(trainer: Any, tmp_path: Path) -> None:
     assert not torch.equal(continued.net[0].weight, module.net[0].weight)
 
 
+def test_training_goes_on_from_an_adapter_and_is_evaluated_as_trained(trainer: Any, tmp_path: Path) -> None:
+    trainer(PaCAStrategy(CONFIG), AdapterCheckpoint(str(tmp_path / "adapter"))).fit(Module(), loader())
+    module = Module()
+    run = trainer(PaCAStrategy(adapter=str(tmp_path / "adapter")))
+    run.fit(module, loader(), loader())
+    trained = module.net[0].paca_delta.detach().clone()
+    run.validate(module, loader(), verbose=False)
+    assert torch.equal(module.net[0].paca_delta, trained)
+
+
+@pytest.mark.parametrize("selection", ["activation_norm", "quant_error"])
+def test_adapter_of_a_quantized_base_with_columns_chosen_by_data(selection: str, trainer: Any, tmp_path: Path) -> None:
+    module = Module()
+    config = PaCAConfig(r=4, quantize="nf4", selection=selection)
+    trainer(PaCAStrategy(config), AdapterCheckpoint(str(tmp_path / "adapter"))).fit(module, loader())
+    expected = torch.cat(trainer().predict(module, loader()))
+    fresh = Module()
+    result = trainer(PaCAStrategy(adapter=str(tmp_path / "adapter"))).predict(fresh, loader())
+    torch.testing.assert_close(torch.cat(result), expected)
+
+
 def test_ctrl_c_leaves_the_adapter(trainer: Any, tmp_path: Path) -> None:
     class Impatient(pl.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -367,6 +388,24 @@ def test_quantized_base_with_columns_chosen_by_data_resumes(trainer: Any, tmp_pa
     for (_, expected), (_, layer) in zip(paca_layers(whole), paca_layers(second), strict=True):
         assert isinstance(layer, QPaCALinear)
         assert torch.equal(layer.paca_delta, expected.paca_delta)
+
+
+def test_evaluation_quantizes_with_the_columns_of_the_checkpoint(trainer: Any, tmp_path: Path) -> None:
+    config = PaCAConfig(r=4, quantize="nf4", selection="activation_norm")
+    trained, fresh = Module(), Module()
+    trainer(PaCAStrategy(config), ModelCheckpoint(tmp_path, filename="one")).fit(trained, loader())
+    run = trainer(PaCAStrategy(config))
+    result = run.predict(fresh, loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert isinstance(fresh.net[0], QPaCALinear)
+    torch.testing.assert_close(torch.cat(result), torch.cat(trainer().predict(trained, loader())))
+
+
+def test_checkpoint_without_a_module_that_is_trained_whole(trainer: Any, tmp_path: Path) -> None:
+    partial = PaCAConfig(r=4, target_modules=["0"])
+    trainer(PaCAStrategy(partial), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loader())
+    both = PaCAConfig(r=4, target_modules=["0"], modules_to_save=["2"])
+    with pytest.raises(PaCAError, match=r"nothing for 'net\.2\.weight', which this run trains whole"):
+        trainer(PaCAStrategy(both)).validate(Module(), loader(), ckpt_path=tmp_path / "one.ckpt")
 
 
 # Weight averaging
@@ -411,6 +450,14 @@ def test_averaged_run_resumes(trainer: Any, tmp_path: Path) -> None:
     trainer(PaCAStrategy(CONFIG), average(), max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
     for (_, expected), (_, layer) in zip(paca_layers(whole), paca_layers(second), strict=True):
         assert torch.equal(layer.paca_delta, expected.paca_delta)
+
+
+def test_stochastic_weight_averaging(trainer: Any) -> None:
+    module = Module()
+    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    trainer(PaCAStrategy(CONFIG), averaging, max_epochs=4).fit(module, loader(), loader())
+    assert in_step(module)
+    assert moved(module)
 
 
 def test_averaging_listed_first_is_refused(trainer: Any) -> None:
@@ -465,6 +512,13 @@ def test_directory_that_cannot_be_written(trainer: Any, tmp_path: Path) -> None:
 def test_calibration_with_manual_optimization_is_refused(trainer: Any) -> None:
     with pytest.raises(PaCAError, match="manual optimization"):
         trainer(PaCAStrategy(PaCAConfig(r=4, selection="activation_norm"))).fit(TwoOptimizers(), loader())
+
+
+def test_calibration_with_several_train_loaders_is_refused(trainer: Any) -> None:
+    with pytest.raises(PaCAError, match="this run has several"):
+        trainer(PaCAStrategy(PaCAConfig(r=4, selection="activation_norm"))).fit(
+            Module(), {"a": loader(), "b": loader()}
+        )
 
 
 def test_adapter_of_another_model_is_refused(trainer: Any, tmp_path: Path) -> None:
