@@ -81,7 +81,9 @@ def _run(arguments: list[str]) -> None:
         if (code := estimate.main(arguments[1:])) != 0:
             sys.exit(code)
     elif command in RUNS:
-        _lightning_cli(arguments, run=True)
+        from paca_lightning.tools.run_config import lightning_cli
+
+        lightning_cli(arguments, run=True)
     else:
         commands = ", ".join([*RUNS, *LOOKS, *TOOLS])
         raise PaCAError(f"{command!r} is no command. Commands: {commands}. See paca-lightning --help.")
@@ -116,31 +118,12 @@ def _as_jsonargparse_has_them(function: Callable[..., Any], arguments: list[str]
 
 def _show_data(arguments: list[str]) -> None:
     from paca_lightning.tools.data import data
+    from paca_lightning.tools.run_config import lightning_cli
 
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--samples", type=int, default=3)
     known, others = options.parse_known_args(arguments)
-    data(_lightning_cli(others, run=False).datamodule, known.samples)
-
-
-def _lightning_cli(arguments: list[str], *, run: bool) -> Any:
-    """A LightningCLI in which configs name any classes; with ``run``, its subcommand has run when this returns."""
-    from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningCLI
-
-    import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
-
-    sys.argv[1:] = arguments
-    return LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        parser_kwargs={"prog": "paca-lightning"},
-        run=run,
-    )
+    data(lightning_cli(others, run=False).datamodule, known.samples)
 
 
 def _print_overview() -> None:

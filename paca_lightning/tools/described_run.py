@@ -1,7 +1,6 @@
 """From a LightningCLI config to what determines the memory of its run."""
 
 import atexit
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from paca_lightning.errors import PaCAError
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from paca_lightning.tools.baselines import FULL, PACA, Baseline
 from paca_lightning.tools.presets import preset_config
+from paca_lightning.tools.run_config import lightning_cli
 from paca_lightning.tools.traced_step import TracedRun
 
 SHARDED = ("paca_fsdp2", "hpu_fsdp2")
@@ -38,25 +38,12 @@ def read_config(arguments: list[str], preset: str | None = None) -> tuple[Lightn
     Raises:
         PaCAError: If there is no such preset.
     """
-    import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
-
     if preset is not None:
         directory = tempfile.TemporaryDirectory(prefix="paca-preset-")
         atexit.register(directory.cleanup)  # the module reads it when it is built
         preset_config(preset).save_pretrained(directory.name)
         arguments = [*arguments, "--model.init_args.model", directory.name]
-    sys.argv[1:] = arguments
-    cli = _Config(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-        parser_kwargs={"prog": "paca-lightning estimate"},
-        run=False,
-    )
+    cli = lightning_cli(arguments, run=False, cli_class=_Config, prog="paca-lightning estimate")
     return cli.model, cli.datamodule, cli.trainer
 
 
