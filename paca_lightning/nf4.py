@@ -121,6 +121,22 @@ def linear4bit_class() -> type[nn.Module] | None:
     return getattr(sys.modules.get("bitsandbytes.nn"), "Linear4bit", None)
 
 
+def linear4bit(linear: nn.Linear) -> nn.Module:
+    """A frozen ``Linear4bit`` as QLoRA uses it, with the weights of a linear layer, which is left as it is.
+
+    NF4 in blocks of 64 with nested statistics. It computes in the layer's dtype. On ``meta`` nothing is quantized.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    shape, weight = (linear.in_features, linear.out_features), linear.weight.detach()
+    # On meta no random weight is drawn.
+    layer = Linear4bit(*shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+    layer.weight = Params4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4", module=layer).to(weight.device)
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return layer.train(linear.training)
+
+
 def linear4bit_obstacle(module: nn.Module) -> str | None:
     """Why the bits of a ``Linear4bit`` cannot be kept, if so."""
     weight: Any = module.weight
