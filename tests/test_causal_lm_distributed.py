@@ -5,48 +5,23 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch import Trainer
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.loss import CausalLMLoss
+from tests.distributed_launch import launch
 from tests.test_causal_lm import adamw, batches
 from tests.tiny import tiny_llama, tiny_model_directory
 
 pytestmark = pytest.mark.distributed
-DEADLINE = 240
 
 
-def in_two_processes(function, tmp_path, *arguments):
-    """Run ``function(rank, *arguments)`` on two ranks that meet through a file, and fail if they take too long."""
-    context = mp.get_context("spawn")
-    processes = [
-        context.Process(target=_rank, args=(function, rank, str(tmp_path / "rendezvous"), arguments)) for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(DEADLINE)
-    late = [process for process in processes if process.is_alive()]
-    for process in late:
-        process.kill()
-    assert not late, "the processes did not finish"
-    assert [process.exitcode for process in processes] == [0, 0]
-
-
-def _rank(function, rank, rendezvous, arguments):
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # so that a Trainer starts no processes of its own
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    function(rank, *arguments)
-    dist.destroy_process_group()
-
-
-def sharded_losses(rank):
+def sharded_losses():
+    dist.init_process_group("gloo")
     for own_unit in (True, False):
-        sharded_loss(rank, own_unit)
+        sharded_loss(dist.get_rank(), own_unit)
 
 
 def sharded_loss(rank, own_unit):
@@ -77,12 +52,13 @@ def sharded_loss(rank, own_unit):
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
 
 
-def test_the_loss_is_computed_in_a_sharded_head(tmp_path):
-    in_two_processes(sharded_losses, tmp_path)
+def test_the_loss_is_computed_in_a_sharded_head():
+    launch(sharded_losses, 2)
 
 
-def fit_and_validate(rank, devices, directory):
+def fit_and_validate(directory, devices):
     """Losses that a trainer logs where rank r takes every so manieth batch from r."""
+    rank = int(os.environ["RANK"]) if devices > 1 else 0
     module = CausalLMModule(directory, optimizer=adamw(0.0))
     trainer = Trainer(
         accelerator="cpu",
@@ -101,11 +77,8 @@ def fit_and_validate(rank, devices, directory):
     return {name: trainer.callback_metrics[name].item() for name in ("train/loss", "val/loss", "val/perplexity")}
 
 
-def equal_metrics(rank, directory, expected):
-    assert fit_and_validate(rank, 2, directory) == pytest.approx(expected, rel=1e-6)
-
-
 def test_logged_losses_of_two_processes_equal_those_of_one(tmp_path):
     directory = str(tiny_model_directory(tmp_path / "model"))
-    expected = fit_and_validate(0, 1, directory)
-    in_two_processes(equal_metrics, tmp_path, directory, expected)
+    expected = fit_and_validate(directory, 1)
+    for logged in launch(fit_and_validate, 2, directory, 2):
+        assert logged == pytest.approx(expected, rel=1e-6)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
@@ -20,6 +19,7 @@ from paca_lightning.tools.estimate import main
 from paca_lightning.tools.traced_run import TracedModel
 from paca_lightning.tools.traced_step import TracedRun
 from paca_lightning.tools.tracing import Kind
+from tests.distributed_launch import launch
 
 CONFIG = PaCAConfig(r=8)
 SHAPE = (2, 256)
@@ -177,18 +177,14 @@ def test_the_trace_is_what_a_real_step_needs(model_directory: str) -> None:
     assert traced == pytest.approx(measured, rel=0.03)
 
 
-def _sharded_worker(rank: int, directory: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    peak = _measured_peak(directory, FSDP2Strategy(activation_checkpointing=True))
-    if rank == 0:
-        (Path(folder) / "peak").write_text(str(peak))
-    dist.destroy_process_group()
+def _sharded_peak(directory: str) -> int:
+    dist.init_process_group("gloo")
+    return _measured_peak(directory, FSDP2Strategy(activation_checkpointing=True))
 
 
 @pytest.mark.distributed
-def test_the_trace_is_what_a_real_sharded_step_needs(model_directory: str, tmp_path: Path) -> None:
-    mp.start_processes(_sharded_worker, (model_directory, str(tmp_path)), nprocs=2, start_method="spawn")
-    measured = int((tmp_path / "peak").read_text())
+def test_the_trace_is_what_a_real_sharded_step_needs(model_directory: str) -> None:
+    measured = launch(_sharded_peak, 2, model_directory)[0]
     strategy = FSDP2Strategy(activation_checkpointing=True)
     traced = TracedModel(_run(model_directory, strategy=strategy, ranks=2, accelerator=False)).step().peak
     assert traced == pytest.approx(measured, rel=0.03)

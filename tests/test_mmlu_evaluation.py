@@ -2,10 +2,10 @@
 
 import csv
 import json
-import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.fsdp import fully_shard
 
@@ -18,8 +18,8 @@ from paca_lightning.tasks.mmlu.prompts import build_prompt
 from paca_lightning.tasks.mmlu.scores import score_groups, wilson_interval
 from paca_lightning.tasks.mmlu.scoring import deal, plan_batches, score
 from paca_lightning.tasks.mmlu.sources import read_split
+from tests.distributed_launch import launch
 from tests.mmlu_files import CHOSEN, SIZES, question, write_csv_folders
-from tests.test_causal_lm_distributed import in_two_processes
 from tests.tiny import tiny_llama, tiny_model_directory, tiny_tokenizer
 
 
@@ -243,8 +243,7 @@ def test_a_bad_setting_of_the_data(settings, complaint, mmlu, model_directory):
 # Two processes against one
 
 
-def evaluate_in_two(rank, mmlu, model_directory, root):
-    os.environ.update(MASTER_ADDR="localhost", WORLD_SIZE="2", NODE_RANK="0")
+def evaluate_in_two(mmlu, model_directory, root):
     module = CausalLMModule(model_directory)
     run = trainer(root, callbacks=[MMLUEvaluation(batch_size=3)], strategy="ddp", devices=2)
     run.test(module, data(mmlu, model_directory, batch_size=3), verbose=False)
@@ -256,14 +255,14 @@ def evaluate_in_two(rank, mmlu, model_directory, root):
     # 15 questions by threes are five batches: one process has one less to do, and must join in all the same.
     questions, tokenizer = read_split(mmlu, "test")[:15], tiny_tokenizer()
     evaluator = MMLUEvaluator(questions, [], tokenizer, shots=0, batch_size=3)
-    whole = evaluator.evaluate(tiny_llama(max_position_embeddings=2048), rank, 2)
-    assert evaluator.evaluate(sharded, rank, 2) == whole
+    whole = evaluator.evaluate(tiny_llama(max_position_embeddings=2048), dist.get_rank(), 2)
+    assert evaluator.evaluate(sharded, dist.get_rank(), 2) == whole
 
 
 @pytest.mark.distributed
 def test_two_processes_equal_one_exactly(mmlu, model_directory, tmp_path):
     """The last batches of a subject are smaller than the others, and their number is odd for the sharded model."""
-    in_two_processes(evaluate_in_two, tmp_path, mmlu, model_directory, str(tmp_path / "two"))
+    launch(evaluate_in_two, 2, mmlu, model_directory, str(tmp_path / "two"))
     run = trainer(tmp_path / "one", callbacks=[MMLUEvaluation(batch_size=3)])
     run.test(CausalLMModule(model_directory), data(mmlu, model_directory, batch_size=3), verbose=False)
     one, two = (tmp_path / name / "mmlu" / "test-step=000000.json" for name in ("one", "two"))
