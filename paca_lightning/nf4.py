@@ -6,12 +6,16 @@ bits a weight in all: the largest magnitude of bf16 weights is itself a bf16 num
 """
 
 import copy
+import functools
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 
 from paca_lightning.errors import PaCAError
@@ -22,6 +26,8 @@ NESTED_BLOCK_SIZE = 256
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights quantized at a time: the operator without a native kernel needs many times their size for its temporaries.
 CHUNK = 2**22
+HPU_VERSIONS = (Version("0.47"), Version("0.49.2"))
+"""The oldest bitsandbytes with operators for Gaudi, and the newest that is recommended there."""
 
 Scales = tuple[Tensor, ...]
 """Scales of the blocks.
@@ -50,14 +56,14 @@ def quantize_rows(weight: Tensor, path: str = "") -> tuple[Tensor, Tensor]:
         The packed weight, uint8, and its scales, bf16, of the shapes that ``packed_shapes`` tells.
 
     Raises:
-        PaCAError: If a weight is not finite.
+        PaCAError: If a weight is not finite, or on an HPU bitsandbytes is too old.
     """
     shapes = packed_shapes(*weight.shape)
     packed = torch.empty(shapes[0], dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(shapes[1], dtype=SCALE_DTYPE, device=weight.device)
     if weight.is_meta or weight.numel() == 0:
         return packed, absmax
-    _load_operators()
+    _load_operators(weight.device)
     _check_finite(weight, path)
     padding = 2 * packed.shape[1] - weight.shape[1]
     step = max(1, CHUNK // weight.shape[1])
@@ -82,7 +88,7 @@ def dequantize_rows(packed: Tensor, scales: Scales, in_features: int, dtype: tor
     Returns:
         A fresh tensor (or, of padded rows, a view of one), shape (rows, in_features).
     """
-    _load_operators()
+    _load_operators(packed.device)
     absmax = scales[0].float() if len(scales) == 1 else _nested_absmax(*scales)
     rows, padded = packed.shape[0], 2 * packed.shape[1]
     weight = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -116,25 +122,52 @@ def squared_errors(weight: Tensor, path: str = "") -> Tensor:
     return errors
 
 
+def check_hpu_backend() -> None:
+    """Make sure that the installed bitsandbytes can serve Gaudi; warn, once on a host, if it is a newer one.
+
+    Raises:
+        PaCAError: If it is too old.
+    """
+    import bitsandbytes
+
+    _check_hpu_version(bitsandbytes.__version__)
+
+
+@functools.cache
+def _check_hpu_version(installed: str) -> None:
+    oldest, newest = HPU_VERSIONS
+    remedy = f"pip install 'bitsandbytes>={oldest},<={newest}'"
+    if Version(installed) < oldest:
+        raise PaCAError(f"bitsandbytes {installed} has no NF4 operators for Gaudi, which came with {oldest}: {remedy}.")
+    if Version(installed) > newest and os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(
+            f"bitsandbytes {installed} is newer than is recommended for NF4 on Gaudi. If it fails there: {remedy}.",
+            stacklevel=2,
+        )
+
+
 def linear4bit_class() -> type[nn.Module] | None:
     """``bitsandbytes.nn.Linear4bit``, if bitsandbytes was imported: without it no model can hold one."""
     return getattr(sys.modules.get("bitsandbytes.nn"), "Linear4bit", None)
 
 
-def linear4bit(linear: nn.Linear) -> nn.Module:
-    """A frozen ``Linear4bit`` as QLoRA uses it, with the weights of a linear layer, which is left as it is.
+def linear4bit(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A frozen ``Linear4bit`` as QLoRA uses it: NF4 in blocks of 64 with nested statistics.
 
-    NF4 in blocks of 64 with nested statistics. It computes in the layer's dtype. On ``meta`` nothing is quantized.
+    Args:
+        weight: Shape (out_features, in_features); left as it is. On ``meta`` nothing is quantized. The layer computes
+            in its dtype.
+        bias: Shape (out_features,).
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn import modules as bnb
 
-    shape, weight = (linear.in_features, linear.out_features), linear.weight.detach()
     # On meta no random weight is drawn.
-    layer = Linear4bit(*shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
-    layer.weight = Params4bit(weight, blocksize=BLOCK_SIZE, quant_type="nf4", module=layer).to(weight.device)
-    if linear.bias is not None:
-        layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-    return layer.train(linear.training)
+    layer: Any = bnb.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, device="meta")
+    frozen: Any = bnb.Params4bit(weight.detach(), blocksize=BLOCK_SIZE, quant_type="nf4", module=layer)
+    layer.weight = frozen.to(weight.device)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
 
 
 def linear4bit_obstacle(module: nn.Module) -> str | None:
@@ -207,6 +240,9 @@ def _check_finite(weight: Tensor, path: str) -> None:
         raise PaCAError(f"The weight{where} holds NaN or infinite values, which NF4 cannot store. Is the file damaged?")
 
 
-def _load_operators() -> None:
+def _load_operators(device: torch.device) -> None:
     """Register the operators. The import takes seconds, so it waits until they are needed."""
     import bitsandbytes  # noqa: F401
+
+    if device.type == "hpu" and not torch.compiler.is_compiling():
+        check_hpu_backend()

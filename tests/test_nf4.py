@@ -193,3 +193,25 @@ def test_bits_that_cannot_be_kept_are_told() -> None:
     assert nf4.linear4bit_obstacle(linear4bit(random_weight(8, 128), quant_type="fp4")) == (
         "its quantization is fp4, not nf4"
     )
+
+
+@pytest.mark.parametrize("version", ["0.46.1", "0.45.0.dev0"])
+def test_a_bitsandbytes_without_operators_for_gaudi_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "__version__", version)
+    for _ in range(2):
+        with pytest.raises(PaCAError, match=rf"bitsandbytes {version} has no NF4 .*'bitsandbytes>=0.47,<=0.49.2'"):
+            nf4.check_hpu_backend()
+
+
+def test_a_newer_bitsandbytes_than_recommended_for_gaudi_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "__version__", "0.51.0")
+    with pytest.warns(UserWarning, match=r"bitsandbytes 0.51.0 is newer than is recommended"):
+        nf4.check_hpu_backend()
+    nf4.check_hpu_backend()  # a second warning would be an error here
+
+
+@pytest.mark.parametrize(("version", "rank"), [("0.47.0", "0"), ("0.49.2", "0"), ("0.52.0", "1")])
+def test_other_versions_and_other_ranks_are_silent(version: str, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "__version__", version)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    nf4.check_hpu_backend()  # a warning would be an error here

@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.nf4 import check_hpu_backend
+from paca_lightning.targets import paca_layers
 
 SUPPORTED_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 
@@ -44,6 +46,18 @@ class HPUStrategyMixin(Strategy):
         if isinstance(plugin, MixedPrecision):
             plugin.device = "hpu"  # Lightning knows no autocast device but cpu, mps and cuda
         self._precision_plugin = plugin
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        """Sets the model up as the Lightning strategy does, once bitsandbytes is known to serve its NF4 layers.
+
+        Raises:
+            PaCAError: If there are NF4 layers, and bitsandbytes is too old for HPUs.
+        """
+        assert self.model is not None
+        if any(layer.base_name == "packed" for _, layer in paca_layers(self.model)):
+            check_hpu_backend()
+        super().setup(trainer)
 
 
 class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
