@@ -77,6 +77,8 @@ def test_each_method_trains_what_it_says(workload: Workload) -> None:
         Method("qpaca", 4): 4 * OUT_FEATURES,
         Method("lora", 4): 4 * (OUT_FEATURES + IN_FEATURES),
         Method("lora-narrow", 4): 4 * (OUT_FEATURES + IN_FEATURES),
+        Method("qfloor"): 0,
+        Method("qlora", 4): 4 * (OUT_FEATURES + IN_FEATURES),
         Method("dora", 4): 4 * (OUT_FEATURES + IN_FEATURES) + OUT_FEATURES,
         Method("full"): everything,
     }
@@ -105,6 +107,73 @@ def test_methods_share_the_weights_that_they_do_not_change(workload: Workload) -
     paca = Method("paca", 4).apply(base)
     assert paca.model.embed_tokens.weight is base.model.embed_tokens.weight
     assert paca.model.layers[0].mlp.up_proj.weight is not base.model.layers[0].mlp.up_proj.weight
+
+
+def test_quantized_methods_train_on_one_base_and_leave_the_dense_one_alone(workload: Workload) -> None:
+    base, batch = workload.build(), workload.micro_batch(0)
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    floor, paca, lora = (
+        Trainee(Method(name, r), base, workload) for name, r in (("qfloor", None), ("qpaca", 4), ("qlora", 4))
+    )
+    # LoRA's base is the floor's. PaCA's trained columns are exact, so it begins a little nearer to the dense model.
+    start = floor.forward(**batch).loss.item()
+    assert lora.forward(**batch).loss.item() == start
+    assert paca.forward(**batch).loss.item() == pytest.approx(start, rel=0.01)
+    for trainee in (paca, lora):
+        for _ in range(3):
+            trainee.step([batch])
+        assert trainee.forward(**batch).loss.item() < start
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+
+
+def test_qlora_is_pefts_adapters_on_nf4_in_a_quarter_of_the_bytes(workload: Workload) -> None:
+    bitsandbytes, bnb = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft.tuners.lora.bnb")
+    base = workload.build()
+    model = Method("qlora", 4).apply(base)
+    adapted = [module for module in model.modules() if isinstance(module, bnb.Linear4bit)]
+    assert len(adapted) == 7 * LAYERS
+    for layer in (module.base_layer for module in adapted):
+        assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.blocksize, state.nested, layer.compute_dtype) == (
+            "nf4",
+            64,
+            True,
+            torch.float32,
+        )
+        assert layer.weight.nbytes == layer.in_features * layer.out_features / 2
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert model.get_input_embeddings().weight is base.get_input_embeddings().weight
+
+
+def test_quantized_methods_are_compared_with_the_quantized_floor(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = bench(model=model, methods="qpaca:4,qlora:4", batch=1, tokens=8, dtype="fp32", steps=3, threads=1)
+    assert [(row["method"], row["floor"]) for row in rows] == [
+        ("floor", "floor"),
+        ("qfloor", "floor"),
+        ("qpaca", "qfloor"),
+        ("qlora", "qfloor"),
+    ]
+    floor, quantized, paca, _ = rows
+    assert floor["ratio_to_floor"] == 1 != quantized["ratio_to_floor"]
+    assert paca["ratio_to_floor"] != paca["step_ms"] / floor["step_ms"]
+    assert "(qfloor)" in capsys.readouterr().out
+
+
+def test_gpt2_is_measured_on_nf4(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=64, n_positions=16, n_embd=64, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    shape = Workload(model=str(tmp_path), tokens=8, dtype="fp32")
+    base = shape.skeleton().to_empty(device="cpu")
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for name in ("qfloor", "qlora"):  # its Conv1D layers hold their weights transposed, and have biases
+        quantized = Method(name, 4 if name == "qlora" else None).apply(base.eval())
+        batch = shape.micro_batch(0)
+        torch.testing.assert_close(quantized(**batch).logits, base(**batch).logits, atol=0.05, rtol=0)
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
@@ -237,9 +306,10 @@ def test_presets_have_the_published_sizes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"methods": "paca,lorra"}, "no method 'lorra'.*floor, paca, qpaca, lora"),
+        ({"methods": "paca,lorra"}, "no method 'lorra'.*floor, paca, lora.*qlora"),
         ({"methods": "paca:none"}, "'none' is not a rank"),
         ({"methods": "full:8"}, "'full' has no rank"),
+        ({"methods": "qfloor:8"}, "'qfloor' has no rank"),
         ({"r": "8,x"}, "not a rank or a list of ranks"),
         ({"r": 0}, "ranks must be positive"),
         ({"r": 65}, "65"),

@@ -45,15 +45,16 @@ def bench(
 
     Every method trains the same layers of the same model on the same random tokens with the same attention and loss.
     They take their steps in turns in one process. The floor, a model in which nothing trains but gradients flow to the
-    first layer's input, is always among them: it is the least that such a step can cost.
+    first layer's input, is always among them: it is the least that such a step can cost. Methods on a quantized base
+    are compared with qfloor, the same on bitsandbytes' frozen NF4 layers, and qfloor with the floor.
 
     Args:
         model: Hugging Face model to measure: a local directory or a hub id. Give this or --preset.
         preset: Known shape with random weights: small, llama3-8b or llama3.1-70b.
         layers: Use only the first so many layers.
-        methods: Which, with commas between them: floor, paca, qpaca (on NF4), full, PEFT's lora and dora (no dropout,
-            adapters in fp32 as PEFT has them by itself), lora-narrow (adapters in --dtype). A method may have a rank of
-            its own: paca:16,lora:8.
+        methods: Which, with commas between them: floor, paca, full, PEFT's lora and dora (no dropout, adapters in fp32
+            as PEFT has them by itself), lora-narrow (adapters in --dtype). On a base in NF4: qfloor, qpaca and qlora,
+            whose ratios are to qfloor. A method may have a rank of its own: paca:16,lora:8.
         r: Rank or ranks, with commas between them, of the methods without one of their own.
         match: What LoRA and DoRA have in common with PaCA: rank, parameters (as many trainable ones), or both, in two
             rows.
@@ -144,7 +145,8 @@ def _peak(workload: Workload, method: Method, progress: Any) -> int | None:
 
 
 def _row(method: Method, timing: Timing, peak: int | None) -> Row:
-    return {"method": method.name, "r": method.r, **asdict(timing), "peak_bytes": peak, "noisy": timing.noisy}
+    figures = asdict(timing) | {"peak_bytes": peak, "noisy": timing.noisy}
+    return {"method": method.name, "r": method.r, "floor": method.floor, **figures}
 
 
 def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Row]) -> dict[str, Any]:
@@ -170,7 +172,9 @@ def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Ro
         "peak_memory_of": "allocator" if workload.device != "cpu" else "process, less what it held before the model",
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("paca-lightning", "torch", "transformers", "peft")},
+        "versions": {
+            name: _version(name) for name in ("paca-lightning", "torch", "transformers", "peft", "bitsandbytes")
+        },
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, UntypedStorage
 
-from paca_lightning.tools.methods import FLOOR, Method
+from paca_lightning.tools.methods import Method
 from paca_lightning.tools.trainee import StepTime, Trainee
 from paca_lightning.tools.workload import Workload
 
@@ -26,7 +26,7 @@ class Timing:
         forward_ms: Of its forwards.
         backward_ms: Of its backwards.
         optimizer_ms: Of the optimizer with zero_grad and, for PaCA, the write-back.
-        ratio_to_floor: Median of each step's ratio to the floor's step beside it.
+        ratio_to_floor: Median of each step's ratio to the step beside it of the method's floor.
         ratio_quartiles: First and third quartile of that ratio.
         tokens_per_second: On all ranks together.
         saved_bytes: Held for the backward at the end of a micro-batch's forward.
@@ -57,7 +57,7 @@ def time_methods(
 
     Args:
         workload: The step to take. With several ranks, call this on each of them.
-        methods: The methods, the floor among them.
+        methods: The methods, their floors among them.
         steps: Timed steps of each method, after the warm-up.
         progress: Told what is being done.
 
@@ -85,9 +85,9 @@ def time_methods(
                     times[number].append(time)
     finally:
         gc.enable()
-    floor = [time.total for time in times[methods.index(Method(FLOOR))]]
+    totals = {method.name: [time.total for time in own] for method, own in zip(methods, times, strict=True)}
     return {
-        trainee.method: _summary(trainee, own, floor, held, workload)
+        trainee.method: _summary(trainee, own, totals[trainee.method.floor], held, workload)
         for trainee, own, held in zip(trainees, times, saved, strict=True)
     }
 

@@ -12,9 +12,12 @@ from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import apply_paca
 from paca_lightning.errors import PaCAError
 from paca_lightning.layers import PaCAConv1D
+from paca_lightning.nf4 import linear4bit
 from paca_lightning.targets import Target, resolve
 
 FLOOR = "floor"
+QFLOOR = "qfloor"
+QUANTIZED = (QFLOOR, "qpaca", "qlora")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Method:
     def label(self) -> str:
         """Name and rank, as tables and plots show them."""
         return self.name if self.r is None else f"{self.name} r={self.r}"
+
+    @property
+    def floor(self) -> str:
+        """Name of the floor to compare with: that of the same base. The quantized floor is compared with the floor."""
+        return QFLOOR if self.name in QUANTIZED and self.name != QFLOOR else FLOOR
 
     def apply(self, base: nn.Module) -> nn.Module:
         """A model trained by this method, made from a base model that is left as it is.
@@ -64,6 +72,11 @@ def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     return model
 
 
+def _qfloor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    """The floor on the base of QLoRA: bitsandbytes' NF4 layers."""
+    return _floor(_quantize(model, targets), r, targets)
+
+
 def _paca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     apply_paca(model, PaCAConfig(r=r))
     return model
@@ -93,6 +106,22 @@ def _lora(
     return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
 
 
+def _qlora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return _lora(_quantize(model, targets), r, targets)
+
+
+def _quantize(model: nn.Module, targets: list[Target]) -> nn.Module:
+    """Put bitsandbytes' NF4 layers for the targets."""
+    for target in targets:
+        weight = target.module.get_parameter("weight")
+        layer = linear4bit(
+            weight.t() if target.layer_class is PaCAConv1D else weight, target.module._parameters["bias"]
+        ).train(model.training)
+        model.set_submodule(target.path, layer)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT then takes its layers for NF4
+    return model
+
+
 def _dora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     return _lora(model, r, targets, use_dora=True)
 
@@ -104,19 +133,21 @@ def _narrow_lora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
 _APPLY: dict[str, Callable[[nn.Module, int, list[Target]], nn.Module]] = {
     FLOOR: _floor,
     "paca": _paca,
-    "qpaca": _qpaca,
     "lora": _lora,
     "lora-narrow": _narrow_lora,
     "dora": _dora,
     "full": _full,
+    QFLOOR: _qfloor,
+    "qpaca": _qpaca,
+    "qlora": _qlora,
 }
 _WRITES = {"paca": "targets", "qpaca": "targets", "full": "all"}
-_UNRANKED = (FLOOR, "full")
-_BASELINES = ("lora", "lora-narrow", "dora")
+_UNRANKED = (FLOOR, QFLOOR, "full")
+_BASELINES = ("lora", "lora-narrow", "dora", "qlora")
 
 
 def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Module) -> list[Method]:
-    """The methods that a user asks for, the floor first.
+    """The methods that a user asks for, the floor first, and next the quantized one where a method has such a base.
 
     Args:
         names: Names such as ``paca``, or with a rank of their own such as ``lora:8``.
@@ -133,7 +164,8 @@ def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Modul
     """
     if match not in ("rank", "parameters", "both"):
         raise PaCAError(f"match={match!r} is unknown. Choose rank, parameters or both.")
-    methods = [Method(FLOOR)]
+    quantized = any(entry.strip().partition(":")[0] in QUANTIZED for entry in names)
+    methods = [Method(FLOOR), *([Method(QFLOOR)] if quantized else [])]
     for entry in names:
         name, colon, own = entry.strip().partition(":")
         if name not in _APPLY:

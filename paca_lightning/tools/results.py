@@ -32,10 +32,11 @@ def print_table(rows: list[Row], title: str, console: Console | None = None) -> 
     memory = _table("", "saved", "peak", "trainable", "tokens/s", *(["longest"] if longest else []))
     for row in rows:
         low, high = row["ratio_quartiles"]
+        other_floor = f" ({row['floor']})" if row["floor"] != "floor" else ""
         time.add_row(
             label(row),
             f"{row['step_ms']:.1f}",
-            f"{row['ratio_to_floor']:.3f}{' noisy' if row['noisy'] else ''}",
+            f"{row['ratio_to_floor']:.3f}{other_floor}{' noisy' if row['noisy'] else ''}",
             f"{low:.3f}-{high:.3f}",
             *(f"{row[name]:.1f}" for name in ("forward_ms", "backward_ms", "optimizer_ms")),
         )
