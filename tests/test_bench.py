@@ -284,6 +284,24 @@ def test_bench_finds_the_longest_sequence(model: str) -> None:
     assert all(row["max_tokens"] >= 64 and row["max_tokens"] % 64 == 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_compiled_methods_compile_a_block_each_once(workload: Workload) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = Workload(**(vars(workload) | {"compile": True}))
+    methods, said = [Method("floor"), Method("paca", 4), Method("lora", 2)], []
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        timings = time_methods(compiled, methods, steps=2, progress=said.append)
+    # The first block of PaCA and LoRA differs from the others: nothing asks for its input's gradient.
+    assert counters["stats"]["unique_graphs"] <= 2 * len(methods) - 1
+    assert not counters["graph_break"]
+    assert "paca r=4: compiling" in said
+    eager = time_methods(workload, methods, steps=1)
+    assert all(timings[method].saved_bytes <= eager[method].saved_bytes for method in methods)
+
+
 @pytest.mark.distributed
 def test_several_ranks_train_together(model: str) -> None:
     rows = bench(model=model, methods="paca:4,lora:2", batch=1, tokens=8, dtype="fp32", steps=2, threads=1, devices=2)

@@ -64,7 +64,7 @@ def bench(
         steps: Timed steps of each method, after a warm-up.
         accumulate: Micro-batches in an optimizer step.
         checkpointing: Recompute each layer's activations in the backward.
-        compile: Compile the models with torch.compile.
+        compile: Compile the models' blocks with torch.compile.
         device: cpu, cuda, ...; auto takes the accelerator if there is one.
         devices: How many devices (on the CPU: processes) train together, with DDP. Figures are rank 0's, tokens per
             second those of all.

@@ -67,16 +67,21 @@ def time_methods(
     progress("building the models")
     base = workload.build()
     if workload.compile:
-        torch.compiler.config.recompile_limit = 16 * len(methods)  # every method compiles the same code anew
+        torch.compiler.config.recompile_limit = 4 * len(methods)  # every method compiles the same blocks anew
+        torch.compiler.config.fail_on_recompile_limit_hit = True  # rather than to run them eagerly without a word
     trainees = [Trainee(method, base, workload) for method in methods]
     micro_batches = [workload.micro_batch(number) for number in range(workload.accumulate)]
-    saved = [saved_bytes(trainee, micro_batches[0]) for trainee in trainees]
+    saved = []
+    for trainee in trainees:
+        progress(f"{trainee.method.label}: {'compiling' if workload.compile else 'what it saves for the backward'}")
+        saved.append(saved_bytes(trainee, micro_batches[0]))
     times: list[list[StepTime]] = [[] for _ in methods]
     gc.collect()
     gc.disable()  # a collection in the middle of one method's step would be counted against it
     try:
         for round_number in range(WARM_UP + steps):
-            progress(f"step {round_number + 1} of {WARM_UP + steps}")
+            compiling = ", compiling backwards" if workload.compile and round_number == 0 else ""
+            progress(f"step {round_number + 1} of {WARM_UP + steps}{compiling}")
             # Each round starts with another method, so that none always finds the caches as the same other left them.
             for turn in range(len(trainees)):
                 number = (turn + round_number) % len(trainees)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from paca_lightning.strategies.sharding import find_blocks
 from paca_lightning.targets import paca_layers
 from paca_lightning.tools.methods import Method
 from paca_lightning.tools.workload import Workload
@@ -51,11 +52,15 @@ class Trainee:
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
         if self._optimizer is not None and any(True for _ in paca_layers(model)):
             attach(self._optimizer, model)
+        if workload.compile:
+            # Block by block, as runs do it: equal blocks share one compilation.
+            for block in find_blocks(model):
+                block.compile()
         if workload.ranks > 1 and trained:  # the floor has nothing to exchange, which DDP refuses
             model = DistributedDataParallel(model, broadcast_buffers=False)
         self._ranks, self._accelerated = workload.ranks, workload.device != "cpu"
         self._model: Any = model
-        self.forward: Any = torch.compile(model) if workload.compile else model
+        self.forward: Any = model
 
     def step(self, micro_batches: list[dict[str, Tensor]]) -> StepTime:
         """One optimizer step over some micro-batches, each of shape (batch, tokens)."""

@@ -25,7 +25,7 @@ class Workload:
         tokens: Length of a sequence.
         accumulate: Micro-batches in an optimizer step.
         checkpointing: Recompute each layer in the backward instead of keeping its activations.
-        compile: Compile the model with ``torch.compile``.
+        compile: Compile each block with ``torch.compile``.
         device: Type of device: cpu, cuda, ...
         ranks: Processes that train together, each on its own device, with DDP.
         threads: CPU threads of each process.
