@@ -15,7 +15,7 @@ from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from paca_lightning.tasks import CausalLMModule
 from paca_lightning.tools.baselines import FLOOR, FULL, LORA, PACA, Baseline
 from paca_lightning.tools.described_run import read_config, traced_run
-from paca_lightning.tools.estimate import main
+from paca_lightning.tools.estimate import _largest, main
 from paca_lightning.tools.traced_run import TracedModel
 from paca_lightning.tools.traced_step import TracedRun
 from paca_lightning.tools.tracing import Kind
@@ -204,6 +204,7 @@ def test_the_command_says_whether_a_config_fits_and_what_would(
     assert paca["peak_bytes"] == sum(paca[f"{kind.name.lower()}_bytes"] for kind in Kind)
     assert report["setup"]["tokens"] == 192
     assert paca["max_tokens"] >= 192
+    assert paca["max_tokens"] > lora["max_tokens"]
     assert "fits 64MiB" in capsys.readouterr().out
 
     module, datamodule, trainer = read_config(DEBUG)
@@ -221,7 +222,9 @@ def test_the_command_says_whether_a_config_fits_and_what_would(
     [
         (["--preset", "llama9"], "no preset 'llama9'"),
         (["--budget", "1KiB"], "below the model itself"),
-        (["--budget", "much"], "not an amount of memory"),
+        (["--budget", "much"], "'much' is not an amount of memory. Write it as 24GiB, 512MiB or 80GB"),
+        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--json", "/nowhere/at/all.json"], "there is no directory '/nowhere/at'"),
         (["--trainer.devices", "auto"], "depends on the machine"),
         (["--trainer.strategy", "fsdp"], "not estimated"),
         (["--model.init_args.model", "./nothing"], "does not exist"),
@@ -230,6 +233,49 @@ def test_the_command_says_whether_a_config_fits_and_what_would(
 def test_mistakes_are_named(arguments: list[str], message: str) -> None:
     with pytest.raises(PaCAError, match=message):
         main([*DEBUG, *arguments])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--budget", "24GiB"]])
+def test_without_a_config_the_way_to_give_one_is_shown(arguments: list[str]) -> None:
+    with pytest.raises(PaCAError, match="paca-lightning estimate --config FILE"):
+        main(arguments)
+
+
+def test_help_teaches_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in (
+        "--budget",
+        "--json",
+        "--preset",
+        "--tokens",
+        "--batch",
+        "24GiB",
+        "llama3-8b",
+        "examples:",
+        "fit --help",
+    ):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "limit", "most"), [(500, 10, 1000, 50), (0, 1, 1000, 1000), (990, 3, 1000, 3), (1000, 1, 1000, 0)]
+)
+@pytest.mark.parametrize("known", [1, 40, 900])
+def test_the_largest_that_fits_is_found_to_a_percent_in_a_few_tries(
+    fixed: int, each: int, limit: int, most: int, known: int
+) -> None:
+    tried = []
+
+    def peak(units: int) -> int:
+        tried.append(units)
+        return fixed + each * units
+
+    found = _largest(peak, limit, (known, fixed + each * known), resident=fixed // 2)
+    assert found <= most <= found + max(1, found // 100)
+    assert len(tried) <= 8
 
 
 def test_a_config_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Predict the memory of a run from its config, without its weights and its devices."""
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from paca_lightning.config import PaCAConfig
 from paca_lightning.errors import PaCAError
 from paca_lightning.tools.baselines import FULL, LORA, NARROW_LORA, PACA
 from paca_lightning.tools.described_run import converter, read_config, traced_run
+from paca_lightning.tools.presets import PRESETS
 from paca_lightning.tools.traced_run import TracedModel
 from paca_lightning.tools.traced_step import TracedRun
 from paca_lightning.tools.tracing import Kind, Timeline
@@ -61,14 +63,17 @@ def estimate(
                 f"A budget of {budget} is below the model itself: its parameters and the optimizer's state take "
                 f"{format_bytes(resident)} on each device. Shard it over more devices, or quantize it."
             )
-        rows[0]["max_tokens"] = GRANULARITY * _largest(
-            lambda units: model.step(tokens=GRANULARITY * units).peak, limit, max(1, run.tokens // GRANULARITY)
+        rows[0]["max_tokens"] = _longest(model, own, limit)
+        rows[0]["max_batch"] = _largest(
+            lambda size: model.step(batch_size=size).peak, limit, (run.batch_size, own.peak), resident
         )
-        rows[0]["max_batch"] = _largest(lambda units: model.step(batch_size=units).peak, limit, run.batch_size)
     if config is not None:
         for baseline in (LORA, NARROW_LORA, FULL):
-            other = replace(run, convert=converter(baseline, config))
-            rows.append(_row(baseline.name, TracedModel(other).step(), limit))
+            model = TracedModel(replace(run, convert=converter(baseline, config)))
+            other = model.step()
+            rows.append(_row(baseline.name, other, limit))
+            if limit is not None:
+                rows[-1]["max_tokens"] = _longest(model, other, limit)
     setup = _setup(run, config, budget, time.perf_counter() - start) | ({"model": name} if name else {})
     _print(rows, setup, limit, console or Console())
     if json_file:
@@ -76,32 +81,49 @@ def estimate(
     return limit is None or own.peak <= limit
 
 
-def _largest(peak: Callable[[int], int], limit: int, guess: int) -> int:
-    """The most units whose peak is within a limit, to 1%; peaks grow almost in proportion, which saves tries."""
-    below, above = 0, 0
-    low, high = 0, 0
+def _longest(model: TracedModel, step: Timeline, limit: int) -> int:
+    """Longest sequence, in multiples of 64 tokens, whose step is within a limit; ``step`` is that of the run's own."""
+    return GRANULARITY * _largest(
+        lambda units: model.step(tokens=GRANULARITY * units).peak,
+        limit,
+        (max(1, model.run.tokens // GRANULARITY), step.peak),
+        sum(step.at_peak[kind] for kind in RESIDENT),
+    )
+
+
+def _largest(peak: Callable[[int], int], limit: int, known: tuple[int, int], resident: int) -> int:
+    """The most units whose peak is within a limit, to 1%. Peaks grow almost in proportion, which saves tries.
+
+    Args:
+        peak: Of a number of units.
+        limit: Bytes.
+        known: A number of units and their peak.
+        resident: Bytes that no units would need.
+    """
+    if resident >= limit:
+        return 0
+    (units, size), below, low, above, high = known, 0, resident, 0, 0
     while not above:
-        at_guess = peak(guess)
-        if at_guess <= limit:
-            below, low, guess = guess, at_guess, 2 * guess
+        if size > limit:
+            above, high = units, size
         else:
-            above, high = guess, at_guess
-    if not below:
-        if above == 1 or (low := peak(1)) > limit:
-            return 0
-        below = 1
+            line = (units - below) / max(size - low, 1)  # through the last two points
+            below, low = units, size
+            units = below + max(int(line * (limit - low)), 1, below // 100)
+            size = peak(units)
+    misses = 0  # in a row: where peaks are far from proportional, the line alone would come nearer by single units
     while above - below > max(1, below // 100):
-        share = (limit - low) / (high - low)
-        guess = below + min(max(int(share * (above - below)), 1), above - below - 1)
-        at_guess = peak(guess)
-        if at_guess <= limit:
-            below, low = guess, at_guess
+        share = (limit - low) / (high - low) / 2**misses
+        units = below + min(max(int(share * (above - below)), 1), above - below - 1)
+        size = peak(units)
+        if size <= limit:
+            below, low, misses = units, size, 0
             # One more step beyond the line usually closes the bracket.
             step = max(1, below // 100)
             if below + step < above and (beyond := peak(below + step)) > limit:
                 above, high = below + step, beyond
         else:
-            above, high = guess, at_guess
+            above, high, misses = units, size, misses + 1
     return below
 
 
@@ -147,6 +169,7 @@ def _print(rows: list[dict[str, Any]], setup: dict[str, Any], limit: int | None,
     table.add_row("trained parameters", *(f"{row['trainable_parameters']:,}" for row in rows))
     if limit is not None:
         table.add_row(f"fits {setup['budget']}", *("yes" if row["fits"] else "[red]no[/]" for row in rows))
+        table.add_row("longest that fits", *(f"{row['max_tokens']:,}" if row["max_tokens"] else "-" for row in rows))
     console.print(table)
     if limit is not None:
         tokens, batch = rows[0]["max_tokens"], rows[0]["max_batch"]
@@ -163,16 +186,63 @@ def _print(rows: list[dict[str, Any]], setup: dict[str, Any], limit: int | None,
 
 
 def main(arguments: list[str]) -> int:
-    """``paca-lightning estimate``: returns the exit code, 1 if the run does not fit the budget."""
-    import argparse
+    """``paca-lightning estimate``: returns the exit code, 1 if the run does not fit the budget.
 
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--budget")
-    options.add_argument("--json", dest="json_file")
-    options.add_argument("--preset")
-    options.add_argument("--tokens", type=int)
-    options.add_argument("--batch", type=int)
-    known, others = options.parse_known_args(arguments)
+    Raises:
+        PaCAError: If an argument is outside its range, or the run cannot be traced.
+    """
+    known, others = _options().parse_known_args(arguments)
+    if not others:
+        raise PaCAError(
+            "estimate needs a run to look at: paca-lightning estimate --config FILE. With --help it says more."
+        )
+    for name in ("tokens", "batch"):
+        if (value := getattr(known, name)) is not None and value < 1:
+            raise PaCAError(f"--{name} must be at least 1, not {value}.")
+    if known.budget is not None:
+        parse_bytes(known.budget)
+    if known.json_file and not Path(known.json_file).parent.is_dir():
+        raise PaCAError(f"--json {known.json_file!r}: there is no directory {str(Path(known.json_file).parent)!r}.")
     module, datamodule, trainer = read_config(others, known.preset)
     run, config = traced_run(module, datamodule, trainer, known.tokens, known.batch)
     return 0 if estimate(run, config, budget=known.budget, json_file=known.json_file, name=known.preset) else 1
+
+
+def _options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="paca-lightning estimate",
+        usage="%(prog)s --config FILE [options] [whatever fit takes to override the config]",
+        description="""\
+Predict the peak memory of each device in a run, by kind, beside LoRA and full
+fine-tuning. The model is built from its config.json alone, and one step of the
+run's own code is traced without computing: neither weights nor devices are
+needed. Exit code 1: the run does not fit the budget.""",
+        epilog="""examples:
+  paca-lightning estimate --config configs/quickstart.yaml --budget 4GiB
+  paca-lightning estimate --config configs/oasst1-llama3-8b.yaml \\
+      --preset llama3-8b --tokens 2048 --batch 1 --budget 80GB
+  paca-lightning estimate --config FILE --trainer.devices 8 --trainer.strategy paca_fsdp2
+
+paca-lightning fit --help lists what overrides the config.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    options.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help="memory of one device, such as 24GiB or 80GB: says whether the run fits, the longest sequences that do "
+        "with each method, and the largest batch. Leave 1 to 2 GiB of a GPU to its context and to gaps",
+    )
+    options.add_argument("--json", dest="json_file", metavar="FILE", help="write the same figures, in bytes")
+    options.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"a known shape instead of the config's model, which then need not be downloaded: {', '.join(PRESETS)}",
+    )
+    options.add_argument(
+        "--tokens", type=int, metavar="N", help="length of a sequence instead of the data's max_length"
+    )
+    options.add_argument(
+        "--batch", type=int, metavar="N", help="sequences of a micro-batch instead of the data's batch_size"
+    )
+    return options
