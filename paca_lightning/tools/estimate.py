@@ -16,6 +16,7 @@ from paca_lightning.errors import PaCAError
 from paca_lightning.tools.baselines import FULL, LORA, NARROW_LORA, PACA
 from paca_lightning.tools.described_run import converter, read_config, traced_run
 from paca_lightning.tools.presets import PRESETS
+from paca_lightning.tools.provenance import provenance
 from paca_lightning.tools.traced_run import TracedModel
 from paca_lightning.tools.traced_step import TracedRun
 from paca_lightning.tools.tracing import Kind, Timeline
@@ -137,7 +138,7 @@ def _row(method: str, timeline: Timeline, limit: int | None) -> dict[str, Any]:
 
 
 def _setup(run: TracedRun, config: PaCAConfig | None, budget: str | None, seconds: float) -> dict[str, Any]:
-    return {
+    return provenance() | {
         "model": run.module.hparams.get("model", type(run.module).__name__),
         "config": None if config is None else config.to_dict(),
         "ranks": run.ranks,

@@ -100,11 +100,18 @@ def write_results(rows: list[Row], setup: dict[str, Any], directory: Path) -> li
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    _plot(rows, setup["title"], paths[2])
+    plot(rows, setup["title"], paths[2])
     return paths
 
 
-def _plot(rows: list[Row], title: str, path: Path) -> None:
+def plot(rows: list[Row], title: str, path: Path) -> None:
+    """Draw the rows' step times, saved bytes and, where they were measured, peaks as bars.
+
+    Args:
+        rows: As in ``bench.json``.
+        title: What was measured.
+        path: PNG to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -129,7 +136,7 @@ def _plot(rows: list[Row], title: str, path: Path) -> None:
         axes.margins(x=0.2)
         axes.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def _mebibytes(rows: list[Row], name: str) -> list[float]:
