@@ -38,6 +38,7 @@ RUNS = {
     "bf16-mixed": Run(strategy={}, trainer={"precision": "bf16-mixed"}),
     "bf16-true": Run(strategy={}, trainer={"precision": "bf16-true"}),
     "activation checkpointing": Run(strategy={"activation_checkpointing": True}),
+    "selective checkpointing": Run(strategy={"activation_checkpointing": "selective"}),
     "block inputs offloaded": Run(strategy={"activation_checkpointing": "offload"}),
     "parameters offloaded": Run(strategy={"cpu_offload": True}),
     "kept gathered": Run(strategy={"reshard_after_forward": False}),
@@ -51,6 +52,7 @@ RUNS = {
         strategy={}, config=NF4, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
     ),
     "NF4, bf16-mixed": Run(strategy={}, config=NF4, trainer={"precision": "bf16-mixed"}),
+    "NF4, selective checkpointing": Run(strategy={"activation_checkpointing": "selective"}, config=NF4),
 }
 PLAIN = Run(strategy={}, steps=8, config=PaCAConfig(r=3, target_modules=r"layers\..*"))
 
@@ -108,6 +110,7 @@ FOUR = {
     "copies of two shards": Run(strategy={"shard_size": 2}),
     "NF4": Run(strategy={}, config=NF4),
     "NF4, bf16-mixed": Run(strategy={}, config=NF4, trainer={"precision": "bf16-mixed"}),
+    "NF4, selective checkpointing": Run(strategy={"activation_checkpointing": "selective"}, config=NF4),
 }
 FORMATS = {"directory": True, "file": False}
 SAVED = {name: (Run().config, sharded) for name, sharded in FORMATS.items()} | {"NF4 directory": (NF4, True)}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.strategies.checkpointing import checkpoint_blocks
+from paca_lightning.strategies.sharding import find_blocks
 from paca_lightning.tasks.loss import CausalLMLoss
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
@@ -47,7 +49,8 @@ class CausalLMModule(LightningModule):
         dtype: Of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...
         activation_checkpointing: Keep only the inputs of each decoder block and recompute the rest in the backward:
-            less memory, about a third more time.
+            less memory, about a third more time. ``selective`` also keeps the outputs of matrix products and of
+            attention, and recomputes only what is cheap: part of the memory for a few percent more time.
         compile: Compile each decoder block with ``torch.compile`` at its first call.
         pretrained: False starts from random weights of the shape that ``config.json`` says, for debugging.
         revision: Branch, tag or commit on the hub.
@@ -67,7 +70,7 @@ class CausalLMModule(LightningModule):
         *,
         dtype: str = "auto",
         attn_implementation: str = "sdpa",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | Literal["selective"] = False,
         compile: bool = False,
         pretrained: bool = True,
         revision: str | None = None,
@@ -79,6 +82,10 @@ class CausalLMModule(LightningModule):
         super().__init__()
         # Primitives only: checkpoints are loaded with weights_only=True.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        if compile and activation_checkpointing == "selective":
+            raise PaCAError(
+                "torch.compile itself chooses what to recompute: leave activation_checkpointing off with it."
+            )
         if loss_chunk_size is not None and loss_chunk_size < 1:
             raise PaCAError(f"loss_chunk_size must be at least 1, not {loss_chunk_size}.")
         self.optimizer = optimizer
@@ -112,10 +119,14 @@ class CausalLMModule(LightningModule):
             )
         if streamed:
             vars(model)["checkpoint_directory"] = checkpoint_directory(settings["model"], settings["revision"])
-        if settings["activation_checkpointing"]:
+        if settings["activation_checkpointing"] == "selective":
+            checkpoint_blocks(_decoder_blocks(model, "activation_checkpointing"), selective=True)
+        elif settings["activation_checkpointing"]:
             _checkpoint_activations(model)
         if settings["compile"]:
-            _compile_blocks(model)
+            # Block by block: identical blocks share one compilation, and layers can still be converted before.
+            for block in _decoder_blocks(model, "compile"):
+                block.compile()
         self.model = model
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -253,11 +264,8 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         raise PaCAError(f"{type(model).__name__} cannot checkpoint its activations: {error}") from error
 
 
-def _compile_blocks(model: PreTrainedModel) -> None:
-    # Block by block: identical blocks share one compilation, and layers can still be converted before the first call.
-    names = set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+def _decoder_blocks(model: PreTrainedModel, setting: str) -> list[nn.Module]:
+    blocks = find_blocks(model)
     if not blocks:
-        raise PaCAError(f"{type(model).__name__} does not name its decoder blocks. Leave `compile` off for it.")
-    for block in blocks:
-        block.compile()
+        raise PaCAError(f"{type(model).__name__} does not name its decoder blocks, which `{setting}` needs.")
+    return blocks
