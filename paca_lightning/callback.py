@@ -3,11 +3,9 @@
 from typing import Any, NoReturn
 
 import rich
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import BitsandbytesPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,8 +19,8 @@ from paca_lightning.checkpoint import keep_everything, keep_trained_state
 from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import convert, quantize_layers
 from paca_lightning.errors import PaCAError
-from paca_lightning.files import check_writable
 from paca_lightning.report import ConversionReport
+from paca_lightning.run_checks import check_optimizers, check_outputs, check_strategy, deltas_in
 from paca_lightning.targets import paca_layers
 from paca_lightning.training_data import select_on_training_data
 from paca_lightning.write_back import attach
@@ -69,10 +67,10 @@ class PaCAStrategy(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the run, and convert now or as soon as the model exists."""
-        _check_strategy(trainer)
+        check_strategy(trainer)
         check_order(trainer, self)
         if stage == "fit":
-            _check_outputs(trainer)
+            check_outputs(trainer)
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
         original = pl_module.configure_model
@@ -143,9 +141,9 @@ class PaCAStrategy(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the write-back into the optimizers and print the summary."""
         self._load_adapter(pl_module)
-        _check_optimizers(trainer, pl_module)
+        check_optimizers(trainer, pl_module)
         for optimizer in trainer.optimizers:
-            if _deltas_in(optimizer, pl_module):
+            if deltas_in(optimizer, pl_module):
                 self._handles.append(attach(optimizer, pl_module))
         self._print_report(trainer, pl_module)
 
@@ -222,40 +220,6 @@ class PaCAStrategy(Callback):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.report.learning_rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         rich.print(self.report)
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-        reason = (
-            "FSDP1 flattens parameters of one dtype, and a delta is fp32 beside a narrower weight"
-            if isinstance(trainer.strategy, FSDPStrategy)
-            else "DeepSpeed steps the optimizer past the hooks that write the columns back"
-        )
-        raise PaCAError(f"{type(trainer.strategy).__name__} cannot train PaCA: {reason}. Use strategy='paca_fsdp2'.")
-
-
-def _check_outputs(trainer: Trainer) -> None:
-    check_writable(trainer.default_root_dir, "default_root_dir")
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-            check_writable(callback.dirpath, "ModelCheckpoint(dirpath=...)")
-
-
-def _deltas_in(optimizer: torch.optim.Optimizer, pl_module: LightningModule) -> set[str]:
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {path for path, layer in paca_layers(pl_module) if id(layer.paca_delta) in owned}
-
-
-def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
-    covered = {path for optimizer in trainer.optimizers for path in _deltas_in(optimizer, pl_module)}
-    everything = {path for path, _ in paca_layers(pl_module)}
-    if missed := sorted(everything - covered):
-        raise PaCAError(
-            f"{len(missed)} of {len(everything)} PaCA layers are in no optimizer ({missed[0]!r} is one), so they would "
-            "not be trained. Build the optimizer in configure_optimizers from [p for p in self.parameters() if "
-            "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
-            "take optimizer: OptimizerCallable. Layers that shall not train belong in exclude_modules."
-        )
 
 
 def _explain(**_: Any) -> NoReturn:

@@ -1,0 +1,60 @@
+"""What PaCAStrategy checks of a run before it trains."""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.files import check_writable
+from paca_lightning.targets import paca_layers
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which columns would not be trained.
+
+    Raises:
+        PaCAError: If the run's is one.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        reason = (
+            "FSDP1 flattens parameters of one dtype, and a delta is fp32 beside a narrower weight"
+            if isinstance(trainer.strategy, FSDPStrategy)
+            else "DeepSpeed steps the optimizer past the hooks that write the columns back"
+        )
+        raise PaCAError(f"{type(trainer.strategy).__name__} cannot train PaCA: {reason}. Use strategy='paca_fsdp2'.")
+
+
+def check_outputs(trainer: Trainer) -> None:
+    """Refuse directories for results that cannot be written, before the run has some.
+
+    Raises:
+        PaCAError: If there is one.
+    """
+    check_writable(trainer.default_root_dir, "default_root_dir")
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            check_writable(callback.dirpath, "ModelCheckpoint(dirpath=...)")
+
+
+def deltas_in(optimizer: torch.optim.Optimizer, pl_module: LightningModule) -> set[str]:
+    """Paths of the layers whose delta an optimizer steps."""
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {path for path, layer in paca_layers(pl_module) if id(layer.paca_delta) in owned}
+
+
+def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse optimizers that leave a delta out.
+
+    Raises:
+        PaCAError: If so.
+    """
+    covered = {path for optimizer in trainer.optimizers for path in deltas_in(optimizer, pl_module)}
+    everything = {path for path, _ in paca_layers(pl_module)}
+    if missed := sorted(everything - covered):
+        raise PaCAError(
+            f"{len(missed)} of {len(everything)} PaCA layers are in no optimizer ({missed[0]!r} is one), so they would "
+            "not be trained. Build the optimizer in configure_optimizers from [p for p in self.parameters() if "
+            "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
+            "take optimizer: OptimizerCallable. Layers that shall not train belong in exclude_modules."
+        )
