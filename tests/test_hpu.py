@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,25 +28,11 @@ from paca_lightning.strategies.hpu import bridge
 from paca_lightning.strategies.hpu.connector import patch_connector
 from tests.simulated_hpu import build
 from tests.simulated_hpu.build import build_extension
-from tests.simulated_hpu.processes import BRIDGE, ROOT, hpu_process, launch
+from tests.simulated_hpu.processes import BRIDGE, ROOT, Run, launch
 from tests.simulated_hpu.training import TinyModule, batches, train, trainer
 
 PACA = PaCAConfig(r=4)
-Run = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def library() -> Path:
-    """The compiled simulated HPU."""
-    return build_extension()
-
-
-@pytest.fixture(scope="module")
-def hpu(library: Path) -> Iterator[Run]:
-    """Runs a function where the simulated Gaudi software is installed: ``hpu(function, *args, **kwargs)``."""
-    with hpu_process(library) as run:
-        assert not run(_bridge_is_imported), "importing paca_lightning must not import the Gaudi software"
-        yield run
+pytest_plugins = ["tests.simulated_hpu.fixtures"]
 
 
 # ---- a host without Gaudi software ---------------------------------------------------------------------------------
@@ -288,11 +273,6 @@ def _here(function: Run, *args: Any, **kwargs: Any) -> Any:
 
 def _same_weights(left: torch.nn.Module, right: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
-
-
-def _bridge_is_imported() -> bool:
-    assert bridge.bridge_installed()
-    return "habana_frameworks.torch" in sys.modules
 
 
 def _train_paca(accelerator: str, config: PaCAConfig = PACA, **options: Any) -> TinyModule:

@@ -9,36 +9,42 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+Run = Callable[..., Any]
 
 BRIDGE = Path(__file__).with_name("bridge")
 ROOT = Path(__file__).parents[2]
 
 
+def gaudi_host(library: Path, *, autoload: bool = True) -> dict[str, str]:
+    """The environment of a host with the simulated Gaudi software, which PyTorch loads by itself unless told not to."""
+    return {
+        "SIMULATED_HPU_LIBRARY": str(library),
+        "PYTHONPATH": os.pathsep.join([str(BRIDGE), str(ROOT)]),
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload)),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 @contextmanager
-def hpu_process(library: Path) -> Iterator[Callable[..., Any]]:
-    """A process in which the simulated Gaudi software is installed, as ``run(function, *args, **kwargs)``.
+def hpu_process(library: Path, *, autoload: bool) -> Iterator[Run]:
+    """A process on a host with the simulated Gaudi software, as ``run(function, *args, **kwargs)``.
 
-    The function must be importable; its result or exception comes back pickled. PyTorch is told not to load the bridge
-    by itself, so that it is seen when ``paca_lightning`` does.
+    The function must be importable; its result or exception comes back pickled.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_install, initargs=(library,)) as pool:
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(timeout=120)
-
-
-def _install(library: Path) -> None:
-    os.environ["SIMULATED_HPU_LIBRARY"] = str(library)
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    sys.path.insert(0, str(BRIDGE))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        # The process starts with the first task, and with this one's environment and path.
+        host = mock.patch.dict(os.environ, gaudi_host(library, autoload=autoload))
+        with host, mock.patch.object(sys, "path", [str(BRIDGE), *sys.path]):
+            pool.submit(os.getpid).result(timeout=120)
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(timeout=180)
 
 
 def launch(module: str, *arguments: str, library: Path, timeout: int = 150) -> str:
     """Runs ``python -m module`` where the simulated Gaudi software is installed, and returns what it printed."""
     environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {
-        "SIMULATED_HPU_LIBRARY": str(library),
-        "PYTHONPATH": os.pathsep.join([str(BRIDGE), str(ROOT)]),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment |= gaudi_host(library)
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True

@@ -104,4 +104,5 @@ def all_cards() -> None:
 
 if __name__ == "__main__":
     {"ddp_and_fsdp2": ddp_and_fsdp2, "all_cards": all_cards}[sys.argv[1]](*sys.argv[2:])
-    print(f"rank {os.environ['LOCAL_RANK']} done")
+    print(f"rank {os.environ['LOCAL_RANK']} done", flush=True)
+    os._exit(0)  # a gloo thread that lets go of a tensor while Python finalizes would abort the process
