@@ -72,6 +72,7 @@ def test_the_parts_of_a_single_device_are_what_arithmetic_says(model_directory: 
         {"precision": "bf16-mixed"},
         {"strategy": FSDP2Strategy(activation_checkpointing=True), "ranks": 4},
         {"strategy": FSDP2Strategy(), "ranks": 4, "shard_size": 2, "accumulate": 2},
+        {"strategy": FSDP2Strategy(cpu_offload=True), "ranks": 2, "accumulate": 2, "baseline": FULL},
         {"config": PaCAConfig(r=8, quantize="nf4"), "strategy": FSDP2Strategy(), "ranks": 2},
         {"baseline": FULL},
         {"baseline": LORA},
@@ -109,6 +110,25 @@ def test_offloaded_block_inputs_leave_the_device(model_directory: str) -> None:
     block_input = SHAPE[0] * SHAPE[1] * 256 * 4
     activations = [int(step.sizes[:, Kind.ACTIVATIONS].max()) for step in (kept, offloaded)]
     assert activations[0] - activations[1] >= 6 * block_input
+
+
+@pytest.mark.parametrize("baseline", [PACA, FULL])
+def test_a_model_in_host_memory_takes_the_device_only_to_gather_it(model_directory: str, baseline: Baseline) -> None:
+    here, host = (
+        TracedModel(_run(model_directory, baseline, strategy=FSDP2Strategy(cpu_offload=offload), ranks=2)).step()
+        for offload in (False, True)
+    )
+    largest = {kind: int(host.sizes[:, kind].max()) for kind in Kind}
+    assert largest[Kind.PARAMETERS] < 4096  # the rotary embedding's buffers are not sharded
+    assert largest[Kind.OPTIMIZER] == largest[Kind.GRADIENTS] == 0
+    assert largest[Kind.ACTIVATIONS] == here.sizes[:, Kind.ACTIVATIONS].max()
+    assert "optimizer" not in host.peak_phase
+    # A copy of a shard lies on the device while its block is gathered.
+    gathered = [
+        max(row[Kind.GATHERED_PARAMETERS] for phase, row in zip(step.phases, step.sizes, strict=True) if "7" in phase)
+        for step in (here, host)
+    ]
+    assert gathered[0] < gathered[1] <= 1.5 * gathered[0]
 
 
 def test_lora_keeps_its_layers_inputs_and_paca_does_not(model_directory: str) -> None:

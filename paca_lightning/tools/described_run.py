@@ -120,8 +120,6 @@ def _strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
     """The strategy that shards the model, if one does; otherwise whether gradients are copied to be exchanged."""
     if isinstance(strategy, FSDP2Strategy) or strategy in SHARDED:
         strategy = strategy if isinstance(strategy, FSDP2Strategy) else FSDP2Strategy()
-        if strategy.options.cpu_offload:
-            raise PaCAError("cpu_offload moves the model to host memory, which is not estimated. Leave it out to see.")
         size = strategy.shard_size or ranks
         if ranks % size:
             raise PaCAError(f"shard_size={size} does not divide {ranks} ranks.")

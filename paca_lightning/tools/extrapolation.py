@@ -34,15 +34,12 @@ def extrapolate(short: Timeline, long: Timeline, blocks: int) -> Timeline | None
     trained = long.trainable_parameters + more_blocks * (long.trainable_parameters - short.trainable_parameters)
     for middle in range(1, FEW):
         before, after = list(_segments(short)), list(_without(middle, _segments(long)))
-        if [name for name, _ in before] != [name for name, _ in after]:
-            return None
+        if not _correspond(before, after):
+            continue  # blocks that prefetch another have operators that others lack
         phases: list[str] = []
         parts: list[np.ndarray] = []
         for (name, few), (_, more) in zip(before, after, strict=True):
-            if len(few) != len(more):
-                if any(character.isdigit() for character in name):
-                    return None
-                # Loops over all blocks: the optimizer's.
+            if len(few) != len(more):  # loops over all blocks: the optimizer's
                 few, more = (rows[rows.sum(1).argmax()][None] for rows in (few, more))
             parts.append(more + more_blocks * (more - few))
             phases += [_renamed(name, middle, more_blocks + 1)] * len(more)
@@ -50,6 +47,13 @@ def extrapolate(short: Timeline, long: Timeline, blocks: int) -> Timeline | None
         if best is None or timeline.peak > best.peak:
             best = timeline
     return best
+
+
+def _correspond(before: list[_Segment], after: list[_Segment]) -> bool:
+    """Whether two traces have the same segments, and as many operators in each block's."""
+    return [name for name, _ in before] == [name for name, _ in after] and all(
+        len(few) == len(more) or not name[-1].isdigit() for (name, few), (_, more) in zip(before, after, strict=True)
+    )
 
 
 def _segments(timeline: Timeline) -> Iterator[_Segment]:

@@ -1,7 +1,7 @@
 """One training step on tensors without data, in the order in which Lightning takes it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import masking_utils
 
@@ -82,10 +84,14 @@ def trace_step(
     for optimizer in optimizers:
         optimizer.step()
     tracer = MemoryTracer()
-    tracer.hold((p for p in [*module.parameters(), *module.buffers()]), Kind.PARAMETERS)
-    tracer.hold((p.grad for p in trained if p.grad is not None), Kind.GRADIENTS)
+    offloaded = run.strategy is not None and run.strategy.options.cpu_offload
+    tensors = [*module.parameters(), *module.buffers()]
     states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
-    tracer.hold((value for value in states if isinstance(value, Tensor)), Kind.OPTIMIZER)
+    with tracer.elsewhere() if offloaded else nullcontext():
+        tracer.hold((tensor for tensor in tensors if isinstance(tensor, DTensor)), Kind.PARAMETERS)
+        tracer.hold((p.grad for p in trained if p.grad is not None), Kind.GRADIENTS)
+        tracer.hold((value for value in states if isinstance(value, Tensor)), Kind.OPTIMIZER)
+    tracer.hold((tensor for tensor in tensors if not isinstance(tensor, DTensor)), Kind.PARAMETERS)
     if run.gradient_buckets:
         buckets = [torch.empty_like(p) for p in trained]
         tracer.hold(buckets, Kind.GRADIENTS)
@@ -93,6 +99,8 @@ def trace_step(
     tracer.hold(batch.values(), Kind.ACTIVATIONS)
     micro_batches = min(run.accumulate, 2)  # the second begins with the gradients of the first, as all later ones do
     with ExitStack() as hooks, _documents(packed=run.packed), _host_memory(tracer), tracer:
+        if offloaded:
+            hooks.enter_context(_copied_shards())
         for number, block in enumerate(blocks):
             for handle in _mark(tracer, number, block, last=number == len(blocks) - 1):
                 hooks.callback(handle.remove)
@@ -114,10 +122,11 @@ def trace_step(
                     optimizer.zero_grad()
             loss.backward()
             del loss
-            tracer.end_backward()
+            tracer.end_backward(elsewhere=offloaded and last)  # until the last, gradients stay where they were summed
         tracer.enter("optimizer")
-        for optimizer in optimizers:
-            optimizer.step()
+        with tracer.elsewhere() if offloaded else nullcontext():
+            for optimizer in optimizers:
+                optimizer.step()
     return tracer.timeline(sum(parameter.numel() for parameter in trained))
 
 
@@ -150,6 +159,19 @@ def _host_memory(tracer: MemoryTracer) -> Iterator[None]:
         yield
     finally:
         checkpointing.to_host, checkpointing.to_device = originals
+
+
+@contextmanager
+def _copied_shards() -> Iterator[None]:
+    """Let FSDP2 copy its shards before it gathers them: to it, all traced tensors are on the device already."""
+    original: Any = FSDPParam.all_gather_inputs
+    FSDPParam.all_gather_inputs = property(  # type: ignore[assignment,method-assign]
+        lambda self: [shard.clone() for shard in original.__get__(self)]
+    )
+    try:
+        yield
+    finally:
+        FSDPParam.all_gather_inputs = original  # type: ignore[method-assign]
 
 
 def _mark(tracer: MemoryTracer, number: int, block: nn.Module, *, last: bool) -> Iterator[Any]:

@@ -124,9 +124,10 @@ class MemoryTracer(TorchDispatchMode):
         """What is in use now and was allocated in the forward waits for the backward."""
         self._decide("forward", Kind.ACTIVATIONS)
 
-    def end_backward(self) -> None:
-        """What is in use now and was allocated in the backward is gradients."""
-        self._decide("backward", Kind.GRADIENTS)
+    def end_backward(self, *, elsewhere: bool = False) -> None:
+        """What is in use now and was allocated in the backward is gradients, ``elsewhere`` in another memory."""
+        for allocation in self._decide("backward", Kind.GRADIENTS):
+            allocation.size *= not elsewhere
 
     def timeline(self, trainable_parameters: int) -> Timeline:
         """What was recorded so far."""
@@ -224,7 +225,8 @@ class MemoryTracer(TorchDispatchMode):
             if allocation is not None and allocation.kind is None:
                 allocation.kind = Kind.GATHERED_PARAMETERS
 
-    def _decide(self, phase: str, kind: Kind) -> None:
-        for allocation in self._live.values():
-            if allocation.kind is None and allocation.phase.startswith(phase):
-                allocation.kind = kind
+    def _decide(self, phase: str, kind: Kind) -> list[_Allocation]:
+        undecided = [a for a in self._live.values() if a.kind is None and a.phase.startswith(phase)]
+        for allocation in undecided:
+            allocation.kind = kind
+        return undecided
