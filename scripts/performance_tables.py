@@ -78,9 +78,9 @@ def estimate_table(runs: list[Run]) -> str:
     return _table(columns, rows)
 
 
-def figure(run: Run, method: str, name: str) -> float:
+def figure(run: Run, method: str, name: str) -> Any:
     """A figure of a method's first row in a run."""
-    return next(float(row[name]) for row in run["rows"] if row["method"] == method)
+    return next(row[name] for row in run["rows"] if row["method"] == method)
 
 
 def source(runs: list[Run]) -> str:
@@ -109,7 +109,8 @@ def promises_table(settings: dict[str, list[Run]]) -> str:
     def compare(promise: str, paper: str, name: str, what: str, key: str, methods: tuple[str, str, str]) -> None:
         if name in settings:
             own, lora, narrow = (figure(settings[name][0], method, key) for method in methods)
-            rows.append(["", promise, paper, what, _change(own, lora), _change(own, narrow)])
+            if own and lora and narrow:  # peaks are not measured everywhere
+                rows.append(["", promise, paper, what, _change(own, lora), _change(own, narrow)])
 
     measured, traced = ("paca", "lora", "lora-narrow"), ("PaCA", "LoRA", "LoRA, adapters as narrow as the model")
     bench = {
