@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy
+from paca_lightning.strategies import HPUAccelerator
 from paca_lightning.strategies.hpu import bridge
 from paca_lightning.strategies.hpu.connector import patch_connector
 from tests.simulated_hpu import build
@@ -32,6 +33,7 @@ from tests.simulated_hpu.processes import BRIDGE, ROOT, Run, launch
 from tests.simulated_hpu.training import TinyModule, batches, train, trainer
 
 PACA = PaCAConfig(r=4)
+NF4 = PaCAConfig(r=4, quantize="nf4")
 pytest_plugins = ["tests.simulated_hpu.fixtures"]
 
 
@@ -125,12 +127,17 @@ def test_paca_on_one_card_computes_what_it_computes_on_the_cpu(hpu: Run, precisi
 
 def test_nf4_base_trains_on_one_card(hpu: Run) -> None:
     on_hpu, on_cpu = (
-        run(_train_paca, accelerator, PaCAConfig(r=4, quantize="nf4"), precision="bf16-true")
-        for run, accelerator in [(hpu, "hpu"), (_here, "cpu")]
+        run(_train_paca, accelerator, NF4, precision="bf16-true") for run, accelerator in [(hpu, "hpu"), (_here, "cpu")]
     )
     assert any(name.endswith("packed") for name, _ in on_hpu.named_parameters())
     assert on_hpu.losses == pytest.approx(on_cpu.losses, rel=1e-2)
     assert on_hpu.losses != train("cpu", precision="bf16-true").losses
+
+
+def test_nf4_base_is_refused_before_training_where_bitsandbytes_is_too_old(hpu: Run) -> None:
+    with pytest.raises(PaCAError, match=r"bitsandbytes 0.46.1 has no NF4 operators for Gaudi.*pip install"):
+        hpu(_train_nf4_with, bitsandbytes="0.46.1")
+    hpu(_train_nf4_with, bitsandbytes="0.47.0")
 
 
 def test_mixed_precision_autocasts_on_the_hpu(hpu: Run) -> None:
@@ -146,11 +153,11 @@ def test_other_precisions_are_refused(hpu: Run, precision: str) -> None:
         hpu(_make_trainer, precision=precision)
 
 
-@pytest.mark.parametrize("paca", [False, True])
-def test_compiled_model_computes_what_the_eager_one_does(hpu: Run, paca: bool) -> None:
-    compiled, graphs = hpu(_train_compiled, paca)
-    eager = _train_paca("cpu") if paca else train("cpu")
-    assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
+@pytest.mark.parametrize("config", [None, PACA, NF4])
+def test_compiled_model_computes_what_the_eager_one_does(hpu: Run, config: PaCAConfig | None) -> None:
+    compiled, graphs = hpu(_train_compiled, config)
+    eager = train("cpu", callbacks=PaCAStrategy(config) if config else [])
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-2 if config is NF4 else 1e-5)
     assert graphs == 1, "static shapes: one graph serves every step"
 
 
@@ -198,6 +205,7 @@ def test_choice_of_strategy_and_devices(hpu: Run, options: dict[str, Any], strat
         ({"strategy": "ddp_spawn", "devices": 2}, "does not run on HPU"),
         ({"strategy": ModelParallelStrategy(), "devices": 2}, "strategy 'ModelParallelStrategy'.*hpu_fsdp2"),
         ({"devices": [0, 1]}, "HABANA_VISIBLE_MODULES"),
+        ({"devices": [1]}, "HABANA_VISIBLE_MODULES"),
         ({"devices": "two"}, "number of cards"),
         ({"devices": 9}, r"devices=9: 8 HPU\(s\) are visible"),
     ],
@@ -210,6 +218,8 @@ def test_what_cannot_be_honoured_is_refused(hpu: Run, options: dict[str, Any], c
 def test_a_process_has_one_card(hpu: Run) -> None:
     with pytest.raises(RuntimeError, match="hpu:0"):
         hpu(torch.empty, 1, device="hpu:1")
+    with pytest.raises(PaCAError, match=r"given a strategy for device 'cpu'.*'hpu_single'"):
+        hpu(_set_up_device, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -279,8 +289,25 @@ def _train_paca(accelerator: str, config: PaCAConfig = PACA, **options: Any) -> 
     return train(accelerator, callbacks=PaCAStrategy(config), **options)
 
 
+def _train_nf4_with(bitsandbytes: str) -> None:
+    """Trains as if that version of bitsandbytes were installed; a step on a card without operators must not happen."""
+    import bitsandbytes as installed
+
+    module = TinyModule()
+    with mock.patch.object(installed, "__version__", bitsandbytes):
+        try:
+            train("hpu", module=module, callbacks=PaCAStrategy(NF4))
+        except PaCAError:
+            assert not module.losses
+            raise
+
+
 def _make_trainer(**options: Any) -> None:
     trainer(**({"accelerator": "hpu"} | options))
+
+
+def _set_up_device(device: str) -> None:
+    HPUAccelerator().setup_device(torch.device(device))
 
 
 def _describe_trainer(**options: Any) -> SimpleNamespace:
@@ -289,12 +316,12 @@ def _describe_trainer(**options: Any) -> SimpleNamespace:
     return SimpleNamespace(strategy=type(made.strategy).__name__, devices=devices)
 
 
-def _train_compiled(paca: bool) -> tuple[TinyModule, int]:
+def _train_compiled(config: PaCAConfig | None) -> tuple[TinyModule, int]:
     """Trains through ``hpu_backend``; also returns the number of graphs that it compiled."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     module = TinyModule(backend="hpu_backend")
-    train("hpu", module=module, callbacks=[PaCAStrategy(PACA)] if paca else [])
+    train("hpu", module=module, callbacks=[PaCAStrategy(config)] if config else [])
     del module.forward_net  # compiled code cannot be pickled
     return module, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

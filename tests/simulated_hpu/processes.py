@@ -23,7 +23,6 @@ def gaudi_host(library: Path, *, autoload: bool = True) -> dict[str, str]:
         "SIMULATED_HPU_LIBRARY": str(library),
         "PYTHONPATH": os.pathsep.join([str(BRIDGE), str(ROOT)]),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(autoload)),
-        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -34,7 +33,8 @@ def hpu_process(library: Path, *, autoload: bool) -> Iterator[Run]:
     The function must be importable; its result or exception comes back pickled.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        # The process starts with the first task, and with this one's environment and path.
+        # The process starts with the first task, and with this one's environment and path. It computes with as many
+        # threads, so that sums are rounded alike.
         host = mock.patch.dict(os.environ, gaudi_host(library, autoload=autoload))
         with host, mock.patch.object(sys, "path", [str(BRIDGE), *sys.path]):
             pool.submit(os.getpid).result(timeout=120)
@@ -44,7 +44,7 @@ def hpu_process(library: Path, *, autoload: bool) -> Iterator[Run]:
 def launch(module: str, *arguments: str, library: Path, timeout: int = 150) -> str:
     """Runs ``python -m module`` where the simulated Gaudi software is installed, and returns what it printed."""
     environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "WORLD_SIZE")}
-    environment |= gaudi_host(library)
+    environment |= gaudi_host(library) | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True

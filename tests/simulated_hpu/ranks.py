@@ -70,13 +70,14 @@ def ddp_and_fsdp2(folder: str) -> None:
     trainer(accelerator="hpu", devices=2, precision="bf16-mixed").fit(mixed, batches())
     assert mixed.dtypes == {torch.bfloat16}
 
-    resumed = TinyModule(dropout=0)
-    first_half = trainer(accelerator="hpu", devices=2, max_steps=3)
-    first_half.fit(resumed, batches())
-    first_half.save_checkpoint(f"{folder}/half.ckpt")
-    resumed = TinyModule(dropout=0)
-    trainer(accelerator="hpu", devices=2).fit(resumed, batches(), ckpt_path=f"{folder}/half.ckpt")
-    assert len(resumed.losses) == 3
+    straight, stopped, resumed = (TinyModule(dropout=0) for _ in range(3))
+    for module, epochs, checkpoint in ((stopped, 1, None), (resumed, 2, f"{folder}/first.ckpt"), (straight, 2, None)):
+        run = trainer(accelerator="hpu", devices=2, max_steps=-1, max_epochs=epochs)
+        run.fit(module, batches(samples=24), ckpt_path=checkpoint)
+        if module is stopped:
+            run.save_checkpoint(f"{folder}/first.ckpt")
+    assert stopped.losses + resumed.losses == straight.losses
+    assert torch.equal(weights(resumed), weights(straight))
 
     layer = fully_shard(nn.Linear(2, 2).to("hpu"), mesh=init_device_mesh("hpu", (2,)))
     with pytest.raises(RuntimeError, match="unsupported ReduceOp"):  # FSDP2's own choice is AVG
