@@ -4,9 +4,11 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from paca_lightning import PaCAError
 from paca_lightning.tools.bench import bench
@@ -176,20 +178,52 @@ def test_gpt2_is_measured_on_nf4(tmp_path: Path) -> None:
         torch.testing.assert_close(quantized(**batch).logits, base(**batch).logits, atol=0.05, rtol=0)
 
 
-def test_saved_bytes_count_each_storage_once_and_no_parameters() -> None:
-    class Product(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(10, 10))
+class Product(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(10, 10))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            hidden = x @ self.weight  # saves x, which is no parameter, and the weight, which is one
-            return hidden * hidden[:5].sum() + hidden.sin()  # saves hidden twice, and a scalar
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        hidden = x @ self.weight  # saves x, which is there anyway, and the weight, which is a parameter
+        dropped = (hidden.sin() * hidden.cos()).detach()  # what it saves is gone with it
+        return SimpleNamespace(loss=(hidden * hidden[:5].sum() * dropped.max()).sum())  # hidden and two scalars
 
+
+def test_saved_bytes_count_each_storage_once_if_it_outlives_the_forward() -> None:
     trainee = Trainee.__new__(Trainee)
-    trainee.forward = Product()
-    trainee.kept = {parameter.untyped_storage().data_ptr() for parameter in trainee.forward.parameters()}
-    assert saved_bytes(trainee, {"x": torch.ones(10, 10)}) == 4 * (100 + 100 + 1)
+    trainee.forward, trainee.compiled = Product(), False
+    trainee.resident = list(trainee.forward.parameters())
+    loss = 1
+    assert saved_bytes(trainee, {"x": torch.ones(10, 10)}) == 4 * (100 + 2 + loss)
+
+
+@pytest.mark.parametrize("recompute", [None, "selective"])
+def test_saved_bytes_are_what_the_backward_frees(workload: Workload, recompute: str | None) -> None:
+    """Also where what is kept does not pass through autograd's hooks."""
+    trainee = Trainee(Method("paca", 4, recompute), workload.build(), workload)
+    batch = workload.micro_batch(0)
+    trainee.step([batch])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = trainee.forward(**batch).loss
+    held = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+    random_states = LAYERS * torch.get_rng_state().nbytes  # which checkpointing keeps, and no operator makes
+    assert saved_bytes(trainee, batch) == pytest.approx(held, abs=random_states, rel=0.001)
+    del loss
+
+
+def test_a_method_may_be_checkpointed_alone(workload: Workload) -> None:
+    base, batch = workload.build(), workload.micro_batch(0)
+    methods = parse_methods(["paca:4", "paca:4+selective", "paca:4+blocks"], [16], "both", base)
+    assert [method.label for method in methods] == ["floor", "paca r=4", "paca+selective r=4", "paca+blocks r=4"]
+    trainees = [Trainee(method, base, workload) for method in methods[1:]]
+    saved = [saved_bytes(trainee, batch) for trainee in trainees]
+    assert saved[0] > saved[1] > saved[2]
+    assert len({trainee.forward(**batch).loss.item() for trainee in trainees}) == 1
+
+
+def test_an_unknown_recomputation_is_named(workload: Workload) -> None:
+    with pytest.raises(PaCAError, match=r"paca\+all: choose what to recompute from selective, blocks"):
+        parse_methods(["paca+all"], [16], "both", workload.skeleton())
 
 
 def test_paca_saves_r_channels_of_inputs_and_less_than_lora(workload: Workload) -> None:
@@ -204,12 +238,10 @@ def test_paca_saves_r_channels_of_inputs_and_less_than_lora(workload: Workload) 
 
 
 def test_checkpointing_saves_less(workload: Workload) -> None:
-    checkpointed = Workload(**(vars(workload) | {"checkpointing": True}))
-    saved = [
-        saved_bytes(Trainee(Method("paca", 4), one.build(), one), one.micro_batch(0))
-        for one in (workload, checkpointed)
-    ]
-    assert saved[1] < 0.5 * saved[0]
+    workloads = [Workload(**(vars(workload) | {"checkpointing": how})) for how in (False, "selective", True)]
+    saved = [saved_bytes(Trainee(Method("paca", 4), one.build(), one), one.micro_batch(0)) for one in workloads]
+    assert saved[2] < saved[1] < 0.9 * saved[0]
+    assert saved[2] < 0.5 * saved[0]
 
 
 def test_accumulation_averages_over_its_micro_batches(workload: Workload) -> None:

@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -31,7 +31,7 @@ def bench(
     dtype: str = "bf16",
     steps: int = 20,
     accumulate: int = 1,
-    checkpointing: bool = False,
+    checkpointing: bool | Literal["selective"] = False,
     compile: bool = False,
     device: str = "auto",
     devices: int = 1,
@@ -52,7 +52,8 @@ def bench(
         layers: Use only the first so many layers.
         methods: Which, with commas between them: floor, paca, full, PEFT's lora and dora (no dropout, adapters in fp32
             as PEFT has them by itself), lora-narrow (adapters in --dtype). On a base in NF4: qfloor, qpaca and qlora,
-            whose ratios are to qfloor. A method may have a rank of its own: paca:16,lora:8.
+            whose ratios are to qfloor. A method may have a rank of its own, and checkpointing of its own: paca:16,
+            lora:8, paca:16+selective, floor+blocks.
         r: Rank or ranks, with commas between them, of the methods without one of their own.
         match: What LoRA and DoRA have in common with PaCA: rank, parameters (as many trainable ones), or both, in two
             rows.
@@ -61,7 +62,8 @@ def bench(
         dtype: bf16, fp16 or fp32, of weights and computation.
         steps: Timed steps of each method, after a warm-up.
         accumulate: Micro-batches in an optimizer step.
-        checkpointing: Recompute each layer's activations in the backward.
+        checkpointing: Recompute each block in the backward, with every method; selective: all of it but the outputs
+            of matrix products and of attention.
         compile: Compile the models' blocks with torch.compile.
         device: cpu, cuda, ...; auto takes the accelerator if there is one.
         devices: How many devices (on the CPU: processes) train together, with DDP. Figures are rank 0's, tokens per
@@ -144,7 +146,7 @@ def _peak(workload: Workload, method: Method, progress: Any) -> int | None:
 
 def _row(method: Method, timing: Timing, peak: int | None) -> Row:
     figures = asdict(timing) | {"peak_bytes": peak, "noisy": timing.noisy}
-    return {"method": method.name, "r": method.r, "floor": method.floor, **figures}
+    return {"method": method.title, "r": method.r, "floor": method.floor, **figures}
 
 
 def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Row]) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Ro
     shape = f"{name}, {config.num_hidden_layers} layers, {workload.dtype}, {workload.batch} x {workload.tokens} tokens"
     options = [
         f"{workload.accumulate} micro-batches" if workload.accumulate > 1 else "",
-        "checkpointing" if workload.checkpointing else "",
+        {True: "checkpointing", "selective": "selective checkpointing"}.get(workload.checkpointing, ""),
         "compiled" if workload.compile else "",
         f"{workload.ranks} ranks" if workload.ranks > 1 else "",
     ]

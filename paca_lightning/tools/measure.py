@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from paca_lightning.tools.methods import Method
+from paca_lightning.tools.tracing import Kind, MemoryTracer
 from paca_lightning.tools.trainee import StepTime, Trainee
 from paca_lightning.tools.workload import Workload
 
@@ -122,18 +123,32 @@ def saved_bytes(trainee: Trainee, micro_batch: dict[str, Tensor]) -> int:
         micro_batch: Shape (batch, tokens).
 
     Returns:
-        The size of what autograd saved. Checkpointing and compilation count as they save.
+        What the forward allocated and the loss keeps alive. In compiled blocks, where single operators are not seen:
+        what autograd saved.
     """
+    if trainee.compiled:
+        return _saved_by_autograd(trainee, micro_batch)
+    tracer = MemoryTracer()
+    tracer.hold(trainee.resident, Kind.PARAMETERS)
+    with tracer:
+        loss = trainee.forward(**micro_batch).loss
+        tracer.end_forward()
+    kept = tracer.in_use(Kind.ACTIVATIONS)
+    del loss
+    return kept
+
+
+def _saved_by_autograd(trainee: Trainee, micro_batch: dict[str, Tensor]) -> int:
+    resident = {tensor.untyped_storage().data_ptr() for tensor in trainee.resident}
     storages: dict[int, UntypedStorage] = {}  # held, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in trainee.kept:
+        if storage.data_ptr() not in resident:
             storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = trainee.forward(**micro_batch)
-    total = sum(storage.nbytes() for storage in storages.values())
-    del output
-    return total
+        loss = trainee.forward(**micro_batch).loss
+    del loss
+    return sum(storage.nbytes() for storage in storages.values())

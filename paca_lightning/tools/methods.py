@@ -1,8 +1,9 @@
 """The ways of fine-tuning that are compared, each as a change to the same base model."""
 
 import copy
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from paca_lightning.conversion import apply_paca
 from paca_lightning.errors import PaCAError
 from paca_lightning.layers import PaCAConv1D
 from paca_lightning.nf4 import linear4bit
+from paca_lightning.strategies.checkpointing import checkpoint_blocks
+from paca_lightning.strategies.sharding import find_blocks
 from paca_lightning.targets import Target, resolve
 
 FLOOR = "floor"
@@ -20,17 +23,33 @@ QFLOOR = "qfloor"
 QUANTIZED = (QFLOOR, "qpaca", "qlora")
 
 
+RECOMPUTATIONS = ("selective", "blocks")
+
+
 @dataclass(frozen=True)
 class Method:
-    """A way of fine-tuning, and its rank where it has one."""
+    """A way of fine-tuning, its rank where it has one, and what its backward recomputes.
+
+    Attributes:
+        name: As in :func:`parse_methods`.
+        r: Rank.
+        recompute: ``selective`` (all but products and attention), ``blocks`` (everything) or nothing, apart from what
+            the workload says for all methods.
+    """
 
     name: str
     r: int | None = None
+    recompute: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Name, and what is recomputed."""
+        return self.name if self.recompute is None else f"{self.name}+{self.recompute}"
 
     @property
     def label(self) -> str:
-        """Name and rank, as tables and plots show them."""
-        return self.name if self.r is None else f"{self.name} r={self.r}"
+        """Title and rank, as tables and plots show them."""
+        return self.title if self.r is None else f"{self.title} r={self.r}"
 
     @property
     def floor(self) -> str:
@@ -58,7 +77,10 @@ class Method:
             "all": {id(parameter) for parameter in base.parameters()},
         }[_WRITES.get(self.name, "none")]
         shared = {id(parameter): parameter for parameter in base.parameters() if id(parameter) not in written}
-        return _APPLY[self.name](copy.deepcopy(base, memo=dict(shared)), self.r or 0, targets)
+        model = _APPLY[self.name](copy.deepcopy(base, memo=dict(shared)), self.r or 0, targets)
+        if self.recompute is not None:
+            checkpoint_blocks(find_blocks(model), selective=self.recompute == "selective")
+        return model
 
 
 def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
@@ -150,7 +172,8 @@ def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Modul
     """The methods that a user asks for, the floor first, and next the quantized one where a method has such a base.
 
     Args:
-        names: Names such as ``paca``, or with a rank of their own such as ``lora:8``.
+        names: Names such as ``paca``, with a rank of their own (``lora:8``), and with what to recompute
+            (``paca:16+selective``).
         ranks: Ranks of the methods without one of their own.
         match: What LoRA and DoRA have in common with PaCA: the ``rank``, the number of trainable ``parameters`` (about;
             ranks are whole), or ``both``, one after the other.
@@ -160,19 +183,23 @@ def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Modul
         Each method once.
 
     Raises:
-        PaCAError: If a name or ``match`` is unknown, or a rank is not a positive number.
+        PaCAError: If a name, ``match`` or what to recompute is unknown, or a rank is not a positive number.
     """
     if match not in ("rank", "parameters", "both"):
         raise PaCAError(f"match={match!r} is unknown. Choose rank, parameters or both.")
-    quantized = any(entry.strip().partition(":")[0] in QUANTIZED for entry in names)
+    quantized = any(re.split("[:+]", entry.strip())[0] in QUANTIZED for entry in names)
     methods = [Method(FLOOR), *([Method(QFLOOR)] if quantized else [])]
     for entry in names:
-        name, colon, own = entry.strip().partition(":")
+        entry, plus, recompute = entry.strip().partition("+")
+        name, colon, own = entry.partition(":")
         if name not in _APPLY:
             raise PaCAError(f"There is no method {name!r}. Choose from {', '.join(_APPLY)}.")
+        if plus and recompute not in RECOMPUTATIONS:
+            raise PaCAError(f"{name}+{recompute}: choose what to recompute from {', '.join(RECOMPUTATIONS)}.")
         if name in _UNRANKED and colon:
             raise PaCAError(f"Method {name!r} has no rank; {entry!r} gives it one.")
-        methods += _ranked(name, [_parse_rank(own)] if colon else ranks, "rank" if colon else match, base)
+        ranked = _ranked(name, [_parse_rank(own)] if colon else ranks, "rank" if colon else match, base)
+        methods += [replace(method, recompute=recompute or None) for method in ranked]
     return list(dict.fromkeys(methods))
 
 

@@ -116,7 +116,12 @@ def _device_peak(workload: Workload, method: Method) -> float:
 
 
 def _train(workload: Workload, method: Method) -> None:
-    trainee = Trainee(method, workload.build(), workload)
+    base = workload.build()
+    for parameter in base.parameters():
+        # What was read from a file is a map of it, and a single weight that a method shares would keep all of it.
+        parameter.data = parameter.data.clone()
+    trainee = Trainee(method, base, workload)
+    del base, parameter
     if workload.device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building the model is not training it
     else:

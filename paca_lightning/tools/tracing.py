@@ -129,6 +129,10 @@ class MemoryTracer(TorchDispatchMode):
         for allocation in self._decide("backward", Kind.GRADIENTS):
             allocation.size *= not elsewhere
 
+    def in_use(self, kind: Kind) -> int:
+        """Bytes of a kind that are in use now."""
+        return sum(allocation.size for allocation in self._live.values() if allocation.kind is kind)
+
     def timeline(self, trainable_parameters: int) -> Timeline:
         """What was recorded so far."""
         count = len(self._phases)

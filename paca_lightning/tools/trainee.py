@@ -40,7 +40,8 @@ class Trainee:
     Attributes:
         method: How it is trained.
         trainable_parameters: How many numbers the method trains.
-        kept: Addresses of all parameters and buffers: what lives anyway, whatever a backward needs.
+        resident: All parameters and buffers: what lives anyway, whatever a backward needs.
+        compiled: Whether its blocks are compiled.
     """
 
     def __init__(self, method: Method, base: nn.Module, workload: Workload) -> None:
@@ -48,7 +49,8 @@ class Trainee:
         model = method.apply(base)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.trainable_parameters = sum(parameter.numel() for parameter in trained)
-        self.kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+        self.resident: list[Tensor] = [*model.parameters(), *model.buffers()]
+        self.compiled = workload.compile
         self._optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
         if self._optimizer is not None and any(True for _ in paca_layers(model)):
             attach(self._optimizer, model)

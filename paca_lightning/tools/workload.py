@@ -1,12 +1,15 @@
 """What is measured: a model, a batch of random tokens, and how a training step runs on them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.strategies.checkpointing import checkpoint_blocks
+from paca_lightning.strategies.sharding import find_blocks
 from paca_lightning.tools.presets import preset_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,7 +27,8 @@ class Workload:
         batch: Sequences in a micro-batch, on each rank.
         tokens: Length of a sequence.
         accumulate: Micro-batches in an optimizer step.
-        checkpointing: Recompute each layer in the backward instead of keeping its activations.
+        checkpointing: Recompute each block in the backward instead of keeping its activations; selective: all but the
+            outputs of products and attention.
         compile: Compile each block with ``torch.compile``.
         device: Type of device: cpu, cuda, ...
         ranks: Processes that train together, each on its own device, with DDP.
@@ -42,7 +46,7 @@ class Workload:
     batch: int = 1
     tokens: int = 512
     accumulate: int = 1
-    checkpointing: bool = False
+    checkpointing: bool | Literal["selective"] = False
     compile: bool = False
     device: str = "cpu"
     ranks: int = 1
@@ -92,8 +96,11 @@ class Workload:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, config=config, dtype=dtype)
+            for parameter in model.parameters():
+                # Out of the mapped file, whose pages would count as this process' memory as long as one is in use.
+                parameter.data = parameter.data.clone()
         if self.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_blocks(find_blocks(model), selective=self.checkpointing == "selective")
         return model.train().to(self.device)
 
     def skeleton(self) -> nn.Module:
