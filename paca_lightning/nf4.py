@@ -244,5 +244,23 @@ def _load_operators(device: torch.device) -> None:
     """Register the operators. The import takes seconds, so it waits until they are needed."""
     import bitsandbytes  # noqa: F401
 
-    if device.type == "hpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if device.type == "hpu":
         check_hpu_backend()
+    _make_levels(device)
+
+
+@functools.cache
+def _make_levels(device: torch.device) -> None:
+    """Let bitsandbytes make NF4's levels in fp32: it keeps them in the default dtype of their first use (0.50).
+
+    Under Lightning's ``bf16-true`` that would be bf16, for the rest of the process.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        block = torch.ones(1, BLOCK_SIZE, device=device)
+        torch.ops.bitsandbytes.quantize_4bit.default(block, BLOCK_SIZE, "nf4", torch.uint8)
+    finally:
+        torch.set_default_dtype(default)

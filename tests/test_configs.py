@@ -51,6 +51,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_none_is_overlooked() -> None:
     assert names_of(CONFIGS) == [
         "configs/debug.yaml",
+        "configs/gaudi/mmlu-llama2-7b.yaml",
         "configs/gaudi/oasst1-llama3-8b.yaml",
         "configs/gaudi/oasst1-llama3.1-70b.yaml",
         "configs/mmlu-llama2-7b.yaml",
@@ -95,6 +96,7 @@ AUTHORS = {
     "configs/mmlu-llama2-7b.yaml": (16, 64, 1e-4, "LinearSchedule", 0.0, 1, 8, 42),
     "configs/oasst1-llama3-8b.yaml": (64, 32, 5e-3, "CosineSchedule", 0.1, 1, 16, 42),
     "configs/oasst1-llama3.1-70b-qpaca-fsdp2.yaml": (64, 32, 5e-3, "CosineSchedule", 0.1, 1, 16, 526),
+    "configs/gaudi/mmlu-llama2-7b.yaml": (16, 64, 1e-4, "LinearSchedule", 0.0, 1, 8, 42),
     "configs/gaudi/oasst1-llama3-8b.yaml": (8, 16, 1.8e-3, "CosineSchedule", 0.03, 2, 8, 42),
     "configs/gaudi/oasst1-llama3.1-70b.yaml": (64, 32, 5e-3, "CosineSchedule", 0.1, 1, 16, 526),
 }

@@ -161,8 +161,10 @@ def data_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def fit(data: dict[str, Any], ckpt_path: Path | None = None, **trainer: Any) -> tuple[Bigram, Trainer]:
-    model = Bigram()
+def fit(
+    data: dict[str, Any], ckpt_path: Path | None = None, model: Bigram | None = None, **trainer: Any
+) -> tuple[Bigram, Trainer]:
+    model = model or Bigram()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = {"accelerator": "cpu", "enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **trainer}
     runner = Trainer(**trainer)
@@ -190,6 +192,23 @@ def test_a_run_stopped_by_max_steps_goes_on_as_if_it_had_not_been(
     after, _ = fit(data, tmp_path / "stopped.ckpt", max_steps=3 * STEPS_AN_EPOCH)
     assert len(before.batches) == stop
     assert_same_run([before, after], whole)
+
+
+class Planned(Bigram):
+    """Asks for the length of the run, for which Lightning sets up the loaders before it reads a checkpoint."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches == 2 * STEPS_AN_EPOCH
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("stop", [4, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])
+def test_a_run_that_knows_its_length_goes_on_as_well(data_settings: dict[str, Any], tmp_path: Path, stop: int) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=stop)
+    whole, _ = fit(data_settings, model=Planned(), callbacks=[checkpoint], enable_checkpointing=True, max_epochs=2)
+    resumed, _ = fit(data_settings, tmp_path / f"step={stop}.ckpt", model=Planned(), max_epochs=2)
+    assert resumed.batches == whole.batches[stop:]
+    assert torch.equal(resumed.table.weight, whole.table.weight)
 
 
 @pytest.mark.parametrize(

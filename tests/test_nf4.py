@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paca_lightning import PaCAError, nf4
+from tests.distributed_launch import launch
 
 # QLoRA (arXiv 2305.14314), appendix E.
 LEVELS = torch.tensor(
@@ -215,3 +216,15 @@ def test_other_versions_and_other_ranks_are_silent(version: str, rank: str, monk
     monkeypatch.setattr(bnb, "__version__", version)
     monkeypatch.setenv("LOCAL_RANK", rank)
     nf4.check_hpu_backend()  # a warning would be an error here
+
+
+def weights_restored(default: torch.dtype) -> Tensor:
+    torch.set_default_dtype(default)
+    packed, absmax = nf4.quantize_rows(torch.linspace(-1, 1, 256, dtype=torch.float32).view(2, 128))
+    return nf4.dequantize_rows(packed, (absmax,), 128, torch.float32)
+
+
+def test_levels_do_not_depend_on_the_default_dtype_of_their_first_use() -> None:
+    """Lightning's bf16-true makes bf16 the default, and bitsandbytes keeps the levels that it made first."""
+    wide, narrow = (launch(weights_restored, 1, default)[0] for default in (torch.float32, torch.bfloat16))
+    assert torch.equal(wide, narrow)

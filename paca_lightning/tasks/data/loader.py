@@ -55,6 +55,10 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[Any]:
         # Lightning creates the iterator first and sets the epoch afterwards: nothing may be decided before the first
         # batch.
+        if self._trainer is not None:
+            # Lightning (2.6) restores loaders as it makes them: before it reads the checkpoint, if a module asked for
+            # the length of the run in configure_optimizers. What waits since then is restored here.
+            self._trainer.fit_loop._load_combined_loader_states()
         if self._restored:
             self._restored = False
             if self._epoch_is_over():
