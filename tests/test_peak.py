@@ -1,21 +1,37 @@
-"""Peak memory in a fresh process, of a model whose weights are read from files."""
+"""Peak memory is that of training alone."""
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from paca_lightning.tools import peak
 from paca_lightning.tools.methods import Method
-from paca_lightning.tools.peak import peak_bytes
+from paca_lightning.tools.trainee import Trainee
 from paca_lightning.tools.workload import Workload
+from tests.tiny import tiny_model_directory
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads a process' peak from /proc")
-def test_a_map_of_the_models_file_does_not_stay_in_memory(tmp_path: Path) -> None:
-    preset = Workload(preset="small", layers=1, dtype="bf16")
-    preset.build().save_pretrained(tmp_path)
-    weights = sum(parameter.nbytes for parameter in preset.skeleton().parameters())
-    workload = Workload(model=str(tmp_path), dtype="bf16", tokens=8)
-    floor, paca = (peak_bytes(workload, method) for method in (Method("floor"), Method("paca", 4)))
-    # PaCA has its own copies of the weights that it writes and shares the embeddings: still one model, and its columns.
-    assert paca - floor < 0.25 * weights
+@pytest.mark.skipif(sys.platform != "linux", reason="resets a process' peak through /proc")
+def test_the_base_of_a_method_with_copies_is_gone_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases, alive = [], []
+    build = Workload.build
+
+    def remembered(workload: Workload) -> nn.Module:
+        model = build(workload)
+        bases.append(weakref.ref(model.model.layers[0].mlp.up_proj.weight.untyped_storage()))
+        return model
+
+    monkeypatch.setattr(Workload, "build", remembered)
+    monkeypatch.setattr(Trainee, "step", lambda *_: alive.append(bases[0]() is not None))
+    gc.disable()  # otherwise chance decides
+    try:
+        peak._train(Workload(model=str(tiny_model_directory(tmp_path / "tiny")), tokens=8), Method("paca", 4))
+    finally:
+        gc.enable()
+    assert alive == [False] * peak.STEPS

@@ -1,6 +1,7 @@
 """Peak memory of a method in a process of its own, and the longest sequence that fits a budget."""
 
 import ctypes
+import gc
 import math
 import re
 import resource
@@ -116,12 +117,8 @@ def _device_peak(workload: Workload, method: Method) -> float:
 
 
 def _train(workload: Workload, method: Method) -> None:
-    base = workload.build()
-    for parameter in base.parameters():
-        # What was read from a file is a map of it, and a single weight that a method shares would keep all of it.
-        parameter.data = parameter.data.clone()
-    trainee = Trainee(method, base, workload)
-    del base, parameter
+    trainee = Trainee(method, workload.build(), workload)
+    gc.collect()  # nothing of the base may wait for a collection that comes by chance
     if workload.device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building the model is not training it
     else:
