@@ -56,6 +56,7 @@ class Setting:
 SMALL = "bench --preset small --batch 2 --tokens 512"
 ADAPTERS = "--methods floor,paca:16,lora:8,lora-narrow:8"
 ALL = f"{ADAPTERS},dora:8,full"
+CHECKPOINTED = "--methods floor,floor+selective,paca:16,paca:16+selective,paca:16+blocks"
 LLAMA_8B = (
     "estimate --config configs/oasst1-llama3-8b.yaml --preset llama3-8b --tokens 2048 --batch 1 "
     "--trainer.accumulate_grad_batches 1 --budget 80GB"
@@ -74,7 +75,12 @@ SETTINGS = {
         {"": f"bench --preset llama3-8b --layers 4 --batch 1 --tokens 128 --steps 5 {ADAPTERS}"}, plot=bars
     ),
     "quantized": Setting({"": f"{SMALL} --steps 15 --methods floor,qfloor,qpaca:16,qlora:8"}),
-    "checkpointing": Setting({"every block": f"{SMALL} --steps 8 --checkpointing true {ADAPTERS}"}),
+    "checkpointing": Setting(
+        {
+            "hidden 1,024": f"{SMALL} --steps 12 {CHECKPOINTED},lora:8,lora:8+blocks",
+            "Llama-3-8B": f"bench --preset llama3-8b --layers 4 --batch 1 --tokens 512 --steps 6 {CHECKPOINTED}",
+        }
+    ),
     "compile": Setting({"": f"{SMALL} --steps 10 --compile {ADAPTERS}"}),
     "rank": Setting({"": f"{SMALL} --steps 10 --methods floor,paca:4,paca:16,paca:64,paca:256"}, plot=bars),
     "tokens": Setting(
@@ -92,6 +98,13 @@ SETTINGS = {
         }
     ),
     "estimate-8b": Setting({"": LLAMA_8B}, estimate_table, stacks),
+    "estimate-8b-checkpointing": Setting(
+        {
+            name: f"{LLAMA_8B} --model.init_args.activation_checkpointing {value}"
+            for name, value in (("selective", "selective"), ("every block", "true"))
+        },
+        estimate_table,
+    ),
     "estimate-70b": Setting(
         {
             f"{devices} x {tokens:,}{', offload' if offload else ''}": f"{LLAMA_70B} --trainer.devices {devices} "

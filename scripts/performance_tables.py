@@ -178,12 +178,13 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _method(row: dict[str, Any]) -> str:
-    name = NAMES.get(row["method"], row["method"])
+    method, plus, recomputed = row["method"].partition("+")
+    name = NAMES.get(method, method) + (f", {recomputed}" if plus else "")
     return _strong(row, f"{name} r={row['r']}" if row.get("r") else name)
 
 
 def _strong(row: dict[str, Any], text: str) -> str:
-    return f"**{text}**" if row["method"] in OURS else text
+    return f"**{text}**" if row["method"].partition("+")[0] in OURS else text
 
 
 def _change(own: float, other: float) -> str:
