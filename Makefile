@@ -33,7 +33,8 @@ $(MMLU): | $(INSTALLED)
 mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
 	$(BIN)/paca-lightning fit --config configs/mmlu-smollm2.yaml
 
-# Measures all of docs/performance.md and rewrites its tables and plots; ONLY="small-512 rank" measures some of them.
+# Measures all of docs/performance.md and rewrites its tables and plots, in about 40 minutes on two
+# idle cores; ONLY="small-512 rank" measures some of them.
 bench: $(INSTALLED) $(SMOLLM2)/config.json
 	$(BIN)/python -m scripts.performance $(if $(ONLY),--only $(ONLY))
 
