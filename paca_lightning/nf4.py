@@ -76,7 +76,9 @@ def quantize_rows(weight: Tensor, path: str = "") -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-def dequantize_rows(packed: Tensor, scales: Scales, in_features: int, dtype: torch.dtype) -> Tensor:
+def dequantize_rows(
+    packed: Tensor, scales: Scales, in_features: int, dtype: torch.dtype, *, anew: bool = False
+) -> Tensor:
     """The weights that packed rows stand for.
 
     Args:
@@ -84,6 +86,8 @@ def dequantize_rows(packed: Tensor, scales: Scales, in_features: int, dtype: tor
         scales: Of its blocks, whose size follows from the shapes.
         in_features: Length of a row without padding.
         dtype: Of the result.
+        anew: Be another computation for torch.compile than without, or it would keep a first result in place of the
+            second.
 
     Returns:
         A fresh tensor (or, of padded rows, a view of one), shape (rows, in_features).
@@ -92,7 +96,7 @@ def dequantize_rows(packed: Tensor, scales: Scales, in_features: int, dtype: tor
     absmax = scales[0].float() if len(scales) == 1 else _nested_absmax(*scales)
     rows, padded = packed.shape[0], 2 * packed.shape[1]
     weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed.reshape(-1, 1),
+        packed.reshape(1, -1) if anew else packed.reshape(-1, 1),
         absmax.reshape(-1),
         padded // absmax.shape[1],
         "nf4",

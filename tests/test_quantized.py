@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -173,9 +174,9 @@ def test_dequantizes_again_only_for_the_gradient_of_its_input(
     layer, _ = nf4_layer()
     calls = []
 
-    def counted(*args: Any) -> Tensor:
+    def counted(*args: Any, **options: Any) -> Tensor:
         calls.append(args)
-        return nf4.dequantize_rows(*args)
+        return nf4.dequantize_rows(*args, **options)
 
     monkeypatch.setattr(dequantized, "dequantize_rows", counted)
     layer(torch.randn(3, 128, requires_grad=needs_grad)).sum().backward()
@@ -190,6 +191,17 @@ def test_compiles_without_graph_breaks() -> None:
         output = forward(x)
         results.append((output, *torch.autograd.grad(output.square().sum(), (x, layer.paca_delta))))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_compiled_keeps_no_dequantized_weight() -> None:
+    """The compiler would take the backward's dequantization for the forward's, and keep its result in between."""
+    layer, _ = nf4_layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+        compiled(torch.randn(5, 128, requires_grad=True))
+    assert kept
+    assert (layer.out_features, layer.in_features) not in {tuple(shape) for shape in kept}
 
 
 def test_checkpointing_changes_nothing() -> None:
