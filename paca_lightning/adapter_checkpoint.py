@@ -7,7 +7,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from paca_lightning.adapter import save_adapter
+from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable
+from paca_lightning.targets import paca_layers
 
 
 class AdapterCheckpoint(Callback):
@@ -28,6 +30,12 @@ class AdapterCheckpoint(Callback):
         """Find an unusable directory before training, not after."""
         if stage == "fit":
             check_writable(self._directory(trainer), "AdapterCheckpoint(dirpath=...)")
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find that there is no adapter to write before training, not after."""
+        if not any(paca_layers(pl_module)):
+            raise PaCAError("AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy.")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,7 @@ from paca_lightning.conversion import convert, quantize_layers
 from paca_lightning.errors import PaCAError
 from paca_lightning.report import ConversionReport
 from paca_lightning.run_checks import check_optimizers, check_outputs, check_strategy, deltas_in
+from paca_lightning.same_base import KEY, check_base, remember_base
 from paca_lightning.targets import paca_layers
 from paca_lightning.training_data import select_on_training_data
 from paca_lightning.write_back import attach
@@ -63,6 +64,7 @@ class PaCAStrategy(Callback):
         self.report: ConversionReport | None = None
         self._undecided: set[str] = set()
         self._handles: list[RemovableHandle] = []
+        self._saved_base: dict[str, list[float]] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -79,7 +81,13 @@ class PaCAStrategy(Callback):
             original()
             self._convert(trainer, pl_module)
 
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            self._saved_base = checkpoint.get(KEY)
+            on_load(checkpoint)
+
+        on_load = pl_module.on_load_checkpoint
         pl_module.configure_model = configure_model  # type: ignore[method-assign]
+        pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
         if stage == "fit" and copies_without_asking(trainer):
             configure_model()
 
@@ -98,7 +106,9 @@ class PaCAStrategy(Callback):
         self._let_go(pl_module)
 
     def _let_go(self, pl_module: LightningModule) -> None:
-        vars(pl_module).pop("configure_model", None)
+        for hook in ("configure_model", "on_load_checkpoint"):
+            vars(pl_module).pop(hook, None)
+        self._saved_base = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -131,15 +141,21 @@ class PaCAStrategy(Callback):
         """What evaluation needs that conversion could not do yet: weights may have come after it."""
         if trainer.state.fn == TrainerFn.FITTING:
             return
+        self._check_base(pl_module)
         if trainer.ckpt_path is None:
             self._load_adapter(pl_module)
         elif self._undecided:
             quantize_layers(pl_module, self.config)  # the checkpoint has told the columns
             self._undecided = set()
 
+    def _check_base(self, pl_module: LightningModule) -> None:
+        if self._saved_base is not None:
+            check_base(self._saved_base, pl_module)
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hook the write-back into the optimizers and print the summary."""
+        self._check_base(pl_module)
         self._load_adapter(pl_module)
         check_optimizers(trainer, pl_module)
         for optimizer in trainer.optimizers:
@@ -195,8 +211,10 @@ class PaCAStrategy(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put averaged models right before they are saved."""
+        """Put averaged models right before they are saved, and tell which base model they are of."""
         settle_averages(trainer, pl_module)
+        if not self.full_checkpoints:
+            remember_base(checkpoint, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:

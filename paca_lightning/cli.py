@@ -120,10 +120,18 @@ def _show_data(arguments: list[str]) -> None:
     from paca_lightning.tools.data import data
     from paca_lightning.tools.run_config import lightning_cli
 
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--samples", type=int, default=3)
+    options = argparse.ArgumentParser(
+        prog="paca-lightning data",
+        usage="%(prog)s --config FILE [--samples N] [whatever fit takes to override the config]",
+        description=f"{LOOKS['data']} No model is loaded.",
+        epilog="example: %(prog)s --config configs/quickstart.yaml --samples 5",
+        allow_abbrev=False,
+    )
+    options.add_argument("--samples", type=int, default=3, metavar="N", help="conversations to print (default: 3)")
     known, others = options.parse_known_args(arguments)
-    data(lightning_cli(others, run=False).datamodule, known.samples)
+    if known.samples < 0:
+        raise PaCAError(f"--samples must not be negative, not {known.samples}.")
+    data(lightning_cli(others, run=False, prog="paca-lightning data").datamodule, known.samples)
 
 
 def _print_overview() -> None:

@@ -422,3 +422,10 @@ def test_learned_positions_bound_the_length(tmp_path: Path) -> None:
     GPT2Config(n_positions=32).save_pretrained(tmp_path / "learned")
     with pytest.raises(PaCAError, match="tokens=33 is more than the model's 32 positions"):
         Workload(model=str(tmp_path / "learned"), tokens=33)
+
+
+def test_the_floor_itself_is_what_all_are_compared_with(workload: Workload) -> None:
+    methods = [Method("floor"), Method("paca", 4), Method("floor", recompute="blocks")]
+    timings = time_methods(workload, methods, 3)
+    assert timings[methods[0]].ratio_to_floor == 1
+    assert timings[methods[2]].ratio_to_floor != 1

@@ -306,6 +306,31 @@ def test_resume_takes_the_columns_of_the_checkpoint(trainer: Any, tmp_path: Path
     assert torch.equal(other.net[0].weight, first.net[0].weight)
 
 
+class OnAnotherBase(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.net[0].weight.mul_(1.1)
+
+
+def test_checkpoint_of_another_base_model_is_refused(trainer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "one.ckpt"
+    trainer(PaCAStrategy(CONFIG), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loader())
+    trainer(PaCAStrategy(CONFIG)).test(Module(), loader(), ckpt_path=path, verbose=False)
+    for stage in ("validate", "test", "predict"):
+        with pytest.raises(PaCAError, match=r"another base model: .* most in 'net\.0'"):
+            getattr(trainer(PaCAStrategy(CONFIG)), stage)(OnAnotherBase(), loader(), ckpt_path=path)
+    with pytest.raises(PaCAError, match="another base model"):
+        trainer(PaCAStrategy(CONFIG), max_epochs=4).fit(OnAnotherBase(), loader(), ckpt_path=path)
+
+
+def test_an_adapter_checkpoint_without_an_adapter_is_refused_before_training(trainer: Any, tmp_path: Path) -> None:
+    module = Module()
+    with pytest.raises(PaCAError, match="nothing to write: no layer is trained by PaCA"):
+        trainer(AdapterCheckpoint(str(tmp_path / "adapter"))).fit(module, loader())
+    assert torch.equal(module.net[0].weight, network()[0].weight)
+
+
 def test_checkpoint_of_another_conversion_is_refused(trainer: Any, tmp_path: Path) -> None:
     trainer(PaCAStrategy(CONFIG), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loader())
     for config, message in (

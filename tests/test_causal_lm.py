@@ -1,10 +1,12 @@
 import math
+import shutil
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -301,3 +303,15 @@ def test_compiled_blocks_give_the_same_loss(directory):
     for module in (plain, compiled):
         module.configure_model()
     torch.testing.assert_close(compiled.training_step(batch, 0), plain.training_step(batch, 0))
+
+
+def test_weights_that_are_missing_or_cut_off_are_named(directory, tmp_path):
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if "up_proj" not in name}, file, {"format": "pt"})
+    with pytest.raises(PaCAError, match=r"lack 2 tensors .*'model\.layers\.0\.mlp\.up_proj\.weight'"):
+        CausalLMModule(str(tmp_path)).configure_model()
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(PaCAError, match="could not be loaded"):
+        CausalLMModule(str(tmp_path)).configure_model()

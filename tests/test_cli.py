@@ -177,3 +177,65 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert (tmp_path / "version_0" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--trainer.strategy", "frob"], "The trainer cannot be built: You selected an invalid strategy name"),
+        (["--trainer.accelerator", "tpu"], "The trainer cannot be built: "),
+        (["--trainer.logger.init_args.save_dir=/proc/nowhere"], "CSVLogger(save_dir=...): '/proc/nowhere' cannot be"),
+        (["--ckpt_path", "nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
+        (["--ckpt_path", "configs/debug.yaml"], "'configs/debug.yaml' (--ckpt_path) is no checkpoint, or was cut off."),
+    ],
+)
+def test_a_run_that_cannot_begin_says_why_in_a_line(
+    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = failure(["fit", *DEBUG, *output_to(tmp_path), *arguments], capsys)
+    assert code == 2
+    assert complaint in message
+
+
+def test_an_adapter_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    apply_paca(model, PaCAConfig(r=4))
+    save_adapter(model, tmp_path / "adapter")
+    code, message = failure(["fit", *DEBUG, *output_to(tmp_path), f"--ckpt_path={tmp_path / 'adapter'}"], capsys)
+    assert code == 2
+    assert "is an adapter, no checkpoint of a run. PaCAStrategy takes it" in message
+
+
+def test_what_the_user_gives_wins_over_the_checkpoints_hyperparameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]
+    main(["fit", *DEBUG, *output_to(tmp_path), *short])
+    checkpoint = next((tmp_path / "version_0" / "checkpoints").glob("*.ckpt"))
+    elsewhere = ["--model.init_args.model=/no/such/model", f"--ckpt_path={checkpoint}"]
+    code, message = failure(["validate", *DEBUG, *output_to(tmp_path), *elsewhere], capsys)
+    assert code == 2
+    assert "'/no/such/model' does not exist" in message
+
+
+def test_data_help_teaches_its_own_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "--help"])
+    printed = capsys.readouterr().out
+    assert "paca-lightning data --config FILE" in printed
+    assert "--samples N" in printed
+    assert failure(["data", *DEBUG, "--samples=-2"], capsys)[0] == 2
+
+
+@pytest.mark.parametrize("name", ["model", "adapter"])
+def test_export_writes_over_neither_the_model_nor_the_adapter(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = {"model": tiny_model_directory(tmp_path / "model"), "adapter": tmp_path / "adapter"}
+    paths["adapter"].mkdir()
+    before = sorted(path.name for path in paths[name].iterdir())
+    arguments = [f"--model={paths['model']}", f"--adapter={paths['adapter']}", f"--output={paths[name]}"]
+    code, message = failure(["export", *arguments], capsys)
+    assert code == 2
+    assert f"--output is --{name}" in message
+    assert sorted(path.name for path in paths[name].iterdir()) == before

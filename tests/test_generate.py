@@ -1,6 +1,7 @@
 """paca-lightning generate: answers of a base model and of its adapter."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +43,11 @@ def test_missing_model_and_adapter(base: Path, tmp_path: Path) -> None:
         generate(str(tmp_path / "nowhere"), PROMPTS)
     with pytest.raises(PaCAError, match=r"adapter_config\.json is missing"):
         generate(str(base), PROMPTS, adapter=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"), [({"max_new_tokens": 0}, "at least 1"), ({"prompts": []}, "no prompt")]
+)
+def test_nothing_to_generate(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(PaCAError, match=complaint):
+        generate("/no/model/is/loaded", **({"prompts": PROMPTS} | arguments))

@@ -1,9 +1,12 @@
 """Building a Hugging Face causal language model from a directory or a hub id, with mistakes named."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from paca_lightning.errors import PaCAError
@@ -42,9 +45,11 @@ def build_causal_lm(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if pretrained and torch.get_default_device().type != "meta":
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, attn_implementation=attn_implementation, **source
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **source
             )
+            loaded, found = result
+            _check_weights(model, found["missing_keys"])
         else:
             config = AutoConfig.from_pretrained(model, **source)
             loaded = AutoModelForCausalLM.from_config(
@@ -53,7 +58,9 @@ def build_causal_lm(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except PaCAError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise PaCAError(
             f"The model {model!r} could not be loaded: {str(error).strip()}\nWithout network, give a local directory "
             "that holds config.json, the weights (*.safetensors) and the tokenizer, as save_pretrained() writes it."
@@ -81,6 +88,14 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
         raise PaCAError(
             f"The weights of {model!r} could not be downloaded: {error}\nWithout network, give a local directory."
         ) from error
+
+
+def _check_weights(model: str, missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        raise PaCAError(
+            f"The weights of {model!r} lack {len(names)} tensors of its config.json ({names[0]!r} is one), which would "
+            "stay random. Get the whole model; or set pretrained=False to begin with random weights on purpose."
+        )
 
 
 def _check_directory(model: str) -> None:

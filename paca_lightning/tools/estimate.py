@@ -206,7 +206,9 @@ def main(arguments: list[str]) -> int:
         raise PaCAError(f"--json {known.json_file!r}: there is no directory {str(Path(known.json_file).parent)!r}.")
     module, datamodule, trainer = read_config(others, known.preset)
     run, config = traced_run(module, datamodule, trainer, known.tokens, known.batch)
-    return 0 if estimate(run, config, budget=known.budget, json_file=known.json_file, name=known.preset) else 1
+    with Console(stderr=True).status("tracing the run, and others beside it"):
+        fits = estimate(run, config, budget=known.budget, json_file=known.json_file, name=known.preset)
+    return 0 if fits else 1
 
 
 def _options() -> argparse.ArgumentParser:

@@ -1,7 +1,9 @@
 """Turn an adapter into what other programs load."""
 
+from pathlib import Path
 from typing import Literal
 
+from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable
 from paca_lightning.tools.export import export_lora, export_merged
 from paca_lightning.tools.loading import load_with_adapter
@@ -20,6 +22,9 @@ def export(model: str, adapter: str, output: str, format: Literal["merged", "lor
     Raises:
         PaCAError: If the model or the adapter cannot be used, or the directory cannot be written.
     """
+    for name, source in (("--model", model), ("--adapter", adapter)):
+        if Path(source).exists() and Path(source).resolve() == Path(output).resolve():
+            raise PaCAError(f"--output is {name}: {output!r}. Nothing was written; give a directory of its own.")
     check_writable(output, "--output")
     built, tokenizer = load_with_adapter(model, adapter)
     if format == "merged":

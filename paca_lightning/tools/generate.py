@@ -21,6 +21,10 @@ def generate(
     Raises:
         PaCAError: If the model, its tokenizer or the adapter cannot be used.
     """
+    if max_new_tokens < 1:
+        raise PaCAError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not prompts:
+        raise PaCAError("There is no prompt. Give a list: --prompts '[\"What is your name?\"]'.")
     built, tokenizer = load_with_adapter(model, adapter, dtype)
     if tokenizer.chat_template is None:
         raise PaCAError(f"The tokenizer of {model!r} has no chat template to put prompts into.")

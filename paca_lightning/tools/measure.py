@@ -91,7 +91,7 @@ def time_methods(
                     times[number].append(time)
     finally:
         gc.enable()
-    totals = {method.name: [time.total for time in own] for method, own in zip(methods, times, strict=True)}
+    totals = {method.title: [time.total for time in own] for method, own in zip(methods, times, strict=True)}
     return {
         trainee.method: _summary(trainee, own, totals[trainee.method.floor], held, workload)
         for trainee, own, held in zip(trainees, times, saved, strict=True)

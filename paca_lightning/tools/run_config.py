@@ -1,15 +1,65 @@
 """A run's config as every command reads it: LightningCLI in which configs name any classes."""
 
 import sys
+import zipfile
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
+from paca_lightning.errors import PaCAError
+from paca_lightning.files import check_writable
+
+KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
+"""What Lightning looks up by itself."""
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI whose config says what runs, and whose mistakes are told in one message."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint's path. Lightning would put its hyperparameters over what the user gives.
+
+        Raises:
+            PaCAError: If nothing is there.
+        """
+        settings = self.config.get(self.config.get("subcommand") or "") or {}
+        path = settings.get("ckpt_path")
+        if not path or path in KNOWN_CHECKPOINTS or "://" in path:
+            return
+        if not Path(path).exists():
+            raise PaCAError(f"There is no checkpoint {path!r} (--ckpt_path).")
+        if Path(path, "adapter_config.json").exists():
+            raise PaCAError(
+                f"{path!r} (--ckpt_path) is an adapter, no checkpoint of a run. PaCAStrategy takes it: "
+                "--trainer.callbacks+=PaCAStrategy --trainer.callbacks.adapter=..."
+            )
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise PaCAError(f"{path!r} (--ckpt_path) is no checkpoint, or was cut off.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer.
+
+        Raises:
+            PaCAError: If Lightning refuses its settings, or a logger could not write.
+        """
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except PaCAError:
+            raise
+        except (MisconfigurationException, ValueError, ImportError) as error:
+            raise PaCAError(f"The trainer cannot be built: {error}") from error
+        for logger in trainer.loggers:
+            if logger.save_dir and "://" not in str(logger.save_dir):
+                check_writable(logger.save_dir, f"{type(logger).__name__}(save_dir=...)")
+        return trainer
 
 
 def lightning_cli(
-    arguments: list[str], *, run: bool, cli_class: type[LightningCLI] = LightningCLI, prog: str = "paca-lightning"
+    arguments: list[str], *, run: bool, cli_class: type[LightningCLI] = RunCLI, prog: str = "paca-lightning"
 ) -> LightningCLI:
     """Parse arguments and build what they name; with ``run``, their subcommand has run when this returns.
 

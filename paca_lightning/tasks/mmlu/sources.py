@@ -79,7 +79,10 @@ def _local_rows(root: Path, split: str, subjects: Sequence[str] | None) -> Itera
         if subject is None:
             yield from read_rows(path)
         elif subjects is None or subject in subjects:
-            yield from ((where, {**fields, "subject": subject}) for where, fields in read_rows(path))
+            rows = [(where, {**fields, "subject": subject}) for where, fields in read_rows(path)]
+            if not rows:
+                raise PaCAError(f"{path} is empty. Get it again, or leave its subject out.")
+            yield from rows
 
 
 def _parts(root: Path, split: str) -> list[tuple[Path, str | None]]:

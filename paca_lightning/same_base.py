@@ -1,0 +1,48 @@
+"""Checkpoints have no base weights, but remember some of their values: a run on another base model is refused."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
+from paca_lightning.quantized import QPaCALinear
+from paca_lightning.targets import layers_by_path
+
+KEY = "paca_base"
+
+
+def remember_base(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Put some values of a module's base columns into a checkpoint, unless they lie on several ranks.
+
+    Args:
+        checkpoint: Lightning's.
+        module: Converted.
+    """
+    layers = layers_by_path(module)
+    if not any(isinstance(layer.paca_base_columns, DTensor) for layer in layers.values()):
+        checkpoint[KEY] = {path: sample_columns(layer.paca_base_columns) for path, layer in layers.items()}
+
+
+def check_base(saved: dict[str, list[float]], module: nn.Module) -> None:
+    """Compare a module, into which a checkpoint was loaded, with the base model of the checkpoint.
+
+    Args:
+        saved: What :func:`remember_base` had put there.
+        module: Converted.
+
+    Raises:
+        PaCAError: If they differ by more than rounding.
+    """
+    here: dict[str, Any] = {}
+    remember_base(here, module)
+    if KEY not in here:
+        return
+    quantized = any(isinstance(layer, QPaCALinear) for layer in layers_by_path(module).values())
+    path = differing_layer(saved, here[KEY], QUANTIZED_TOLERANCE if quantized else TOLERANCE)
+    if path is not None:
+        raise PaCAError(
+            f"The checkpoint was saved by a run on another base model: its weights differ from those here, most in "
+            f"{path!r}. Give the model that the run began with."
+        )
