@@ -56,7 +56,6 @@ class Setting:
 SMALL = "bench --preset small --batch 2 --tokens 512"
 ADAPTERS = "--methods floor,paca:16,lora:8,lora-narrow:8"
 ALL = f"{ADAPTERS},dora:8,full"
-CHECKPOINTED = "--methods floor,floor+selective,paca:16,paca:16+selective,paca:16+blocks"
 LLAMA_8B = (
     "estimate --config configs/oasst1-llama3-8b.yaml --preset llama3-8b --tokens 2048 --batch 1 "
     "--trainer.accumulate_grad_batches 1 --budget 80GB"
@@ -72,13 +71,17 @@ SETTINGS = {
         {"": f"bench --model models/SmolLM2-135M-Instruct --batch 1 --tokens 256 --steps 10 {ALL}"}, plot=bars
     ),
     "llama3-8b-4": Setting(
-        {"": f"bench --preset llama3-8b --layers 4 --batch 1 --tokens 128 --steps 5 {ADAPTERS}"}, plot=bars
+        {
+            "": "bench --preset llama3-8b --layers 4 --batch 1 --tokens 512 --steps 6 "
+            "--methods floor,floor+selective,paca:16,paca:16+selective,lora:8"
+        },
+        plot=bars,
     ),
     "quantized": Setting({"": f"{SMALL} --steps 15 --methods floor,qfloor,qpaca:16,qlora:8"}),
     "checkpointing": Setting(
         {
-            "hidden 1,024": f"{SMALL} --steps 12 {CHECKPOINTED},lora:8,lora:8+blocks",
-            "Llama-3-8B": f"bench --preset llama3-8b --layers 4 --batch 1 --tokens 512 --steps 6 {CHECKPOINTED}",
+            "": f"{SMALL} --steps 12 "
+            "--methods floor,floor+selective,paca:16,paca:16+selective,paca:16+blocks,lora:8+blocks"
         }
     ),
     "compile": Setting({"": f"{SMALL} --steps 10 --compile {ADAPTERS}"}),
