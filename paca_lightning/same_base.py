@@ -20,9 +20,8 @@ def remember_base(checkpoint: dict[str, Any], module: nn.Module) -> None:
         checkpoint: Lightning's.
         module: Converted.
     """
-    layers = layers_by_path(module)
-    if not any(isinstance(layer.paca_base_columns, DTensor) for layer in layers.values()):
-        checkpoint[KEY] = {path: sample_columns(layer.paca_base_columns) for path, layer in layers.items()}
+    if (samples := _samples(module)) is not None:
+        checkpoint[KEY] = samples
 
 
 def check_base(saved: dict[str, list[float]], module: nn.Module) -> None:
@@ -35,14 +34,20 @@ def check_base(saved: dict[str, list[float]], module: nn.Module) -> None:
     Raises:
         PaCAError: If they differ by more than rounding.
     """
-    here: dict[str, Any] = {}
-    remember_base(here, module)
-    if KEY not in here:
+    if (here := _samples(module)) is None:
         return
     quantized = any(isinstance(layer, QPaCALinear) for layer in layers_by_path(module).values())
-    path = differing_layer(saved, here[KEY], QUANTIZED_TOLERANCE if quantized else TOLERANCE)
+    path = differing_layer(saved, here, QUANTIZED_TOLERANCE if quantized else TOLERANCE)
     if path is not None:
         raise PaCAError(
             f"The checkpoint was saved by a run on another base model: its weights differ from those here, most in "
             f"{path!r}. Give the model that the run began with."
         )
+
+
+def _samples(module: nn.Module) -> dict[str, list[float]] | None:
+    """Some values of each layer's base columns, by path; None where they lie on several ranks."""
+    layers = layers_by_path(module)
+    if any(isinstance(layer.paca_base_columns, DTensor) for layer in layers.values()):
+        return None
+    return {path: sample_columns(layer.paca_base_columns) for path, layer in layers.items()}

@@ -19,6 +19,7 @@ from tests.distributed_launch import launch
 from tests.distributed_training import (
     Plain,
     Run,
+    assert_equal_runs,
     on_two_ranks,
     resume_all,
     train,
@@ -61,14 +62,6 @@ def on_one_process(run: Run, ranks: int) -> Run:
     """What a sharded run must equal. In bf16, where sums are rounded, one process takes the ranks' very batches."""
     narrow = "precision" in run.trainer or "dtype" in run.module
     return dataclasses.replace(run, strategy=None, ranks_of_one=ranks if narrow else 1)
-
-
-def assert_equal_runs(sharded: dict[str, Any], one: dict[str, Any]) -> None:
-    assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-6)
-    assert sharded["deltas"].keys() == one["deltas"].keys()
-    for path, delta in one["deltas"].items():
-        assert delta.any()
-        torch.testing.assert_close(sharded["deltas"][path], delta, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

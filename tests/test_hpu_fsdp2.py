@@ -11,7 +11,7 @@ from paca_lightning import PaCAConfig
 from paca_lightning.strategies import HPUFSDP2Strategy
 from tests.distributed_launch import launch
 from tests.distributed_training import Run as Job
-from tests.distributed_training import train
+from tests.distributed_training import assert_equal_runs, train
 from tests.simulated_hpu.processes import Run
 
 pytest_plugins = ["tests.simulated_hpu.fixtures"]
@@ -59,15 +59,6 @@ def four_cards(hpu_host: Run, checkpoints: dict[str, Path]) -> dict[str, dict[st
         jobs[f"straight, {name}"] = job
     results: dict[str, dict[str, Any]] = hpu_host(launch, train_on_cards, 4, jobs, timeout=170)[0]
     return results
-
-
-def assert_equal_runs(sharded: dict[str, Any], one: dict[str, Any]) -> None:
-    # Ranks add up in another order, and the HPU takes another kernel for attention: some ulps of fp32.
-    assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-6)
-    assert sharded["deltas"].keys() == one["deltas"].keys()
-    for path, delta in one["deltas"].items():
-        assert delta.any()
-        torch.testing.assert_close(sharded["deltas"][path], delta, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if not job.trainer])
