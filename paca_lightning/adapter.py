@@ -46,7 +46,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: Is created; files of the same names in it are replaced.
 
     Raises:
-        PaCAError: If the model has no PaCA layers.
+        PaCAError: If the model has no PaCA layers, or training diverged and left NaN or Inf in it. An adapter that was
+            there is kept.
     """
     layers = layers_by_path(model)
     config = config_of(model)
@@ -61,6 +62,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for path, module in saved_by_path(model).items():
         for name, tensor in module.state_dict().items():
             tensors[f"{PREFIX}{path}.{name}"] = whole_tensor(tensor)
+    if (broken := _not_finite(tensors)) is not None:
+        raise PaCAError(
+            f"{broken!r} has NaN or Inf: training diverged, so there is no adapter to save. Lower the learning rate, "
+            "or begin from a base model that is sound."
+        )
     if not is_first_rank():
         return
     with written_aside(directory) as scratch:
@@ -144,9 +150,8 @@ def _sorted_out(
             whole[name.removeprefix(PREFIX)] = tensor
     for path in found["paca_indices"].keys() ^ found["paca_delta"].keys():
         raise PaCAError(f"{Path(directory) / TENSORS} lacks the indices or the delta of {path!r}.")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise PaCAError(f"{Path(directory) / TENSORS}: {name.removeprefix(PREFIX)!r} has NaN or Inf.")
+    if (broken := _not_finite(tensors)) is not None:
+        raise PaCAError(f"{Path(directory) / TENSORS}: {broken!r} has NaN or Inf.")
     return found["paca_indices"], found["paca_delta"], whole
 
 
@@ -205,6 +210,14 @@ def _whole_targets(model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Ten
                 "model it was trained with."
             )
     return [(here[name], value) for name, value in whole.items()]
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor with NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name.removeprefix(PREFIX)
+    return None
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,13 +21,19 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
     """The settings an adapter was trained with.
 
     Raises:
-        PaCAError: If the directory is not a PaCA adapter.
+        PaCAError: If the directory is not a PaCA adapter, or its two files of settings contradict each other.
     """
     peft = read_json(Path(directory) / CONFIG)
     if peft.get("peft_type") != "PACA":
         raise PaCAError(f"{Path(directory) / CONFIG}: peft_type is {peft.get('peft_type')!r}, not 'PACA'.")
     ours = read_ours(Path(directory))
     if ours is not None:
+        for name, value in _in_both(ours.config).items():
+            if peft.get(name) != value:
+                raise PaCAError(
+                    f"{directory}: {CONFIG} says {name}={peft.get(name)!r} and {OURS} says {value!r}. Undo the change, "
+                    "or save the adapter again."
+                )
         return ours.config
     try:
         return PaCAConfig(
@@ -49,13 +55,20 @@ def peft_config(model: nn.Module, config: PaCAConfig) -> dict[str, Any]:
         "peft_type": "PACA",
         "task_type": "CAUSAL_LM" if base is not None and type(base).__name__.endswith("ForCausalLM") else None,
         "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        **_in_both(config),
+        "exclude_modules": config.exclude_modules or None,
+        "modules_to_save": config.modules_to_save or None,
+        "inference_mode": True,
+    }
+
+
+def _in_both(config: PaCAConfig) -> dict[str, Any]:
+    """What both files say, under PEFT's names."""
+    return {
         "r": config.r,
         "paca_alpha": config.alpha_of(None, config.r),
         "random_seed": config.seed,
         "target_modules": config.target_modules,
-        "exclude_modules": config.exclude_modules or None,
-        "modules_to_save": config.modules_to_save or None,
-        "inference_mode": True,
     }
 
 

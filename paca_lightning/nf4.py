@@ -7,6 +7,7 @@ bits a weight in all: the largest magnitude of bf16 weights is itself a bf16 num
 
 import copy
 import functools
+import logging
 import os
 import sys
 import warnings
@@ -28,6 +29,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 2**22
 HPU_VERSIONS = (Version("0.47"), Version("0.49.2"))
 """The oldest bitsandbytes with operators for Gaudi, and the newest that is recommended there."""
+
+# On processors with AVX512-BF16 its import complains that a package is missing which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Scales = tuple[Tensor, ...]
 """Scales of the blocks.

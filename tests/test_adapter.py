@@ -190,6 +190,18 @@ def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
         save_adapter(trained(tiny_llama()), tmp_path / "file")
 
 
+def test_a_diverged_model_is_not_saved_over_a_good_adapter(adapter: Path) -> None:
+    model = tiny_llama()
+    load_adapter(model, adapter)
+    model.model.layers[0].mlp.up_proj.paca_delta.data[3, 1] = float("nan")
+    before = (adapter / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(
+        PaCAError, match=r"'model\.layers\.0\.mlp\.up_proj\.paca_delta' has NaN or Inf: training diverged"
+    ):
+        save_adapter(model, adapter)
+    assert (adapter / "adapter_model.safetensors").read_bytes() == before
+
+
 # -- Damage: each error names the file or the layer, and leaves the model as it was
 
 
@@ -213,6 +225,10 @@ def edit_json(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[P
         (adapter / file).write_text(json.dumps(change(content)))
 
     return damage
+
+
+def both(*damages: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda adapter: [damage(adapter) for damage in damages] and None
 
 
 def truncate(file: str, size: int) -> Callable[[Path], None]:
@@ -258,6 +274,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit_json("adapter_config.json", lambda c: [c]),
         r"adapter_config\.json holds list, not an object",
     ),
+    "contradicting settings": (
+        edit_json("adapter_config.json", lambda c: c | {"paca_alpha": 8.0}),
+        r"adapter_config\.json says paca_alpha=8\.0 and paca_lightning\.json says 6\.0",
+    ),
     "another method": (
         edit_json("adapter_config.json", lambda c: c | {"peft_type": "LORA"}),
         "peft_type is 'LORA', not 'PACA'",
@@ -287,7 +307,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"Unknown PaCA settings \['s'\]",
     ),
     "unknown targets": (
-        edit_json("paca_lightning.json", lambda c: c | {"config": c["config"] | {"target_modules": ["c_attn"]}}),
+        both(
+            edit_json("adapter_config.json", lambda c: c | {"target_modules": ["c_attn"]}),
+            edit_json("paca_lightning.json", lambda c: c | {"config": c["config"] | {"target_modules": ["c_attn"]}}),
+        ),
         "'c_attn' matched no linear layer",
     ),
     "no indices": (

@@ -201,6 +201,12 @@ def test_the_schedule_is_planned_over_the_whole_run(directory, tmp_path):
     assert rates.seen[::3] == [0, 0.5, 1, 0.5]
 
 
+def test_a_run_that_diverges_says_so(directory, tmp_path):
+    module = CausalLMModule(directory, optimizer=adamw(float("inf")))
+    with pytest.warns(UserWarning, match=r"train/loss is nan at step \d: it diverges"):
+        trainer(tmp_path).fit(module, batches(3))
+
+
 def test_a_schedule_needs_a_run_with_an_end(directory, tmp_path):
     module = CausalLMModule(directory, lr_scheduler=CosineSchedule)
     with pytest.raises(PaCAError, match="max_steps or max_epochs"):

@@ -81,6 +81,11 @@ def test_validate_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
     loss = next(line for line in printed.splitlines() if "val/loss" in line).split("│")[2].strip()
     assert float(loss) == pytest.approx(trained[-1], rel=1e-6)
 
+    without = ["validate", *DEBUG, *output_to(tmp_path), f"--ckpt_path={checkpoint}", "--trainer.callbacks=null"]
+    code, message = failure(without, capsys)
+    assert code == 2
+    assert "saved by a run with PaCAStrategy, which this one lacks" in message
+
 
 def test_callback_by_shorthand(tmp_path: Path) -> None:
     more = ["--trainer.limit_train_batches=1", "--trainer.max_epochs=1", "--trainer.callbacks=null"]
@@ -185,6 +190,7 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
         (["--trainer.strategy", "frob"], "The trainer cannot be built: You selected an invalid strategy name"),
         (["--trainer.accelerator", "tpu"], "The trainer cannot be built: "),
         (["--trainer.logger.init_args.save_dir=/proc/nowhere"], "CSVLogger(save_dir=...): '/proc/nowhere' cannot be"),
+        (["--trainer.callbacks+=PaCAStrategy"], "Found more than one stateful callback of type `PaCAStrategy`"),
         (["--ckpt_path", "nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
         (["--ckpt_path", "configs/debug.yaml"], "'configs/debug.yaml' (--ckpt_path) is no checkpoint, or was cut off."),
     ],
@@ -195,6 +201,22 @@ def test_a_run_that_cannot_begin_says_why_in_a_line(
     code, message = failure(["fit", *DEBUG, *output_to(tmp_path), *arguments], capsys)
     assert code == 2
     assert complaint in message
+
+
+def test_of_several_ranks_only_the_one_that_found_the_mistake_speaks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(tmp_path)]
+    ranks = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    run = subprocess.run(
+        [*command, *ranks, "--data.train=nowhere.jsonl"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    assert "nowhere.jsonl" in run.stderr.splitlines()[-1]
+    assert "Traceback" not in run.stderr
 
 
 def test_an_adapter_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

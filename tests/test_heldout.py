@@ -61,6 +61,16 @@ def test_a_run_without_validation_is_refused(directory, tmp_path):
         )
 
 
+def test_a_model_that_is_broken_from_the_start_is_refused(directory, tmp_path):
+    class Broken(CausalLMModule):
+        def configure_model(self):
+            super().configure_model()
+            self.model.model.norm.weight.data[3] = float("nan")
+
+    with pytest.raises(PaCAError, match="val/loss is nan before training"):
+        trainer(tmp_path, callbacks=[HeldOutLoss()]).fit(Broken(directory), batches(1), batches(1))
+
+
 def test_a_metric_that_is_not_logged_is_named(directory, tmp_path):
     with pytest.raises(PaCAError, match=r"'loss'.*'val/loss'"):
         trainer(tmp_path, callbacks=[HeldOutLoss("loss")]).fit(CausalLMModule(directory), batches(1), batches(1))

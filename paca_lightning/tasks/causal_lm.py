@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,8 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.strategies.checkpointing import checkpoint_blocks
-from paca_lightning.strategies.sharding import find_blocks
+from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 from paca_lightning.tasks.loss import CausalLMLoss
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
@@ -119,14 +119,9 @@ class CausalLMModule(LightningModule):
             )
         if streamed:
             vars(model)["checkpoint_directory"] = checkpoint_directory(settings["model"], settings["revision"])
-        if settings["activation_checkpointing"] == "selective":
-            checkpoint_blocks(_decoder_blocks(model, "activation_checkpointing"), selective=True)
-        elif settings["activation_checkpointing"]:
-            _checkpoint_activations(model)
+        checkpoint_activations(model, settings["activation_checkpointing"])
         if settings["compile"]:
-            # Block by block: identical blocks share one compilation, and layers can still be converted before.
-            for block in _decoder_blocks(model, "compile"):
-                block.compile()
+            compile_blocks(model)
         self.model = model
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -199,6 +194,11 @@ class CausalLMModule(LightningModule):
         # On the host, so that the progress bar does not await the device at each step.
         loss = self.train_loss.compute().cpu()
         self.train_loss.reset()
+        if not loss.isfinite():
+            rank_zero_warn(
+                f"train/loss is {loss:g} at step {self.trainer.global_step}: it diverges. Lower the learning rate; "
+                "EarlyStopping(monitor='train/loss', check_finite=True) ends such runs."
+            )
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/perplexity", loss.exp())
 
@@ -251,21 +251,3 @@ def one_row(batch: Batch) -> Batch:
 
 def _inputs(batch: Batch) -> Batch:
     return {name: batch[name] for name in INPUTS if name in batch}
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    # Renamed in transformers 5.23. Not reentrant: that way also works when nothing below a block is trained.
-    enable: Callable[[dict[str, Any]], None] = getattr(
-        model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-    )
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise PaCAError(f"{type(model).__name__} cannot checkpoint its activations: {error}") from error
-
-
-def _decoder_blocks(model: PreTrainedModel, setting: str) -> list[nn.Module]:
-    blocks = find_blocks(model)
-    if not blocks:
-        raise PaCAError(f"{type(model).__name__} does not name its decoder blocks, which `{setting}` needs.")
-    return blocks

@@ -1,5 +1,7 @@
 """How much the held-out loss fell, from before the first step to the last validation."""
 
+import math
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -16,7 +18,7 @@ class HeldOutLoss(Callback):
         metric: Name under which the module logs the loss.
 
     Raises:
-        PaCAError: If the run has no validation.
+        PaCAError: If the run has no validation, or the loss before training is NaN or infinite.
     """
 
     def __init__(self, metric: str = "val/loss") -> None:
@@ -49,6 +51,11 @@ class HeldOutLoss(Callback):
         self.after = float(trainer.callback_metrics[self.metric])
         self.steps = trainer.global_step
         if trainer.sanity_checking:
+            if not math.isfinite(self.after):
+                raise PaCAError(
+                    f"{self.metric} is {self.after} before training: the model's weights hold NaN or Inf, or overflow "
+                    "in this precision (fp16 does in many models trained in bf16)."
+                )
             self.before = self.after
             for logger in trainer.loggers:
                 logger.log_metrics({self.metric: self.before}, step=0)

@@ -1,5 +1,6 @@
 """A run's config as every command reads it: LightningCLI in which configs name any classes."""
 
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -50,12 +51,31 @@ class RunCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except PaCAError:
             raise
-        except (MisconfigurationException, ValueError, ImportError) as error:
+        except (MisconfigurationException, ValueError, ImportError, RuntimeError) as error:
             raise PaCAError(f"The trainer cannot be built: {error}") from error
         for logger in trainer.loggers:
             if logger.save_dir and "://" not in str(logger.save_dir):
                 check_writable(logger.save_dir, f"{type(logger).__name__}(save_dir=...)")
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except PaCAError:
+            self._end_other_ranks()
+            raise
+        except RuntimeError as error:
+            if ".paca_delta" not in str(error):  # PyTorch's list of keys that do not fit
+                raise
+            self._end_other_ranks()
+            raise PaCAError(
+                "The checkpoint was saved by a run with PaCAStrategy, which this one lacks: add it to the callbacks."
+            ) from error
+
+    def _end_other_ranks(self) -> None:
+        """End the ranks that this one started: below its message they would add that they have lost it."""
+        if self.trainer.strategy.launcher is not None:
+            self.trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
 def lightning_cli(

@@ -1,0 +1,51 @@
+"""What acts on each decoder block of a Hugging Face model: recomputing its activations, and compiling it."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.strategies.checkpointing import checkpoint_blocks
+from paca_lightning.strategies.sharding import find_blocks
+
+
+def checkpoint_activations(model: PreTrainedModel, how: bool | Literal["selective"]) -> None:
+    """Recompute the activations of each block in the backward, instead of keeping them.
+
+    Args:
+        model: As built.
+        how: True for all of them, ``selective`` for those that are cheap, False for none.
+
+    Raises:
+        PaCAError: If the model cannot.
+    """
+    if how == "selective":
+        checkpoint_blocks(_blocks(model, "activation_checkpointing"), selective=True)
+    elif how:
+        # Renamed in transformers 5.23. Not reentrant: that way also works when nothing below a block is trained.
+        enable: Callable[[dict[str, Any]], None] = getattr(
+            model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+        )
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise PaCAError(f"{type(model).__name__} cannot checkpoint its activations: {error}") from error
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile block by block: identical blocks share one compilation, and layers can still be converted before.
+
+    Raises:
+        PaCAError: If the model does not tell its blocks.
+    """
+    for block in _blocks(model, "compile"):
+        block.compile()
+
+
+def _blocks(model: PreTrainedModel, setting: str) -> list[nn.Module]:
+    blocks = find_blocks(model)
+    if not blocks:
+        raise PaCAError(f"{type(model).__name__} does not name its decoder blocks, which `{setting}` needs.")
+    return blocks
