@@ -5,6 +5,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import rich
@@ -106,7 +107,7 @@ def _as_jsonargparse_has_them(function: Callable[..., Any], arguments: list[str]
     """Options as people type them: dashes in names, and switches without a value."""
     switches = {name for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
     result = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in pairwise([*arguments, "--"]):
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")

@@ -112,6 +112,23 @@ def test_tools_take_dashes_and_bare_switches() -> None:
     assert _as_jsonargparse_has_them(tool, typed) == ["--max_length", "8", "--compile=true", "--dtype=bf-16"]
     assert _as_jsonargparse_has_them(tool, ["--compile"]) == ["--compile=true"]
     assert _as_jsonargparse_has_them(tool, ["--compile", "false"]) == ["--compile", "false"]
+    assert _as_jsonargparse_has_them(tool, []) == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "complaint"),
+    [
+        ("generate", "required: model, prompts"),
+        ("export", "required: model, adapter, output"),
+        ("bench", "--preset"),
+    ],
+)
+def test_a_tool_without_arguments_says_what_it_needs(
+    tool: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, message = failure([tool], capsys)
+    assert code == 2
+    assert complaint in message
 
 
 def test_export_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
