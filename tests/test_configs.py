@@ -84,6 +84,18 @@ def test_header_tells_what_it_is(path: Path) -> None:
     assert f"--config {path.relative_to(ROOT)}" in "\n".join(header)
 
 
+def paca_of(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The settings of PaCA in a config's trainer."""
+    named = {entry["class_path"].rpartition(".")[2]: entry for entry in trainer["callbacks"]}
+    return named["PaCAStrategy"]["init_args"]["config"]
+
+
+def test_the_command_line_reaches_what_is_changed_most() -> None:
+    for path in CONFIGS:
+        last = settings_of(path)["trainer"]["callbacks"][-1]["class_path"].rpartition(".")[2]
+        assert last == ("MMLUEvaluation" if "mmlu" in path.name else "PaCAStrategy"), path
+
+
 @pytest.mark.parametrize("folder", ["configs", "callbacks"])
 def test_readme_lists_each(folder: str) -> None:
     readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
@@ -106,7 +118,7 @@ AUTHORS = {
 def test_hyperparameters_are_the_authors(name: str) -> None:
     settings = settings_of(ROOT / name)
     trainer, model, data = settings["trainer"], settings["model"]["init_args"], settings["data"]["init_args"]
-    paca = trainer["callbacks"][0]["init_args"]["config"]
+    paca = paca_of(trainer)
     optimizer, schedule = model["optimizer"], model["lr_scheduler"]
     assert optimizer["class_path"] == "torch.optim.AdamW"
     assert optimizer["init_args"]["weight_decay"] == 0
@@ -147,7 +159,7 @@ def test_real_shapes_train_as_many_parameters_as_reported(name: str) -> None:
     config = LlamaConfig(vocab_size=1024, **dict(zip(keys, SHAPES[name].sizes, strict=True)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    paca = settings_of(ROOT / name)["trainer"]["callbacks"][0]["init_args"]["config"]
+    paca = paca_of(settings_of(ROOT / name)["trainer"])
     apply_paca(model, PaCAConfig(**paca))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained / 1e6 == pytest.approx(SHAPES[name].trained, rel=0.005)

@@ -36,7 +36,7 @@ class RunCLI(LightningCLI):
         if Path(path, "adapter_config.json").exists():
             raise PaCAError(
                 f"{path!r} (--ckpt_path) is an adapter, no checkpoint of a run. PaCAStrategy takes it: "
-                "--trainer.callbacks+=PaCAStrategy --trainer.callbacks.adapter=..."
+                f"--trainer.callbacks=PaCAStrategy --trainer.callbacks.adapter={path}"
             )
         if Path(path).is_file() and not zipfile.is_zipfile(path):
             raise PaCAError(f"{path!r} (--ckpt_path) is no checkpoint, or was cut off.")
