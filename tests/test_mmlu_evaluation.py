@@ -8,6 +8,18 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.fsdp import fully_shard
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3NextConfig,
+)
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.causal_lm import CausalLMModule
@@ -16,7 +28,7 @@ from paca_lightning.tasks.mmlu.evaluator import MMLUEvaluator
 from paca_lightning.tasks.mmlu.metrics import MMLUAccuracy
 from paca_lightning.tasks.mmlu.prompts import build_prompt
 from paca_lightning.tasks.mmlu.scores import score_groups, wilson_interval
-from paca_lightning.tasks.mmlu.scoring import deal, plan_batches, score
+from paca_lightning.tasks.mmlu.scoring import cache_serves, deal, plan_batches, score
 from paca_lightning.tasks.mmlu.sources import read_split
 from tests.distributed_launch import launch
 from tests.mmlu_files import CHOSEN, SIZES, question, write_csv_folders
@@ -48,13 +60,82 @@ def test_scores_equal_those_of_whole_sequences(method, shots, mmlu, tokenizer):
     ]
     batches = plan_batches(prompts, [q.subject for q in questions], batch_size=3)
     assert sorted(row for batch in batches for row in batch.rows) == list(range(len(questions)))
+    assert cache_serves(model.config, prompts)
     for batch in batches:
-        scores = score(model, batch.prompts, several_tokens=True)
-        for prompt, row in zip(batch.prompts, scores, strict=True):
-            for option, length, value in zip(prompt.options, prompt.lengths, row, strict=True):
-                ids = torch.tensor([[*prompt.tokens, *option]])
-                log_likelihood = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
-                torch.testing.assert_close(value, log_likelihood[-len(option) :].sum() / length, atol=1e-5, rtol=1e-5)
+        assert_scores_of_whole_sequences(model, batch.prompts, score(model, batch.prompts, several_tokens=True))
+
+
+def assert_scores_of_whole_sequences(model, prompts, scores):
+    for prompt, row in zip(prompts, scores, strict=True):
+        for option, length, value in zip(prompt.options, prompt.lengths, row, strict=True):
+            ids = torch.tensor([[*prompt.tokens, *option]])
+            log_likelihood = model(ids, use_cache=False).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+            torch.testing.assert_close(value, log_likelihood[-len(option) :].sum() / length, atol=1e-5, rtol=1e-5)
+
+
+SHAPE = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+GPT_NEO = {"vocab_size": 384, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["local"], 2]]}
+
+
+@pytest.mark.parametrize("method", ["letter", "likelihood"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SHAPE, sliding_window=16),
+        Gemma2Config(**SHAPE, sliding_window=16),
+        Gemma3TextConfig(**SHAPE, sliding_window=16),
+        Qwen2Config(**SHAPE, sliding_window=16, use_sliding_window=True, max_window_layers=1),
+        GPTNeoConfig(**GPT_NEO, window_size=16),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_scores_of_a_windowed_model_equal_those_of_whole_sequences(config, method, tokenizer):
+    """Padding and a cache would shift what a window covers."""
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    texts = ("Why?", "Why is it so?", "Why is it so, and for how long? " * 4)
+    asked = [question(question=text, choices=("1", "the answer", "2 of it", "x " * 8)) for text in texts]
+    prompts = [build_prompt(tokenizer, q, [], method, 2048) for q in asked]
+    assert not cache_serves(config, prompts)
+    several_tokens = method == "likelihood"
+    scores = score(model, prompts, several_tokens=several_tokens, cached=False)
+    assert_scores_of_whole_sequences(model, prompts, scores)
+
+
+@pytest.mark.parametrize(
+    ("config", "serves"),
+    [
+        (MistralConfig(sliding_window=16), False),
+        (MistralConfig(sliding_window=None), True),
+        (MistralConfig(sliding_window=4096), True),
+        (Gemma3Config(text_config={"sliding_window": 16}), False),
+        (Qwen2Config(sliding_window=16), True),
+        (GPT2Config(), True),
+        (LlamaConfig(layer_types=["full_attention"] * 32), True),
+        (Qwen3NextConfig(), False),
+    ],
+)
+def test_a_cache_serves_where_each_layer_sees_the_whole_prompt(config, serves, tokenizer):
+    assert cache_serves(config, [build_prompt(tokenizer, question(), [], "letter", 2048)]) is serves
+
+
+def test_the_evaluator_uses_no_cache_where_it_does_not_serve(mmlu, tokenizer):
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=8)).eval()
+    used = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: used.append(kwargs["use_cache"]), with_kwargs=True)
+    MMLUEvaluator(read_split(mmlu, "test")[:2], [], tokenizer, shots=0).evaluate(model)
+    assert not any(used)
 
 
 def test_options_of_one_token_need_only_the_prompt(tokenizer):

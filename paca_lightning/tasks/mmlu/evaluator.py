@@ -12,7 +12,7 @@ from paca_lightning.tasks.mmlu.metrics import MMLUAccuracy
 from paca_lightning.tasks.mmlu.prompts import MAX_SHOTS, Method, Prompt, build_prompt
 from paca_lightning.tasks.mmlu.questions import Question
 from paca_lightning.tasks.mmlu.scores import Score, score_groups
-from paca_lightning.tasks.mmlu.scoring import deal, plan_batches, score
+from paca_lightning.tasks.mmlu.scoring import cache_serves, deal, plan_batches, score
 
 
 class MMLUEvaluator:
@@ -89,9 +89,10 @@ class MMLUEvaluator:
         groups = [question.subject if self.shots else None for question in self.questions]
         batches = list(deal(plan_batches(prompts, groups, self.batch_size), rank, world_size))
         several_tokens = any(len(option) > 1 for prompt in prompts for option in prompt.options)
+        cached = cache_serves(model.config, prompts)
         metric = MMLUAccuracy(self.questions).to(model.device)
         for batch in tqdm(batches, desc=f"MMLU by {method}", leave=False, disable=not progress):
-            scores = score(model, batch.prompts, several_tokens=several_tokens)
+            scores = score(model, batch.prompts, several_tokens=several_tokens, cached=cached)
             metric.update(batch.rows, scores.argmax(1))
         counts = metric.compute()
         return score_groups(counts["correct"].tolist(), counts["questions"].tolist(), self.confidence)

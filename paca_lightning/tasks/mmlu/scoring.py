@@ -1,4 +1,4 @@
-"""The log-likelihood of four continuations of each prompt, computed with as little work as a key-value cache allows."""
+"""The log-likelihood of four continuations of each prompt, with as little work as the model's cache allows."""
 
 import copy
 from array import array
@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from paca_lightning.tasks.mmlu.prompts import Prompt
 
 _LEAST_FILLED = 0.7  # of a row: rather a smaller batch than more padding
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # as configurations call them; the last: GPT-Neo's
+_CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +65,47 @@ def deal(batches: Sequence[ScoringBatch], rank: int, world_size: int) -> Iterato
         yield batches[(start + rank) % len(batches)]
 
 
-@torch.no_grad()
-def score(model: PreTrainedModel, prompts: Sequence[Prompt], *, several_tokens: bool) -> Tensor:
-    """Length-normalized log-likelihood of each prompt's options.
+def cache_serves(config: PreTrainedConfig, prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts can be continued from a padded cache: not if a layer sees less than a whole sequence.
 
-    The tokens that all prompts share are run once, the rest of each prompt once, and its options continue from its
-    cache: sorted by length and as many at a time as there are prompts, so that little is padded and the cache is never
-    more than twice its size. Only the last position of a prompt has logits.
+    The padding between a prompt's cached tokens would take up room in its window, and the cache of a window has
+    forgotten what the shorter prompts of a batch still see. Recurrent layers would take the padding for tokens.
 
     Args:
-        model: A causal language model with a key-value cache.
+        config: Of the model.
+        prompts: All that are to be scored with it.
+    """
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or _CACHED_LAYERS)
+    if layers == {"full_attention"} or not getattr(text, "use_sliding_window", True):
+        return True
+    windows = [window for name in _WINDOWS if (window := getattr(text, name, None)) is not None]
+    longest = max(len(prompt.tokens) + max(map(len, prompt.options)) for prompt in prompts)
+    return layers <= _CACHED_LAYERS and all(longest <= window for window in windows)
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, prompts: Sequence[Prompt], *, several_tokens: bool, cached: bool = True) -> Tensor:
+    """Length-normalized log-likelihood of each prompt's options.
+
+    Cached, the tokens that all prompts share are run once, the rest of each prompt once, and its options continue from
+    its cache: sorted by length and as many at a time as there are prompts, so that little is padded and the cache is
+    never more than twice its size. Only the last position of a prompt has logits. Otherwise each option is run with
+    its whole prompt, which takes several times as long where options have more than one token.
+
+    Args:
+        model: A causal language model.
         prompts: Prompts that begin with the same token at least, all with N options.
         several_tokens: Whether options of any prompt, on any process, have more than one token. It alone decides the
             number of forward passes, which sharded models need to be equal on all processes.
+        cached: Whether a key-value cache may be used, as :func:`cache_serves` says.
 
     Returns:
         Scores, shape (B, N), float32.
     """
     count = len(prompts[0].options)
-    cache, mask, logits = _read(model, [prompt.tokens for prompt in prompts])
+    tokens = [prompt.tokens for prompt in prompts]
+    cache, mask, logits = _read(model, tokens) if cached else (None, None, _read_whole(model, tokens, 1)[:, -1])
 
     options = [option for prompt in prompts for option in prompt.options]  # B * N
     first_tokens = torch.tensor([option[0] for option in options], device=logits.device).view(-1, count)
@@ -89,8 +113,13 @@ def score(model: PreTrainedModel, prompts: Sequence[Prompt], *, several_tokens: 
     if several_tokens:
         by_length = sorted(range(len(options)), key=lambda number: len(options[number]))
         for start in range(0, len(options), len(prompts)):
-            chunk = torch.tensor(by_length[start : start + len(prompts)], device=logits.device)
-            scores[chunk] += _continue(model, cache, mask, chunk // count, [options[number] for number in chunk])
+            numbers = by_length[start : start + len(prompts)]
+            chunk = torch.tensor(numbers, device=logits.device)
+            chosen = [options[number] for number in numbers]
+            if mask is None:
+                scores[chunk] += _continue_whole(model, [tokens[number // count] for number in numbers], chosen)
+            else:
+                scores[chunk] += _continue(model, cache, mask, chunk // count, chosen)
     lengths = torch.tensor([prompt.lengths for prompt in prompts], device=logits.device)
     return scores.view(-1, count) / lengths
 
@@ -125,6 +154,26 @@ def _continue(
     return total
 
 
+def _read_whole(model: PreTrainedModel, sequences: Sequence["array[int]"], kept: int) -> Tensor:
+    """Logits (B, kept, V) of the last tokens of each sequence, without a cache."""
+    ids, mask = _padded(sequences, model.device, left=True)
+    return _forward(model, ids, mask, None, logits_to_keep=kept)
+
+
+def _continue_whole(model: PreTrainedModel, prompts: Sequence["array[int]"], options: Sequence["array[int]"]) -> Tensor:
+    """Log-likelihood of each option's tokens but the first, after its prompt."""
+    sequences = [prompt + option for prompt, option in zip(prompts, options, strict=True)]
+    longest = max(map(len, options))
+    logits = _read_whole(model, sequences, longest)
+    total = torch.zeros(len(options), device=logits.device)
+    for last in range(1, longest):  # counted from the end
+        ids = torch.tensor([sequence[-last] for sequence in sequences], device=logits.device)
+        inside = torch.tensor([last < len(option) for option in options], device=logits.device)
+        log_likelihood = logits[:, -1 - last].float().log_softmax(-1).gather(1, ids[:, None])
+        total += log_likelihood.squeeze(1) * inside
+    return total
+
+
 def _shared_length(sequences: Sequence["array[int]"]) -> int:
     """How many tokens all sequences begin with, but leaving each at least one."""
     first, last = min(sequences), max(sequences)  # in the order of sorting, those between share what these two share
@@ -133,11 +182,10 @@ def _shared_length(sequences: Sequence["array[int]"]) -> int:
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Tensor:
-    """Logits of tokens that continue a cache, which takes them up; masked tokens take no position."""
+    """Logits of tokens that continue a cache, if there is one, which takes them up; masked tokens take no position."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kwargs
-    ).logits
+    caching = {"past_key_values": cache, "use_cache": cache is not None}
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **caching, **kwargs).logits
 
 
 def _padded(sequences: Sequence["array[int]"], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
