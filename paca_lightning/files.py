@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,11 +34,16 @@ def check_writable(directory: str | os.PathLike[str], purpose: str) -> None:
 
 
 @contextmanager
-def written_aside(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def written_aside(directory: str | os.PathLike[str], supersedes: Sequence[str] = ()) -> Iterator[Path]:
     """A scratch directory whose files move to ``directory`` when the block ends well, and vanish when it does not.
 
     A new directory appears complete, in one rename. In one that exists, each file is replaced in one rename, and other
     files stay.
+
+    Args:
+        directory: Where to.
+        supersedes: Patterns of names, such as ``*.safetensors``. Files of an existing directory that match one, and
+            were not written now, are removed in the end: a reader would mix them up with the new ones.
 
     Raises:
         PaCAError: If the directory cannot be written.
@@ -55,8 +60,12 @@ def written_aside(directory: str | os.PathLike[str]) -> Iterator[Path]:
         for file in scratch.iterdir():  # some libraries write through temporary files that only their owner may read
             file.chmod((0o777 if file.is_dir() else 0o666) & ~_umask())
         if destination.exists():
-            for file in scratch.iterdir():
-                file.replace(destination / file.name)
+            written = {file.name for file in scratch.iterdir()}
+            for name in written:
+                (scratch / name).replace(destination / name)
+            for file in [file for pattern in supersedes for file in destination.glob(pattern)]:
+                if file.name not in written:
+                    file.unlink()
         else:
             scratch.rename(destination)
     finally:

@@ -120,7 +120,7 @@ def test_tools_take_dashes_and_bare_switches() -> None:
     [
         ("generate", "required: model, prompts"),
         ("export", "required: model, adapter, output"),
-        ("bench", "--preset"),
+        ("bench", "Give either a model (hub id or directory) or a preset"),
     ],
 )
 def test_a_tool_without_arguments_says_what_it_needs(

@@ -73,6 +73,27 @@ def test_merged_checkpoint_computes_the_same(tmp_path: Path, quantize: str | Non
     }
 
 
+@pytest.mark.parametrize("sizes", [("5GB", "100KB"), ("100KB", "5GB")])
+def test_a_second_export_leaves_no_weights_of_the_first(
+    tmp_path: Path, sizes: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.md").write_text("mine")
+    first, second = (trained(in_bf16(tiny_llama(seed)), PaCAConfig(r=4)) for seed in (0, 1))
+    for model, size in zip((first, second), sizes, strict=True):
+        monkeypatch.setattr("paca_lightning.tools.export.SHARD_SIZE", size)
+        export_merged(model, tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(second))
+    assert len(list(tmp_path.glob("model*"))) == (1 if sizes[1] == "5GB" else 4)
+    assert (tmp_path / "notes.md").exists()
+
+
+def test_no_merged_model_beside_an_adapter_that_would_be_loaded_in_its_place(tmp_path: Path) -> None:
+    model = trained(tiny_llama(), PaCAConfig(r=4))
+    export_lora(model, tmp_path)
+    with pytest.raises(PaCAError, match="holds an adapter"):
+        export_merged(model, tmp_path)
+
+
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_merged_columns_are_exact(tmp_path: Path, quantize: str | None) -> None:
     dense = tiny_llama()

@@ -36,6 +36,17 @@ def test_files_of_the_same_name_are_replaced_and_others_stay(tmp_path: Path) -> 
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one.txt": "new", "notes.txt": "mine"}
 
 
+def test_what_is_superseded_goes_once_the_new_files_are_there(tmp_path: Path) -> None:
+    for name in ("part-1.txt", "part-2.txt", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    with pytest.raises(RuntimeError, match="disk"), written_aside(tmp_path, supersedes=["part-*.txt"]):
+        raise RuntimeError("the disk is full")
+    assert len(list(tmp_path.iterdir())) == 3
+    with written_aside(tmp_path, supersedes=["part-*.txt"]) as scratch:
+        (scratch / "part-1.txt").write_text("new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"part-1.txt": "new", "notes.txt": "old"}
+
+
 def test_an_existing_directory_keeps_its_files_when_writing_fails(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("old")
     with pytest.raises(RuntimeError, match="disk"):

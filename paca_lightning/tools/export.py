@@ -22,6 +22,8 @@ from paca_lightning.trained_whole import saved_modules
 
 DTYPE = torch.bfloat16
 SHARD_SIZE = "5GB"
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Files of one checkpoint, of which another layout leaves some: from_pretrained would take the old ones."""
 
 
 class Tokenizer(Protocol):
@@ -39,12 +41,14 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
 
     Args:
         model: The converted Hugging Face model, or a module around it.
-        directory: Is created; files of the same names in it are replaced.
+        directory: Is created; files of the same names in it are replaced, and the weights of an earlier model removed.
         tokenizer: Is saved beside it.
 
     Raises:
-        PaCAError: If there is no Hugging Face model or no PaCA layer in it, or a layer's own quantization is unknown.
+        PaCAError: If there is no Hugging Face model or no PaCA layer in it, a layer's own quantization is unknown, or
+            the directory holds an adapter.
     """
+    check_no_adapter(directory)
     base = _hugging_face_model(model)
     _layers(model)
     config = copy.deepcopy(base.config)
@@ -56,7 +60,7 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
     state = _plain_state(base)
     if not is_first_rank():
         return
-    with written_aside(directory) as scratch:
+    with written_aside(directory, supersedes=WEIGHTS) as scratch:
         plain.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
@@ -116,6 +120,19 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(settings, indent=2) + "\n"
         Path(scratch / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def check_no_adapter(directory: str | os.PathLike[str]) -> None:
+    """Raise if a directory for a merged model holds an adapter.
+
+    Raises:
+        PaCAError: Because from_pretrained would load the adapter and its base model in place of the merged one.
+    """
+    if Path(directory, "adapter_config.json").exists():
+        raise PaCAError(
+            f"{str(directory)!r} holds an adapter, which programs would load instead of a merged model in the same "
+            "directory. Choose another directory."
+        )
 
 
 def _layers(model: nn.Module) -> dict[str, PaCALayer]:

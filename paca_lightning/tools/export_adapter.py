@@ -5,7 +5,7 @@ from typing import Literal
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable
-from paca_lightning.tools.export import export_lora, export_merged
+from paca_lightning.tools.export import check_no_adapter, export_lora, export_merged
 from paca_lightning.tools.loading import load_with_adapter
 
 
@@ -15,7 +15,7 @@ def export(model: str, adapter: str, output: str, format: Literal["merged", "lor
     Args:
         model: Hugging Face directory or hub id of the base model.
         adapter: Adapter directory, such as the one that AdapterCheckpoint wrote.
-        output: Directory to write.
+        output: Directory to write. One that exists keeps its other files, but for the weights of an earlier export.
         format: merged, a plain Hugging Face checkpoint in bf16 with its tokenizer; or lora, an exact LoRA adapter of
             the same rank in PEFT's layout, for servers that know only LoRA.
 
@@ -26,6 +26,8 @@ def export(model: str, adapter: str, output: str, format: Literal["merged", "lor
         if Path(source).exists() and Path(source).resolve() == Path(output).resolve():
             raise PaCAError(f"--output is {name}: {output!r}. Nothing was written; give a directory of its own.")
     check_writable(output, "--output")
+    if format == "merged":
+        check_no_adapter(output)
     built, tokenizer = load_with_adapter(model, adapter)
     if format == "merged":
         export_merged(built, output, tokenizer)
