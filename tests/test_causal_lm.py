@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from paca_lightning.errors import PaCAError
 from paca_lightning.tasks import causal_lm
 from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.schedules import CosineSchedule, LinearSchedule
 from tests.tiny import tiny_model_directory
 
@@ -182,6 +183,40 @@ def test_validation_loss_weighs_every_token_alike(directory, tmp_path):
     assert result["val/perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
     (tested,) = run.test(module, batches(5), verbose=False)
     assert tested["test/loss"] == result["val/loss"]
+
+
+def test_bf16_true_logs_the_mean_over_hundreds_of_batches(directory, tmp_path):
+    """A sum of 500 losses does not fit into bf16: it would stop growing, and the mean would keep falling."""
+    run = trainer(tmp_path, precision="bf16-true", log_every_n_steps=500)
+    module = CausalLMModule(directory, optimizer=adamw(0.0))
+    loader = DataLoader(list(batches(5)) * 100, batch_size=None)
+    run.fit(module, loader, loader)
+
+    with torch.no_grad():
+        sums = [module.loss(module.model, causal_lm._inputs(batch), batch["labels"]) for batch in batches(5)]
+    mean = sum(float(total) for total, _ in sums) / sum(int(tokens) for _, tokens in sums)
+    assert run.callback_metrics["train/loss"] == pytest.approx(mean, rel=1e-3)
+    assert run.callback_metrics["val/loss"] == pytest.approx(mean, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"),
+    [
+        (lambda module: module.bfloat16(), torch.float32),
+        (lambda module: module.to(torch.float16), torch.float32),
+        (lambda module: module.to(torch.float64), torch.float64),
+        (lambda module: module.to_empty(device="cpu"), torch.float32),
+    ],
+    ids=["bfloat16", "float16", "float64", "to_empty"],
+)
+def test_the_metric_keeps_its_state_in_fp32_or_wider_wherever_it_moves(cast, dtype):
+    metric = MeanTokenLoss()
+    metric.update(torch.tensor(1000.5), torch.tensor(3))
+    cast(torch.nn.ModuleList([metric]))
+    assert (metric.total.dtype, metric.tokens.dtype) == (dtype, torch.int64)
+    assert metric.compute() == torch.tensor(1000.5 / 3, dtype=dtype)
+    metric.reset()
+    assert (metric.total.dtype, metric.total.item(), metric.tokens.item()) == (dtype, 0, 0)
 
 
 def test_the_schedule_is_planned_over_the_whole_run(directory, tmp_path):
