@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
@@ -254,6 +255,35 @@ def test_training_shows_the_accuracy_before_it_beside_the_one_after(mmlu, model_
     }
 
 
+def test_a_resumed_run_has_no_accuracy_before_training(mmlu, model_directory, tmp_path, capsys):
+    def fit(root, **settings):
+        evaluation = MMLUEvaluation(methods=["letter"], shots=0, limit=1, baseline=True)
+        run = trainer(root, logger=CSVLogger(root, name=None, version=""), callbacks=[evaluation], **settings)
+        run.fit(CausalLMModule(model_directory), data(mmlu, model_directory), ckpt_path=checkpoint, weights_only=True)
+        return run, (root / "metrics.csv").read_text()
+
+    checkpoint = None
+    first, logged = fit(tmp_path / "first", max_epochs=1)
+    assert "mmlu/before/accuracy" in logged
+    checkpoint = tmp_path / "first.ckpt"
+    first.save_checkpoint(checkpoint)
+    capsys.readouterr()
+    _, logged = fit(tmp_path / "second", max_epochs=2)
+    assert "mmlu/accuracy" in logged
+    assert "before" not in logged
+    assert "before" not in capsys.readouterr().out
+    assert [path.name for path in sorted((tmp_path / "second" / "mmlu").iterdir())] == [
+        f"validate-step=000010.{suffix}" for suffix in ("csv", "json")
+    ]
+
+
+def test_a_run_directory_that_cannot_be_made_is_found_before_anything_runs(mmlu, model_directory, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    run = trainer(tmp_path / "file" / "run", callbacks=[MMLUEvaluation(mmlu, model_directory)])
+    with pytest.raises(PaCAError, match=r"The run's directory: .* cannot be written"):
+        run.test(ForeignModule(), torch.utils.data.DataLoader(torch.ones(2, 1)), verbose=False)
+
+
 class ForeignModule(LightningModule):
     """A user's own module, which has a model and knows nothing of MMLU."""
 
@@ -295,11 +325,13 @@ def test_a_bad_setting_of_the_evaluation(settings, complaint, mmlu, model_direct
         run.test(ForeignModule(), torch.utils.data.DataLoader(torch.ones(2, 1)), verbose=False)
 
 
-def test_a_module_without_a_model(mmlu, model_directory, tmp_path):
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(1, 1), tiny_llama().model])
+def test_a_module_without_a_language_model(model, mmlu, model_directory, tmp_path):
     module = ForeignModule()
-    module.model = None
+    module.model = model
     run = trainer(tmp_path, callbacks=[MMLUEvaluation(mmlu, model_directory)])
-    with pytest.raises(PaCAError, match="in the attribute 'model' of ForeignModule, where there is NoneType"):
+    complaint = f"in the attribute 'model' of ForeignModule, where there is {type(model).__name__}"
+    with pytest.raises(PaCAError, match=complaint):
         run.test(module, torch.utils.data.DataLoader(torch.ones(2, 1)), verbose=False)
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.causal_lm import CausalLMModule
@@ -68,6 +68,37 @@ def test_asking_leaves_the_model_and_the_training_as_they_were(directory, tmp_pa
         return [row["train/loss"] for row in metrics.rows[1:]]
 
     assert losses([SampleAnswers([QUESTION], max_new_tokens=2)]) == losses([])
+
+
+def test_a_resumed_run_has_no_answers_from_before_training(directory, tmp_path, capsys):
+    first = trainer(tmp_path)
+    first.fit(CausalLMModule(directory), datamodule=Chat(2))
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    run = trainer(tmp_path / "second", callbacks=[SampleAnswers([QUESTION], max_new_tokens=2)], max_epochs=2)
+    run.fit(CausalLMModule(directory), datamodule=Chat(2), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    (row,) = json.loads((tmp_path / "second" / "answers.json").read_text())
+    assert set(row) == {"prompt", "after"}
+    printed = capsys.readouterr().out
+    assert "Answers after training" in printed
+    assert "before" not in printed
+
+
+@pytest.mark.parametrize("model", [None, torch.nn.Linear(4, 4)])
+def test_a_module_without_a_language_model_is_found_before_training(directory, tmp_path, model):
+    class Foreign(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch):
+            raise AssertionError("training has begun")
+
+        def configure_optimizers(self):
+            return None
+
+    run = trainer(tmp_path, callbacks=[SampleAnswers([QUESTION])])
+    with pytest.raises(PaCAError, match=f"in the attribute 'model' of Foreign, .* {type(model).__name__}"):
+        run.fit(Foreign(), datamodule=Chat(1))
 
 
 def test_a_tokenizer_can_be_named(directory, tmp_path):

@@ -1,7 +1,7 @@
 """What a chat model answers to a few questions, before and after training."""
 
 import json
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import replacing
 from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.language_model import language_model
 
 FILE_NAME = "answers.json"
 
@@ -23,7 +24,8 @@ class SampleAnswers(Callback):
 
     Answers are greedy, each as the first turn of a conversation in the tokenizer's chat template. They are printed as a
     table and written to ``answers.json`` in the run's directory. All processes generate them, as a sharded model
-    needs all; the first prints and writes.
+    needs all; the first prints and writes. A run that resumes from a checkpoint does not start before training, so it
+    asks afterwards only.
 
     Args:
         prompts: The questions.
@@ -31,7 +33,8 @@ class SampleAnswers(Callback):
         tokenizer: Directory or hub id. Default: the data module's ``tokenizer``.
 
     Raises:
-        PaCAError: If there is no question, no tokenizer or no chat template, or the run's directory cannot be written.
+        PaCAError: If there is no question, no tokenizer, no chat template or no Hugging Face model, or the run's
+            directory cannot be written.
     """
 
     def __init__(self, prompts: list[str], max_new_tokens: int = 64, tokenizer: str | None = None) -> None:
@@ -51,15 +54,19 @@ class SampleAnswers(Callback):
             self._tokenizer = self._find_tokenizer(trainer)
             self._directory = run_directory(trainer)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there is a model to ask."""
+        language_model(pl_module, "SampleAnswers")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask before the first step."""
-        self.answers = {"before": self._ask(trainer, pl_module)}
-        self._show("Answers before training")
+        self.answers = {}
+        if trainer.global_step == 0:
+            self._ask_and_show(trainer, pl_module, "before")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask after the last step, and write all answers."""
-        self.answers["after"] = self._ask(trainer, pl_module)
-        self._show("Answers before and after training")
+        self._ask_and_show(trainer, pl_module, "after")
         self._write()
 
     def _find_tokenizer(self, trainer: Trainer) -> PreTrainedTokenizerBase:
@@ -82,9 +89,13 @@ class SampleAnswers(Callback):
             raise PaCAError("SampleAnswers asks through a chat template, and the tokenizer has none. Give it one.")
         return tokenizer
 
+    def _ask_and_show(self, trainer: Trainer, pl_module: LightningModule, when: str) -> None:
+        self.answers[when] = self._ask(trainer, pl_module)
+        self._show(f"Answers {' and '.join(self.answers)} training")
+
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Answers of the model, which is left as it was."""
-        model = cast(PreTrainedModel, pl_module.model)
+        model = language_model(pl_module, "SampleAnswers")
         training = [module for module in model.modules() if module.training]
         model.eval()  # without dropout, and with a cache also where activations are checkpointed
         try:

@@ -1,19 +1,20 @@
 """MMLU accuracy at each validation and test of any LightningModule around a Hugging Face causal language model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.artifacts import run_directory
 from paca_lightning.tasks.data.tokenizer import load_tokenizer
+from paca_lightning.tasks.language_model import language_model
 from paca_lightning.tasks.mmlu.evaluator import MMLUEvaluator
 from paca_lightning.tasks.mmlu.prompts import MAX_SHOTS, Method
 from paca_lightning.tasks.mmlu.questions import sample
@@ -47,11 +48,13 @@ class MMLUEvaluation(Callback):
         batch_size: Questions scored at a time on each process.
         max_length: Most tokens of a prompt with its answer. Longer prompts lose examples, the first ones first.
         validation_split: Split to ask in validations. Default: that of the ``MMLUDataModule``, or ``validation``.
-        baseline: Also evaluate before the first training step, and show those results beside the later ones.
+        baseline: Also evaluate before the first training step, and show those results beside the later ones. A run
+            that resumes from a checkpoint does not start before training, so it has no such results.
         confidence: Level of the confidence intervals.
 
     Raises:
-        PaCAError: Before anything runs, if a setting, the source or a question is wrong.
+        PaCAError: Before anything runs, if a setting, the source, a question or the model is wrong, or the run's
+            directory cannot be written.
     """
 
     def __init__(
@@ -94,8 +97,11 @@ class MMLUEvaluation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            return
+        self._directory = run_directory(trainer)
         split = self._split(stage)
-        if stage == "predict" or split in self._evaluators:
+        if split in self._evaluators:
             return
         if self.source is None:
             raise PaCAError("MMLUEvaluation has no source: set it to a directory of MMLU, or to a hub id (cais/mmlu).")
@@ -136,7 +142,10 @@ class MMLUEvaluation(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.baseline:
+        self._before = None
+        if self.baseline and trainer.global_step > 0:
+            rank_zero_info("MMLU: a resumed run has no baseline before training.")
+        elif self.baseline:
             self._before = self._evaluate(trainer, pl_module, "before")
             for logger in trainer.loggers:
                 logger.log_metrics({f"mmlu/before/{name}": value for name, value in _metrics(self._before).items()}, 0)
@@ -168,14 +177,13 @@ class MMLUEvaluation(Callback):
                 ranks["num_replicas"],
                 progress=trainer.is_global_zero and getattr(bar, "is_enabled", False),
             )
-        directory = trainer.log_dir  # asked on all processes, as they agree on it
         if trainer.is_global_zero:
             title = f"MMLU: {split} split, {self.shots}-shot, step {trainer.global_step}"
             # Within a training run the subjects would fill the screen again and again; the files have them.
             fitting = trainer.state.fn == TrainerFn.FITTING
             rich.print(result_table(title, results, self._before, subjects=not fitting))
             name = f"{stage}-step={trainer.global_step:06d}"
-            write_results(Path(directory or ".") / "mmlu", name, results, self._about(split, trainer.global_step))
+            write_results(self._directory / "mmlu", name, results, self._about(split, trainer.global_step))
         return results
 
     def _about(self, split: str, step: int) -> dict[str, Any]:
@@ -188,13 +196,8 @@ class MMLUEvaluation(Callback):
         return "test" if stage == "test" else self.validation_split or "validation"
 
     def _model(self, pl_module: LightningModule) -> PreTrainedModel:
-        model = getattr(pl_module, "model", None)
-        positions = getattr(getattr(model, "config", None), "max_position_embeddings", self.max_length)
-        if not callable(model) or not hasattr(model, "config"):
-            raise PaCAError(
-                f"MMLUEvaluation needs a Hugging Face causal language model in the attribute 'model' of "
-                f"{type(pl_module).__name__}, where there is {type(model).__name__}."
-            )
+        model = language_model(pl_module, "MMLUEvaluation")
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", self.max_length)
         if positions < self.max_length:
             raise PaCAError(
                 f"The model has {positions} positions, fewer than max_length={self.max_length} of MMLUEvaluation. Set "
