@@ -1,13 +1,16 @@
 import time
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from paca_lightning.tasks.throughput import TokenThroughput, flops_per_token
+from paca_lightning.tasks.data.collate import Documents, PadCollator
+from paca_lightning.tasks.throughput import TokenThroughput, count_tokens, flops_per_token
 from tests.test_causal_lm import batches, trainer
 from tests.tiny import tiny_llama, tiny_model_directory
 
@@ -37,8 +40,30 @@ def test_flops_of_gpt2s_transposed_layers_count():
     assert flops_per_token(model, 0) == 4 * (8 * 24 + 8 * 8 + 2 * 8 * 32 + 8 * 16)
 
 
+def test_flops_of_attention_are_those_of_the_first_hugging_face_config():
+    outer = torch.nn.Module()
+    outer.config, outer.model = {"a": 1}, tiny_llama()
+    assert flops_per_token(outer, 32) == flops_per_token(outer.model, 32)
+    del outer.model
+    assert flops_per_token(outer, 32) == 0
+
+
+@pytest.mark.parametrize("per_row", [[1, 1, 1], [2, 1], [3]])
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_does_not_count_however_batches_are_made(per_row, packed):
+    lengths = np.array([5, 3, 6])
+    trained = np.arange(14) % 3 == 1  # of each document, one at least
+    documents = Documents(np.arange(14) + 1, trained, lengths, np.array(per_row))
+    batch = PadCollator(0, pad_to_multiple_of=7, packed=packed)(documents)
+    assert batch["input_ids"].numel() >= 14
+    assert count_tokens(batch) == 14
+
+
 class Slow(Callback):
-    """Takes 20 ms over each training batch and a second over validation."""
+    """Takes a second before training, 20 ms over each training batch and a second over validation."""
+
+    def on_train_start(self, *args):
+        time.sleep(1.0)
 
     def on_train_batch_start(self, *args):
         time.sleep(0.02)
@@ -47,11 +72,11 @@ class Slow(Callback):
         time.sleep(1.0)
 
 
-def test_logs_tokens_per_second_without_padding_and_validation(tmp_path):
+def test_logs_tokens_per_second_without_padding_and_what_is_not_training(tmp_path):
     directory = str(tiny_model_directory(tmp_path / "model"))
     run = trainer(
         tmp_path,
-        callbacks=[Slow(), TokenThroughput(peak_flops=1e9)],
+        callbacks=[TokenThroughput(peak_flops=1e9), Slow()],
         log_every_n_steps=6,
         val_check_interval=3,
         limit_val_batches=1,
@@ -61,7 +86,7 @@ def test_logs_tokens_per_second_without_padding_and_validation(tmp_path):
     run.fit(module, batches(6), batches(1))
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches(6))
     speed = float(run.callback_metrics["train/tokens_per_second"])
-    assert tokens / 1.0 < speed < tokens / 0.12  # at least 6 x 20 ms, and not the second of validation
+    assert tokens / 1.0 < speed < tokens / 0.12  # at least 6 x 20 ms, and neither second of other work
 
     flops = sum(
         int(batch["attention_mask"].sum()) * flops_per_token(module, batch["input_ids"].shape[1])
@@ -75,6 +100,24 @@ def test_no_mfu_where_the_peak_is_unknown(tmp_path):
     run.fit(CausalLMModule(str(tiny_model_directory(tmp_path / "model"))), batches(2))
     assert "train/tokens_per_second" in run.callback_metrics
     assert "train/mfu" not in run.callback_metrics
+
+
+class Counting(LightningModule):
+    """Trains on batches of any kind."""
+
+    def training_step(self, batch):
+        raise AssertionError("training has begun")
+
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"), [(torch.ones(3), "a Tensor"), ({"x": torch.ones(3)}, "the keys \\['x'\\]")]
+)
+def test_batches_without_token_ids_are_refused(batch, found, tmp_path):
+    with pytest.raises(PaCAError, match=f"`input_ids` .*, and there is {found}"):
+        trainer(tmp_path, callbacks=[TokenThroughput()]).fit(Counting(), DataLoader([batch], batch_size=None))
 
 
 def test_a_peak_that_is_none_is_refused():

@@ -1,6 +1,7 @@
 """Speed of training: tokens per second, and model FLOPs utilization (MFU)."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data.collate import IGNORE_INDEX
 
 
 def flops_per_token(module: nn.Module, length: int) -> float:
@@ -26,33 +28,54 @@ def flops_per_token(module: nn.Module, length: int) -> float:
         length: T.
     """
     total = 0.0
-    config = None
+    text = None
     for part in module.modules():
-        config = config or getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
+        if text is None and hasattr(config, "get_text_config"):
+            text = config.get_text_config()
         inputs = getattr(part, "in_features", getattr(part, "nx", None))
         outputs = getattr(part, "out_features", getattr(part, "nf", None))
         if isinstance(inputs, int) and isinstance(outputs, int):
             trained = sum(p.numel() for p in part.parameters(recurse=False) if p.requires_grad)
             total += 4 * inputs * outputs + 2 * trained
-    if config is not None:
-        text = config.get_text_config()
+    if text is not None:
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         total += 12 * text.num_hidden_layers * text.num_attention_heads * head_size * length
     return total
 
 
+def count_tokens(batch: Mapping[str, Tensor]) -> Tensor | int:
+    """How many tokens of a batch are not padding; on a device, it is not awaited.
+
+    Args:
+        batch: ``input_ids`` (B, T) and whatever tells of padding: ``attention_mask`` (B, T); or, for packed rows,
+            ``position_ids`` and ``labels`` (B, T), as padding is a document of its own then, in which nothing is
+            trained.
+    """
+    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None:
+        return mask.sum()
+    if positions is None or positions.shape != ids.shape or "labels" not in batch:
+        return ids.numel()
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    starts = torch.where(positions == 0, columns, 0).amax(1, keepdim=True)  # (B, 1), of each row's last document
+    filled = ((batch["labels"] != IGNORE_INDEX) & (columns >= starts)).any(1, keepdim=True)
+    return torch.where(filled, ids.shape[1], starts).sum()
+
+
 class TokenThroughput(Callback):
     """Logs ``train/tokens_per_second`` of all devices together and ``train/mfu``, at the trainer's logging steps.
 
-    Tokens that are padding do not count; validation does not count as time. The device is awaited at logging steps
-    only, where Lightning's ``ThroughputMonitor``, whose table of devices this uses, awaits it at every step.
+    Tokens that are padding do not count; validation, and what runs before the first step, do not count as time. The
+    device is awaited at logging steps only, where Lightning's ``ThroughputMonitor``, whose table of devices this uses,
+    awaits it at every step.
 
     Args:
         peak_flops: FLOPs per second that one device can do at best. Default: what Lightning's table says of the device
             and dtype. No MFU is logged where it says nothing, as for a CPU.
 
     Raises:
-        PaCAError: If ``peak_flops`` is not positive.
+        PaCAError: If ``peak_flops`` is not positive; before the first step, if batches have no ``input_ids``.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -60,28 +83,34 @@ class TokenThroughput(Callback):
             raise PaCAError(f"peak_flops must be positive, not {peak_flops!r}.")
         self.peak_flops = peak_flops
         self._peak: float | None = None
-        self._started = self._paused = 0.0
+        self._started: float | None = None
+        self._paused = 0.0
         self._flops_of_length: dict[int, float] = {}
         self._tokens: Tensor
         self._flops: Tensor
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up the device, and start the clock."""
+        """Look up the device."""
         device = pl_module.device
         self._peak = self.peak_flops or get_available_flops(device, _compute_dtype(trainer, pl_module))
         self._flops_of_length.clear()
         self._tokens, self._flops = torch.zeros(2, dtype=torch.float32, device=device).unbind()
-        self._started = time.perf_counter()
+        self._started = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock at the first batch, as other callbacks may be busy long at the start of training."""
+        if self._started is None:
+            _check_batch(batch)
+            self._started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Count a batch; log at logging steps."""
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        length = ids.shape[-1]
+        length = batch["input_ids"].shape[-1]
         if length not in self._flops_of_length:
             self._flops_of_length[length] = flops_per_token(pl_module, length)
-        tokens = ids.numel() if mask is None else mask.sum()
+        tokens = count_tokens(batch)
         self._tokens += tokens
         self._flops += tokens * self._flops_of_length[length]
         if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
@@ -92,8 +121,8 @@ class TokenThroughput(Callback):
         # Reading the sums awaits the device, so that the clock is read when the work is done.
         tokens, flops = trainer.strategy.reduce(counted, reduce_op="sum").tolist()
         now = time.perf_counter()
-        seconds = now - self._started
-        self._started = now
+        assert self._started is not None
+        seconds, self._started = now - self._started, now
         self._tokens.zero_()
         self._flops.zero_()
         pl_module.log("train/tokens_per_second", torch.tensor(tokens / seconds, dtype=torch.float32))
@@ -107,8 +136,17 @@ class TokenThroughput(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the clock go on."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if self._started is not None and trainer.state.fn == TrainerFn.FITTING:
             self._started += time.perf_counter() - self._paused
+
+
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise PaCAError(
+            "TokenThroughput counts tokens in batches that are dictionaries with `input_ids` (rows, length), and there "
+            f"is {found}. Leave the callback out, or use Lightning's ThroughputMonitor, which can be told how to count."
+        )
 
 
 def _compute_dtype(trainer: Trainer, module: nn.Module) -> torch.dtype:
