@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.sampler import Batch, BatchOrder
 from paca_lightning.tasks.instruction import InstructionDataModule
@@ -26,7 +27,9 @@ def lengths(documents: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("pack_to", [None, 64])
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize(("documents", "batch_size", "world_size"), [(7, 3, 1), (50, 4, 1), (53, 2, 3), (90, 3, 4)])
+@pytest.mark.parametrize(
+    ("documents", "batch_size", "world_size"), [(7, 3, 1), (50, 4, 1), (53, 2, 3), (90, 3, 4), (53, 1, 3), (50, 1, 4)]
+)
 def test_ranks_share_every_document_once_in_equally_many_batches(
     documents: int, batch_size: int, world_size: int, shuffle: bool, pack_to: int | None
 ) -> None:
@@ -37,10 +40,29 @@ def test_ranks_share_every_document_once_in_equally_many_batches(
     batches = [list(order.batches(epoch=3)) for order in orders]
     assert {len(rank) for rank in batches} == {len(orders[0])}
     flat = [batch for rank in batches for batch in rank]
-    assert sorted(np.concatenate([batch.documents for batch in flat])) == list(range(documents))
+    own = [batch.documents for batch in flat if not batch.repeated]
+    assert sorted(np.concatenate(own)) == list(range(documents))
     rows = [len(batch.per_row) for batch in flat]
     assert max(rows) <= batch_size
-    assert min(rows) >= max(rows) - 1 >= 0
+    assert min(rows) >= max(1, max(rows) - 1)
+    for step in zip(*batches, strict=True):  # every step has something to train on
+        assert not all(batch.repeated for batch in step)
+
+
+def test_a_rank_without_a_row_of_its_own_gets_one_that_trains_nothing(data_settings: dict[str, Any]) -> None:
+    data = InstructionDataModule(**data_settings | {"batch_size": 1})
+    data.setup("fit")
+    split = data.splits["train"]
+    reader, collate = DocumentReader(split.dataset), PadCollator(pad_token_id=2)
+    batches = [
+        [collate(reader.__getitems__(batch)) for batch in BatchOrder(split.column("length"), 1, rank=r, world_size=3)]
+        for r in range(3)
+    ]
+    trained = [[int((batch["labels"] != -100).sum()) for batch in rank] for rank in batches]
+    assert len(split.dataset) == 11
+    assert [len(rank) for rank in trained] == [4, 4, 4]
+    assert sum(row == 0 for rank in trained for row in rank) == 1
+    assert sum(map(sum, trained)) == split.column("trained_length").sum()
 
 
 def listed(order: BatchOrder, epoch: int, start: int = 0) -> list[list[int]]:
@@ -68,6 +90,23 @@ def test_grouping_by_length_saves_padding_and_puts_the_longest_row_first() -> No
     grouped = BatchOrder(of, 8)
     assert padding(grouped, of) < 0.2 * padding(BatchOrder(of, 8, group_by_length=False), of)
     assert of[next(iter(grouped)).documents].max() == of.max()
+
+
+@pytest.mark.parametrize(("group_by_length", "pack_to"), [(True, None), (True, 64), (False, 64)])
+def test_the_first_batches_of_an_unshuffled_order_are_like_the_rest(group_by_length: bool, pack_to: int | None) -> None:
+    """What `limit_val_batches` takes is a fair sample of the split, and always the same one."""
+    of = lengths(4000)
+    order = BatchOrder(of, 8, shuffle=False, group_by_length=group_by_length, pack_to=pack_to)
+    first = [batch.documents for _, batch in zip(range(30), order.batches(0), strict=False)]
+    assert of[np.concatenate(first)].mean() == pytest.approx(of.mean(), rel=0.1)
+    assert listed(order, 1) == listed(order, 0)
+    if pack_to is None:
+        assert padding(order, of) < 0.2 * padding(BatchOrder(of, 8, group_by_length=False), of)
+
+
+def test_an_order_that_nothing_changes_is_that_of_the_documents() -> None:
+    order = BatchOrder(lengths(6), 2, shuffle=False, group_by_length=False)
+    assert listed(order, 0) == listed(order, 1) == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_fewer_rows_than_processes_are_refused() -> None:

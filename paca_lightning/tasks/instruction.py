@@ -25,8 +25,8 @@ class InstructionDataModule(LightningDataModule):
     A source is a local file (JSON list, JSON Lines, either of them gzipped, or Parquet), a directory written by
     `datasets`' `save_to_disk`, or a data set id on the Hugging Face hub. The loaders share the data over the
     processes themselves (the Trainer's `use_distributed_sampler` does not matter), use every row exactly once an
-    epoch, and resume in the middle of one. After `setup`, `tokenizer` is the tokenizer and `splits` holds the
-    tokenized splits.
+    epoch, and resume in the middle of one. A process for which no row is left in an epoch's last step gets one whose
+    labels are all -100. After `setup`, `tokenizer` is the tokenizer and `splits` holds the tokenized splits.
 
     Args:
         tokenizer: Directory or hub id of the tokenizer; usually the model's.

@@ -37,7 +37,7 @@ class DocumentReader(torch.utils.data.Dataset[Documents]):
         trained = table.column("trained").combine_chunks()
         return Documents(
             ids.flatten().to_numpy(),
-            trained.flatten().to_numpy(zero_copy_only=False),
+            trained.flatten().to_numpy(zero_copy_only=False) & (not batch.repeated),
             ids.value_lengths().to_numpy(),
             batch.per_row,
         )

@@ -28,13 +28,13 @@ class Packing:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def draw(self, rng: np.random.Generator | None) -> np.ndarray:
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Return the documents in the order of the packs, shape (documents,): the first `sizes[0]` are pack 0's.
 
         Args:
-            rng: Draws among documents of equal length; None keeps them in order.
+            rng: Draws among documents of equal length.
         """
-        ties = np.arange(len(self.lengths)) if rng is None else rng.permutation(len(self.lengths))
+        ties = rng.permutation(len(self.lengths))
         return np.lexsort((ties, -self.lengths))[self._by_pack]
 
 

@@ -12,26 +12,34 @@ _GROUPED_STEPS = 50  # rows are sorted by length within this many steps: little 
 
 
 class Batch(NamedTuple):
-    """The documents of a batch, row after row, and how many of them each row holds: one, unless packed."""
+    """The documents of a batch, row after row, and how many of them each row holds: one, unless packed.
+
+    A batch that only repeats a row of another rank counts for nothing: none of its tokens may be trained or measured.
+    """
 
     documents: np.ndarray
     per_row: np.ndarray
+    repeated: bool = False
 
 
 class BatchOrder:
     """Batches of documents for one rank, epoch by epoch.
 
     Every document is used exactly once an epoch. Every rank gets the same number of batches, whose sizes differ by at
-    most one row (so a last, small batch is spread over all of them). The batches that the ranks take in one step are
-    neighbours in length, so that none waits for another; with shuffling, the step with the longest row comes first,
-    so that a batch too large for the memory fails at once.
+    most one row (so a last, small batch is spread over all of them). Where there is not a row for each of them (single
+    rows that do not divide by the ranks), some ranks' batch of one step only repeats a row, and is marked so.
+
+    The batches that the ranks take in one step are neighbours in length, so that none waits for another. The steps
+    are mixed, so that the first few, which is what `limit_val_batches` takes, are like the rest; but with shuffling
+    the step with the longest row comes first, so that a batch too large for the memory fails at once.
 
     Lightning calls `set_epoch` before each epoch (it looks for it on a loader's `sampler`).
 
     Args:
         lengths: Tokens of each document, shape (documents,).
         batch_size: Rows in a batch, at most.
-        shuffle: Draw the order anew from (seed, epoch); otherwise it is the same in every epoch.
+        shuffle: Draw the order anew from (seed, epoch). Otherwise it is the same in every epoch: drawn once from the
+            seed if rows are grouped or packed, else that of the documents.
         group_by_length: Put rows of similar length together, so that there is less padding.
         pack_to: Pack documents into rows of this many tokens; None for one document a row.
         seed: Of the order.
@@ -85,7 +93,7 @@ class BatchOrder:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield an epoch's batches of this rank from position `start` on."""
-        rng = np.random.default_rng([self.seed, epoch]) if self.shuffle else None
+        rng = np.random.default_rng([self.seed, epoch if self.shuffle else 0])
         if self._packing is None:
             documents, sizes, row_lengths = np.arange(self.num_rows), np.ones(self.num_rows, np.int64), self.lengths
             firsts = documents
@@ -94,23 +102,38 @@ class BatchOrder:
             firsts = np.cumsum(sizes) - sizes
             row_lengths = np.add.reduceat(self.lengths[documents], firsts)
         rows = self._row_order(row_lengths, rng)
-        bounds = np.arange(len(self) * self.world_size + 1) * self.num_rows // (len(self) * self.world_size)
+        count = len(self) * self.world_size
+        # Fewer than one step's batches, all of the last step: no step is without a row of its own.
+        repeats = max(0, count - self.num_rows)
+        rows = np.append(rows, np.repeat(rows[-1:], repeats))
+        bounds = np.arange(count + 1) * len(rows) // count
         for step in self._step_order(row_lengths[rows], bounds, rng)[start:]:
             batch = step * self.world_size + self.rank
             chosen = rows[bounds[batch] : bounds[batch + 1]]
-            yield Batch(documents[_ranges(firsts[chosen], sizes[chosen])], sizes[chosen])
+            yield Batch(
+                documents[_ranges(firsts[chosen], sizes[chosen])], sizes[chosen], repeated=batch >= count - repeats
+            )
 
-    def _row_order(self, row_lengths: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        order = np.arange(self.num_rows) if rng is None else rng.permutation(self.num_rows)
+    @property
+    def _mixed(self) -> bool:
+        # Packing puts long documents first.
+        return self.shuffle or self.group_by_length or self._packing is not None
+
+    def _row_order(self, row_lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if not self._mixed:
+            return np.arange(self.num_rows)
+        order = rng.permutation(self.num_rows)
         if not self.group_by_length:
             return order
-        group = self.num_rows if rng is None else _GROUPED_STEPS * self.batch_size * self.world_size
+        group = _GROUPED_STEPS * self.batch_size * self.world_size
         return order[np.lexsort((-row_lengths[order], np.arange(self.num_rows) // group))]
 
-    def _step_order(self, row_lengths: np.ndarray, bounds: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        if rng is None:
+    def _step_order(self, row_lengths: np.ndarray, bounds: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if not self._mixed:
             return np.arange(len(self))
         steps = rng.permutation(len(self))
+        if not self.shuffle:
+            return steps
         longest = (np.searchsorted(bounds, np.argmax(row_lengths), side="right") - 1) // self.world_size
         return np.concatenate(([longest], steps[steps != longest]))
 
