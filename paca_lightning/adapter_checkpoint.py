@@ -1,6 +1,7 @@
 """AdapterCheckpoint: the callback that leaves an adapter directory behind."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -8,15 +9,17 @@ from typing_extensions import override
 
 from paca_lightning.adapter import save_adapter
 from paca_lightning.errors import PaCAError
-from paca_lightning.files import check_writable
+from paca_lightning.files import check_writable, written_aside
+from paca_lightning.gathering import is_first_rank
 from paca_lightning.targets import paca_layers
 
 
 class AdapterCheckpoint(Callback):
     """Write the adapter when fitting ends, and when it is interrupted with Ctrl-C.
 
-    The directory holds what ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take. For
-    snapshots during training use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run.
+    The directory holds what ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take; and the
+    data module's ``tokenizer``, if it has one, whose chat template may be another than the base model's. For snapshots
+    during training use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run.
 
     Args:
         dirpath: Where to. Default: ``adapter`` in the logger's directory.
@@ -51,6 +54,10 @@ class AdapterCheckpoint(Callback):
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         directory = self._directory(trainer)
         save_adapter(pl_module, directory)
+        tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
+            with written_aside(directory) as scratch:  # after the adapter, which shall not be lost to a tokenizer
+                tokenizer.save_pretrained(scratch)
         rank_zero_info(f"Adapter: {directory}")
 
     def _directory(self, trainer: Trainer) -> Path:

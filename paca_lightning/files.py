@@ -62,6 +62,8 @@ def written_aside(directory: str | os.PathLike[str], supersedes: Sequence[str] =
         if destination.exists():
             written = {file.name for file in scratch.iterdir()}
             for name in written:
+                if (scratch / name).is_dir():  # a directory takes the place of an empty one alone
+                    shutil.rmtree(destination / name, ignore_errors=True)
                 (scratch / name).replace(destination / name)
             for file in [file for pattern in supersedes for file in destination.glob(pattern)]:
                 if file.name not in written:

@@ -87,7 +87,7 @@ def test_a_second_export_leaves_no_weights_of_the_first(
     assert (tmp_path / "notes.md").exists()
 
 
-def test_no_merged_model_beside_an_adapter_that_would_be_loaded_in_its_place(tmp_path: Path) -> None:
+def test_no_merged_model_beside_an_adapter_that_would_go_on_top(tmp_path: Path) -> None:
     model = trained(tiny_llama(), PaCAConfig(r=4))
     export_lora(model, tmp_path)
     with pytest.raises(PaCAError, match="holds an adapter"):

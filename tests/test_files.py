@@ -36,6 +36,14 @@ def test_files_of_the_same_name_are_replaced_and_others_stay(tmp_path: Path) -> 
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one.txt": "new", "notes.txt": "mine"}
 
 
+def test_directories_of_the_same_name_are_replaced_too(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with written_aside(tmp_path) as scratch:
+            (scratch / "templates").mkdir()
+            (scratch / "templates" / f"{text}.txt").write_text(text)
+    assert [path.name for path in (tmp_path / "templates").iterdir()] == ["new.txt"]
+
+
 def test_what_is_superseded_goes_once_the_new_files_are_there(tmp_path: Path) -> None:
     for name in ("part-1.txt", "part-2.txt", "notes.txt"):
         (tmp_path / name).write_text("old")

@@ -66,7 +66,7 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
             tokenizer.save_pretrained(scratch)
 
 
-def export_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
     """Write what a converted model learned as a LoRA adapter in PEFT's layout, of the same rank and without loss.
 
     A change of some columns, ``scaling * D``, is the product of ``B = D`` and an ``A`` whose rows pick the columns, so
@@ -76,6 +76,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Args:
         model: The converted model, or a module around it.
         directory: Is created; files of the same names in it are replaced.
+        tokenizer: Is saved beside it, where servers look for the chat template that an adapter was trained with.
 
     Raises:
         PaCAError: If the model has no PaCA layers.
@@ -120,17 +121,19 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(settings, indent=2) + "\n"
         Path(scratch / "adapter_config.json").write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
 
 
 def check_no_adapter(directory: str | os.PathLike[str]) -> None:
     """Raise if a directory for a merged model holds an adapter.
 
     Raises:
-        PaCAError: Because from_pretrained would load the adapter and its base model in place of the merged one.
+        PaCAError: Because from_pretrained would put the adapter on top of the merged model.
     """
     if Path(directory, "adapter_config.json").exists():
         raise PaCAError(
-            f"{str(directory)!r} holds an adapter, which programs would load instead of a merged model in the same "
+            f"{str(directory)!r} holds an adapter, which programs would put on top of a merged model in the same "
             "directory. Choose another directory."
         )
 

@@ -12,11 +12,14 @@ from paca_lightning.tools.loading import load_with_adapter
 def export(model: str, adapter: str, output: str, format: Literal["merged", "lora"] = "merged") -> None:
     """Write a model with its adapter as a plain Hugging Face checkpoint, or the adapter as LoRA.
 
+    Either comes with the tokenizer in the adapter's directory, whose chat template is the one of training; with the
+    model's where there is none.
+
     Args:
         model: Hugging Face directory or hub id of the base model.
         adapter: Adapter directory, such as the one that AdapterCheckpoint wrote.
         output: Directory to write. One that exists keeps its other files, but for the weights of an earlier export.
-        format: merged, a plain Hugging Face checkpoint in bf16 with its tokenizer; or lora, an exact LoRA adapter of
+        format: merged, a plain Hugging Face checkpoint in bf16; or lora, an exact LoRA adapter of
             the same rank in PEFT's layout, for servers that know only LoRA.
 
     Raises:
@@ -32,5 +35,5 @@ def export(model: str, adapter: str, output: str, format: Literal["merged", "lor
     if format == "merged":
         export_merged(built, output, tokenizer)
     else:
-        export_lora(built, output)
+        export_lora(built, output, tokenizer)
     print(f"Written: {output}")

@@ -9,7 +9,10 @@ from paca_lightning.tools.loading import load_with_adapter
 def generate(
     model: str, prompts: list[str], adapter: str | None = None, max_new_tokens: int = 128, dtype: str = "auto"
 ) -> None:
-    """Print a model's greedy answer to each prompt, in its chat template.
+    """Print a model's greedy answer to each prompt, in the chat template of training.
+
+    That is the one of the tokenizer in the adapter's directory; of the model's where there is none; and ChatML, as
+    training uses it, for a tokenizer without a template.
 
     Args:
         model: Hugging Face directory or hub id of the base model.
@@ -26,8 +29,6 @@ def generate(
     if not prompts:
         raise PaCAError("There is no prompt. Give a list: --prompts '[\"What is your name?\"]'.")
     built, tokenizer = load_with_adapter(model, adapter, dtype)
-    if tokenizer.chat_template is None:
-        raise PaCAError(f"The tokenizer of {model!r} has no chat template to put prompts into.")
     merge(built)
     for prompt in prompts:
         print(f"> {prompt}\n{greedy_answer(built, tokenizer, prompt, max_new_tokens)}\n")

@@ -1,9 +1,11 @@
 """A base model with its tokenizer, and an adapter on top."""
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.adapter import load_adapter
-from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data.tokenizer import load_tokenizer
 from paca_lightning.tasks.pretrained import build_causal_lm
 
 
@@ -14,17 +16,16 @@ def load_with_adapter(
 
     Args:
         model: Hugging Face directory or hub id.
-        adapter: Adapter directory. None: the base model alone.
+        adapter: Adapter directory; a tokenizer in it is preferred to the model's, for its chat template is what the
+            adapter was trained with. None: the base model alone.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
 
     Raises:
         PaCAError: If one of them cannot be used.
     """
     built = build_causal_lm(model, dtype=dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise PaCAError(f"{model!r} has no tokenizer that can be loaded: {error}") from error
+    trained_with = adapter is not None and Path(adapter, "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(adapter if adapter is not None and trained_with else model)
     if adapter is not None:
         load_adapter(built, adapter)
     return built.eval(), tokenizer
