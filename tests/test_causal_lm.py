@@ -279,6 +279,17 @@ def test_bf16_true_leaves_rotary_frequencies_alone(directory, tmp_path):
     torch.testing.assert_close(module(next(iter(batches()))), expected(**next(iter(batches()))).logits)
 
 
+def test_logits_of_packed_documents_are_those_of_each_alone(directory):
+    module = CausalLMModule(directory)
+    module.configure_model()
+    first, second = torch.randint(VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(0)).split([10, 14], 1)
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    with torch.no_grad():
+        packed = module({"input_ids": torch.cat([first, second], 1), "position_ids": positions})
+        alone = [module({"input_ids": document}) for document in (first, second)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
+
+
 def test_random_weights_need_no_weight_file(tmp_path):
     directory = tiny_model_directory(tmp_path / "model")
     (directory / "model.safetensors").unlink()
@@ -311,6 +322,7 @@ def test_checkpoints_hold_primitive_settings_and_load_without_pickle(directory, 
         ({"dtype": "bf16"}, "dtype='bf16' is unknown"),
         ({"attn_implementation": "magic"}, "could not be loaded"),
         ({"loss_chunk_size": 0}, "loss_chunk_size"),
+        ({"activation_checkpointing": "Selective"}, "activation_checkpointing='Selective' is unknown"),
     ],
 )
 def test_wrong_settings_are_named(directory, settings, message):

@@ -82,6 +82,10 @@ class CausalLMModule(LightningModule):
         super().__init__()
         # Primitives only: checkpoints are loaded with weights_only=True.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        if activation_checkpointing not in (False, True, "selective"):
+            raise PaCAError(
+                f"activation_checkpointing={activation_checkpointing!r} is unknown. Choose false, true or selective."
+            )
         if compile and activation_checkpointing == "selective":
             raise PaCAError(
                 "torch.compile itself chooses what to recompute: leave activation_checkpointing off with it."
@@ -168,7 +172,8 @@ class CausalLMModule(LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, T, V) of a batch."""
         assert self.model is not None
-        return self.model(**_inputs(batch)).logits
+        # With a cache, Hugging Face's models would let packed documents attend to each other.
+        return self.model(**_inputs(batch), use_cache=False).logits
 
     def on_train_start(self) -> None:
         """Forget what an earlier run had not logged yet."""
