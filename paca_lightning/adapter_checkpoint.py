@@ -1,13 +1,16 @@
 """AdapterCheckpoint: the callback that leaves an adapter directory behind."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from paca_lightning.adapter import save_adapter
+from paca_lightning.averaging import Averaging
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable, written_aside
 from paca_lightning.gathering import is_first_rank
@@ -15,24 +18,60 @@ from paca_lightning.targets import paca_layers
 
 
 class AdapterCheckpoint(Callback):
-    """Write the adapter when fitting ends, and when it is interrupted with Ctrl-C.
+    """Write the adapter when fitting ends, and when it is interrupted with Ctrl-C; or the best one, with ``monitor``.
 
     The directory holds what ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take; and the
-    data module's ``tokenizer``, if it has one, whose chat template may be another than the base model's. For snapshots
-    during training use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run.
+    data module's ``tokenizer``, if it has one, whose chat template may be another than the base model's. To resume a
+    run, use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run.
 
     Args:
         dirpath: Where to. Default: ``adapter`` in the logger's directory.
+        monitor: A metric of validation, such as ``val/loss``. The adapter is then written after each validation that
+            improves it, and not at the end: what stays is the best, on any number of devices. Only if there was no
+            validation is it that of the last step. A resumed run goes on with the best of its checkpoint where it
+            writes to the same directory.
+        mode: Whether the best is the ``min`` or the ``max`` of the metric.
+
+    Raises:
+        PaCAError: If the directory cannot be written or belongs to two of these callbacks, no layer is trained by PaCA,
+            the metric is not logged, or an averaging callback makes another model than the one that is validated.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    def __init__(
+        self, dirpath: str | None = None, monitor: str | None = None, mode: Literal["min", "max"] = "min"
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise PaCAError(f"AdapterCheckpoint: mode must be 'min' or 'max', not {mode!r}.")
         self.dirpath = dirpath
+        self.monitor = monitor
+        self.mode = mode
+        self.best: float | None = None
+        self._directory: Path | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Of each of several such callbacks its own."""
+        return self._generate_state_key(dirpath=self.dirpath, monitor=self.monitor, mode=self.mode)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find an unusable directory before training, not after."""
-        if stage == "fit":
-            check_writable(self._directory(trainer), "AdapterCheckpoint(dirpath=...)")
+        if stage != "fit":
+            return
+        self.best = None
+        self._directory = self._find_directory(trainer)
+        check_writable(self._directory, "AdapterCheckpoint(dirpath=...)")
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            another = isinstance(other, AdapterCheckpoint) and other is not self
+            if another and other._find_directory(trainer) == self._directory:
+                raise PaCAError(f"Two AdapterCheckpoints write to {str(self._directory)!r}. Give one a `dirpath`.")
+            if isinstance(other, Averaging) and self.monitor is not None:
+                raise PaCAError(
+                    f"AdapterCheckpoint(monitor=...) writes the weights of the moment, and {type(other).__name__} "
+                    "makes a model of averages. Leave `monitor` out: the adapter at the end is of the averages."
+                )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,24 +80,58 @@ class AdapterCheckpoint(Callback):
             raise PaCAError("AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy.")
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter if it is the best so far."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise PaCAError(
+                f"AdapterCheckpoint(monitor={self.monitor!r}): no such metric is logged. There are {sorted(metrics)}."
+            )
+        value = float(metrics[self.monitor])
+        sign = 1 if self.mode == "min" else -1
+        better = not math.isnan(value) and (self.best is None or sign * value < sign * self.best)
+        if trainer.strategy.reduce_boolean_decision(better):  # of one mind: ranks gather their shards together
+            self._save(trainer, pl_module)
+            self.best = value
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter."""
+        """Write the adapter, unless the best one is there."""
+        if self.best is not None:
+            rank_zero_info(f"Adapter with the best {self.monitor} ({self.best:.4g}): {self._directory}")
+            return
+        if self.monitor is not None:
+            rank_zero_warn(f"No validation gave {self.monitor!r} a value: the adapter is that of the last step.")
         self._save(trainer, pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the adapter as it stands when the user stops the run."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0:
+        """Write the adapter as it stands when the user stops the run, unless the best one is there."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0 and self.best is None:
             self._save(trainer, pl_module)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The best value, and where its adapter is."""
+        return {} if self.best is None else {"best": self.best, "directory": str(self._directory)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best value if its adapter is still there."""
+        if state_dict["directory"] == str(self._directory) and Path(state_dict["directory"]).is_dir():
+            self.best = state_dict["best"]
+
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        directory = self._directory(trainer)
-        save_adapter(pl_module, directory)
+        assert self._directory is not None
+        save_adapter(pl_module, self._directory)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
-            with written_aside(directory) as scratch:  # after the adapter, which shall not be lost to a tokenizer
+            with written_aside(self._directory) as scratch:  # after the adapter, which shall not be lost to a tokenizer
                 tokenizer.save_pretrained(scratch)
-        rank_zero_info(f"Adapter: {directory}")
+        if self.monitor is None:
+            rank_zero_info(f"Adapter: {self._directory}")
 
-    def _directory(self, trainer: Trainer) -> Path:
+    def _find_directory(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
