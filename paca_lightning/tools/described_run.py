@@ -7,6 +7,15 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from paca_lightning.callback import PaCAStrategy
 from paca_lightning.config import PaCAConfig
@@ -17,8 +26,9 @@ from paca_lightning.tools.presets import preset_config
 from paca_lightning.tools.run_config import lightning_cli
 from paca_lightning.tools.traced_step import TracedRun
 
-SHARDED = ("paca_fsdp2", "hpu_fsdp2")
-COPIED = ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook", "ddp_find_unused_parameters_true", "hpu_ddp")
+ESTIMATED = (SingleDeviceStrategy, DDPStrategy)
+NOT_ESTIMATED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
+"""Subclasses of those, which keep the model in other ways."""
 
 
 class _Config(LightningCLI):
@@ -65,7 +75,7 @@ def traced_run(
     Raises:
         PaCAError: If something of it cannot be traced, or is not said.
     """
-    if "configure_model" not in vars(type(module)):
+    if not is_overridden("configure_model", module):
         raise PaCAError(
             f"{type(module).__name__} does not build its model in configure_model, so it cannot be built without its "
             "weights. Move the building there, or use CausalLMModule."
@@ -118,13 +128,24 @@ def _devices(devices: Any) -> int:
 
 def _strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
     """The strategy that shards the model, if one does; otherwise whether gradients are copied to be exchanged."""
-    if isinstance(strategy, FSDP2Strategy) or strategy in SHARDED:
+    kind = _class_of(strategy)
+    if issubclass(kind, FSDP2Strategy):
         strategy = strategy if isinstance(strategy, FSDP2Strategy) else FSDP2Strategy()
         size = strategy.shard_size or ranks
         if ranks % size:
             raise PaCAError(f"shard_size={size} does not divide {ranks} ranks.")
         return strategy, False
-    name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if name in ("auto", "SingleDeviceStrategy", "HPUSingleStrategy") or name in COPIED or "DDP" in name:
+    if issubclass(kind, ESTIMATED) and not issubclass(kind, NOT_ESTIMATED):
         return None, ranks > 1
+    name = strategy if isinstance(strategy, str) else kind.__name__
     raise PaCAError(f"strategy={name!r} is not estimated. Use auto, ddp or paca_fsdp2.")
+
+
+def _class_of(strategy: Any) -> type:
+    """Class of a strategy that is given as it is, or by its name."""
+    if strategy == "auto":
+        return SingleDeviceStrategy
+    if isinstance(strategy, str):
+        known = StrategyRegistry[strategy]["strategy"] if strategy in StrategyRegistry else None
+        return known if isinstance(known, type) else object
+    return type(strategy)
