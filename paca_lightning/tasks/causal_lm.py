@@ -13,12 +13,15 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.data.model_fit import length_misfit, tokenizer_misfit
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
+from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.loss import CausalLMLoss
 from paca_lightning.tasks.metrics import MeanTokenLoss
+from paca_lightning.tasks.mmlu import MMLUDataModule
 from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
 from paca_lightning.tasks.schedules import WarmupSchedule
 
@@ -36,6 +39,9 @@ class CausalLMModule(LightningModule):
     Batches are dicts of ``input_ids`` (B, T), ``labels`` (B, T) with -100 where not trained, aligned with the inputs
     (the loss shifts them), and if need be ``attention_mask`` (B, T) and ``position_ids`` (B, T). Where documents are
     packed, the label of each one's first token must be -100.
+
+    Where the data module has the ``tokenizer``, it is compared with the model before anything runs: ids that the model
+    has no embeddings for, another model's vocabulary, rows longer than learned positions.
 
     Each micro-batch's loss is the mean over its own trained tokens; with gradient accumulation and over processes,
     gradients are averaged over micro-batches, so that a token in a short batch weighs more. Logged, at the trainer's
@@ -174,6 +180,42 @@ class CausalLMModule(LightningModule):
         assert self.model is not None
         # With a cache, Hugging Face's models would let packed documents attend to each other.
         return self.model(**_inputs(batch), use_cache=False).logits
+
+    def on_fit_start(self) -> None:
+        """See that the data fit the model.
+
+        Raises:
+            PaCAError: If a data module of this package makes ids or rows that the model has no embeddings for, or that
+                mean something else to it. Of any other data module it is only warned.
+        """
+        self._check_data()
+
+    def on_validation_start(self) -> None:
+        """See that the data fit the model, if validation is all there is to do."""
+        if self.trainer.state.fn == "validate":
+            self._check_data()
+
+    def on_test_start(self) -> None:
+        """See that the data fit the model."""
+        self._check_data()
+
+    def _check_data(self) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(datamodule, "tokenizer", None)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return
+        settings, model = self.hparams, self._built()
+        name = settings["model"] if settings["pretrained"] else None
+        max_length = getattr(datamodule, "hparams", {}).get("max_length")
+        misfit = tokenizer_misfit(tokenizer, model, name, settings["revision"])
+        if misfit is None and isinstance(max_length, int):
+            misfit = length_misfit(max_length, model)
+        if misfit is None:
+            return
+        message = f"{type(datamodule).__name__} does not fit the model: {misfit}"
+        if isinstance(datamodule, InstructionDataModule | MMLUDataModule):
+            raise PaCAError(message)
+        rank_zero_warn(message)
 
     def on_train_start(self) -> None:
         """Forget what an earlier run had not logged yet."""

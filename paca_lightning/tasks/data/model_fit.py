@@ -1,0 +1,81 @@
+"""Whether the token ids and row lengths that data come in are those that a model knows."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_RENAMED = 0.01  # share of a vocabulary that people rename, reserved tokens mostly, without making it another one
+
+
+def tokenizer_misfit(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | None, revision: str | None = None
+) -> str | None:
+    """What is wrong with the use of a tokenizer with a model, as a sentence; None if nothing is.
+
+    Args:
+        tokenizer: Of the data.
+        model: Its embeddings may be sharded or on the meta device.
+        name: Directory or hub id that the model's weights come from; its `tokenizer.json`, where there is one, is
+            compared with the tokenizer. None for random weights, which fit any.
+        revision: Branch, tag or commit on the hub.
+    """
+    embeddings = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    unknown = {token: number for token, number in tokenizer.get_vocab().items() if number >= embeddings}
+    if used := sorted((number, token) for token, number in unknown.items() if _may_occur(tokenizer, token, number)):
+        return (
+            f"the tokenizer {tokenizer.name_or_path!r} has {len(tokenizer):,} tokens, but the model has "
+            f"{embeddings:,} embeddings: {used[0][1]!r} is number {used[0][0]:,}. Use the model's own tokenizer, or "
+            "resize the model's embeddings and save both together."
+        )
+    if name is None or tokenizer.name_or_path == name or not tokenizer.is_fast:
+        return None
+    file = _tokenizer_file(name, revision)
+    if file is None:
+        return None
+    own, given = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=False), tokenizer.get_vocab()
+    others = sum(given.get(token) != number for token, number in own.items())
+    if others > _RENAMED * len(own):
+        return (
+            f"the tokenizer {tokenizer.name_or_path!r} is another one than that of the model {name!r}: {others:,} of "
+            f"its {len(own):,} tokens have another number or none, so the model would read other words. Use the "
+            "model's own tokenizer."
+        )
+    return None
+
+
+def length_misfit(max_length: int, model: PreTrainedModel) -> str | None:
+    """What is wrong with rows of so many tokens, as a sentence; None if nothing is, as with rotary positions."""
+    positions = learned_positions(model)
+    if positions is None or max_length <= positions:
+        return None
+    return f"max_length is {max_length:,}, but the model has learned {positions:,} positions and no more: lower it."
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Positions that a model has embeddings for; None if it computes them (rotary, ALiBi)."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    tables = {path.rpartition(".")[2]: part for path, part in model.named_modules() if isinstance(part, nn.Embedding)}
+    rows = [table.num_embeddings for name, table in tables.items() if name == "wpe" or "position" in name]
+    # OPT and BART leave the first two unused. A table of any other size is of something else, such as an image.
+    return int(limit) if limit and any(limit <= count <= limit + 2 for count in rows) else None
+
+
+def _may_occur(tokenizer: PreTrainedTokenizerBase, token: str, number: int) -> bool:
+    """False for what only other uses of a tokenizer put into a text, as Gemma 3's image token."""
+    added = tokenizer.added_tokens_decoder.get(number)
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    return added is None or not added.special or token in named or token in str(tokenizer.chat_template)
+
+
+def _tokenizer_file(name: str, revision: str | None) -> Path | None:
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        file = directory / "tokenizer.json"
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
+    except (OSError, ValueError):  # the model has none, or there is no network: nothing to compare with
+        return None
