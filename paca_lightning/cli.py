@@ -104,13 +104,17 @@ def _run_tool(command: str, arguments: list[str]) -> None:
 
 
 def _as_jsonargparse_has_them(function: Callable[..., Any], arguments: list[str]) -> list[str]:
-    """Options as people type them: dashes in names, and switches without a value."""
-    switches = {name for name, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
+    """Options as people type them: dashes in names, beginnings of names, and switches without a value."""
+    parameters = inspect.signature(function).parameters
+    switches = {name for name, p in parameters.items() if isinstance(p.default, bool)}
     result = []
     for argument, following in pairwise([*arguments, "--"]):
         name, equals, value = argument.partition("=")
         if name.startswith("--"):
             name = "--" + name[2:].replace("-", "_")
+            meant = [known for known in parameters if known.startswith(name[2:])]
+            if len(meant) == 1:  # jsonargparse finds a list ambiguous, as each has a second option to append
+                name = "--" + meant[0]
             if name[2:] in switches and not equals and following.startswith("-"):
                 equals, value = "=", "true"
         result.append(name + equals + value)

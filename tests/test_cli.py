@@ -112,13 +112,19 @@ def test_tools_take_dashes_and_bare_switches() -> None:
     assert _as_jsonargparse_has_them(tool, typed) == ["--max_length", "8", "--compile=true", "--dtype=bf-16"]
     assert _as_jsonargparse_has_them(tool, ["--compile"]) == ["--compile=true"]
     assert _as_jsonargparse_has_them(tool, ["--compile", "false"]) == ["--compile", "false"]
+    assert _as_jsonargparse_has_them(tool, ["--max", "8", "--comp", "--d"]) == [
+        "--max_length",
+        "8",
+        "--compile=true",
+        "--dtype",
+    ]
     assert _as_jsonargparse_has_them(tool, []) == []
 
 
 @pytest.mark.parametrize(
     ("tool", "complaint"),
     [
-        ("generate", "required: model, prompts"),
+        ("generate", "required: model"),
         ("export", "required: model, adapter, output"),
         ("bench", "Give either a model (hub id or directory) or a preset"),
     ],
@@ -141,9 +147,9 @@ def test_export_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     main(["export", *given, "--output", str(tmp_path / "lora"), "--format", "lora"])
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    prompts = ["--prompts", '["Who are you?"]', "--max-new-tokens", "2"]
-    main(["generate", "--model", str(tmp_path / "merged"), *prompts])
-    assert "> Who are you?" in capsys.readouterr().out
+    for prompt in (["--prompts", '["Who are you?"]'], ["--prompts", "Who are you?"], ["--prompt=Who are you?"]):
+        main(["generate", "--model", str(tmp_path / "merged"), *prompt, "--max-new-tokens", "2"])
+        assert "> Who are you?\n" in capsys.readouterr().out
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str]) -> None:

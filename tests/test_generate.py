@@ -1,13 +1,17 @@
 """paca-lightning generate: answers of a base model and of its adapter."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers, save_adapter
+from paca_lightning.tasks.samples import greedy_answer
 from paca_lightning.tools.generate import generate
+from paca_lightning.tools.loading import load_with_adapter
 from tests.tiny import tiny_llama, tiny_model_directory
 
 PROMPTS = ["What is your name?"]
@@ -46,8 +50,69 @@ def test_missing_model_and_adapter(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"), [({"max_new_tokens": 0}, "at least 1"), ({"prompts": []}, "no prompt")]
+    ("arguments", "complaint"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": " "}, "no prompt"),
+        ({"temperature": -1.0}, "temperature must be 0 .* or above, not -1"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1, not 0"),
+        ({"top_p": 0.9}, "top_p=0.9 needs a temperature above 0"),
+        ({"device": "frob"}, "device='frob' cannot be used: .*frob"),
+        ({"device": "cuda:99"}, "device='cuda:99' cannot be used"),
+    ],
 )
-def test_nothing_to_generate(arguments: dict[str, Any], complaint: str) -> None:
+def test_what_cannot_be_generated_is_refused_before_the_model_is_loaded(
+    arguments: dict[str, Any], complaint: str
+) -> None:
     with pytest.raises(PaCAError, match=complaint):
         generate("/no/model/is/loaded", **({"prompts": PROMPTS} | arguments))
+
+
+def test_drawn_answers_follow_the_seed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def drawn(**settings: Any) -> str:
+        generate(str(base), PROMPTS, max_new_tokens=8, **settings)
+        return capsys.readouterr().out
+
+    hot = {"temperature": 5.0}
+    assert drawn(seed=1, **hot) == drawn(seed=1, **hot)
+    assert drawn(seed=1, **hot) != drawn(seed=2, **hot)
+    assert drawn(**hot) != drawn(**hot)
+    assert drawn() == drawn()
+    assert drawn(top_p=1e-6, **hot) == drawn()  # one token has more than that
+
+
+def test_greedy_answers_are_those_that_training_shows(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = load_with_adapter(str(base), None)
+    assert answer(base, capsys).strip() == greedy_answer(model, tokenizer, PROMPTS[0], 8)
+
+
+def test_system_message(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+    apply = PreTrainedTokenizerBase.apply_chat_template
+
+    def watched(tokenizer: Any, messages: Any, **settings: Any) -> Any:
+        rendered.append(apply(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+        return apply(tokenizer, messages, **settings)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", watched)
+    generate(str(base), "hi", system="Be brief.", max_new_tokens=1)
+    turns = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered == [turns]
+
+
+def test_chat_template_without_system_messages(tmp_path: Path) -> None:
+    directory = tiny_model_directory(tmp_path)
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    with pytest.raises(PaCAError, match="The chat template refuses these messages: System role not supported"):
+        generate(str(directory), "hi", system="Be brief.")
+
+
+def test_prompts_are_typed_in_until_an_empty_line(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answer(base, capsys)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPTS[0]}\n{PROMPTS[0]}\n\nnot asked\n"))
+    generate(str(base), max_new_tokens=8)
+    assert capsys.readouterr().out == f"> {expected}> {expected}> "

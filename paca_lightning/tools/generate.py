@@ -1,34 +1,116 @@
 """Answer prompts with a model and its adapter."""
 
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 from paca_lightning.errors import PaCAError
 from paca_lightning.reversal import merge
-from paca_lightning.tasks.samples import greedy_answer
 from paca_lightning.tools.loading import load_with_adapter
 
 
 def generate(
-    model: str, prompts: list[str], adapter: str | None = None, max_new_tokens: int = 128, dtype: str = "auto"
+    model: str,
+    prompts: str | list[str] | None = None,
+    adapter: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> None:
-    """Print a model's greedy answer to each prompt, in the chat template of training.
+    """Print a model's answer to each prompt, in the chat template of training.
 
     That is the one of the tokenizer in the adapter's directory; of the model's where there is none; and ChatML, as
     training uses it, for a tokenizer without a template.
 
     Args:
         model: Hugging Face directory or hub id of the base model.
-        prompts: What the user says, each in a conversation of its own: '["What is your name?"]'.
+        prompts: What the user says: "What is your name?", or several, each in a conversation of its own: '["What is
+            your name?", "Who made you?"]'. Default: typed in, a line each, until an empty one.
         adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. Default: the base model alone.
+        system: What the system message before each prompt says. Default: none but the chat template's own.
         max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn, at 1 as the model has them, below 1
+            with less chance for the unlikely.
+        top_p: Draw among the likeliest tokens that together have this probability, above 0 and up to 1.
+        seed: Of the draws, so that the same command says the same again. Default: another one each time.
+        device: cpu, cuda, ...; auto takes the accelerator if there is one.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
 
     Raises:
-        PaCAError: If the model, its tokenizer or the adapter cannot be used.
+        PaCAError: If the model, its tokenizer, the adapter or the device cannot be used, a number is out of its range,
+            there is no prompt, or the chat template refuses the messages.
     """
     if max_new_tokens < 1:
         raise PaCAError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    if not prompts:
-        raise PaCAError("There is no prompt. Give a list: --prompts '[\"What is your name?\"]'.")
+    if not 0 <= temperature < float("inf"):
+        raise PaCAError(f"temperature must be 0 (the likeliest token each time) or above, not {temperature}.")
+    if not 0 < top_p <= 1:
+        raise PaCAError(f"top_p must be above 0 and at most 1, not {top_p}.")
+    if temperature == 0 and top_p < 1:
+        raise PaCAError(f"top_p={top_p} needs a temperature above 0: at 0 nothing is drawn.")
+    asked = [prompts] if isinstance(prompts, str) else prompts
+    if asked is not None and not any(prompt.strip() for prompt in asked):
+        raise PaCAError('There is no prompt. Give one: --prompts "What is your name?".')
+    place = _find_device(device)
     built, tokenizer = load_with_adapter(model, adapter, dtype)
     merge(built)
-    for prompt in prompts:
-        print(f"> {prompt}\n{greedy_answer(built, tokenizer, prompt, max_new_tokens)}\n")
+    built.to(place)  # type: ignore[arg-type]
+    if seed is not None:
+        torch.manual_seed(seed)
+    before = [] if system is None else [{"role": "system", "content": system}]
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    settings = {"max_new_tokens": max_new_tokens, **(drawn if temperature > 0 else {"do_sample": False})}
+    for prompt in _typed() if asked is None else asked:
+        messages = [*before, {"role": "user", "content": prompt}]
+        if asked is not None:
+            print(f"> {prompt}")
+        print(f"{_answer(built, tokenizer, messages, settings)}\n", flush=True)
+
+
+def _typed() -> Iterator[str]:
+    """Lines of the standard input, until an empty one."""
+    with suppress(EOFError):
+        while prompt := input("> ").strip():
+            yield prompt
+
+
+def _find_device(device: str) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        found = (accelerator or torch.device("cpu")) if device == "auto" else torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # an assertion says that PyTorch was built without CUDA
+        raise PaCAError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def _answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], settings: dict[str, Any]
+) -> str:
+    """The model's next message in a conversation."""
+    try:
+        inputs: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except TemplateError as error:
+        raise PaCAError(f"The chat template refuses these messages: {error}") from error
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    config = GenerationConfig(
+        **settings,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=None) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
