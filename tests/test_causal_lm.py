@@ -17,7 +17,7 @@ from paca_lightning.tasks import causal_lm
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.metrics import MeanTokenLoss
-from paca_lightning.tasks.schedules import CosineSchedule, LinearSchedule
+from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 from tests.tiny import tiny_model_directory, tiny_tokenizer
 
 VOCABULARY = 384
@@ -249,6 +249,33 @@ def test_a_schedule_needs_a_run_with_an_end(directory, tmp_path):
     module = CausalLMModule(directory, lr_scheduler=CosineSchedule)
     with pytest.raises(PaCAError, match="max_steps or max_epochs"):
         trainer(tmp_path, max_epochs=-1).fit(module, batches(2))
+
+
+def test_a_constant_rate_needs_no_run_with_an_end(directory, tmp_path):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    module = CausalLMModule(
+        directory, optimizer=adamw(1.0), lr_scheduler=lambda optimizer: ConstantSchedule(optimizer, warmup_steps=4)
+    )
+    run = trainer(tmp_path, max_epochs=-1, callbacks=[Stop()])
+    run.fit(module, batches(2))
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+def test_reduce_on_plateau_steps_after_each_epoch(directory, tmp_path):
+    seen = []
+
+    class Plateau(torch.optim.lr_scheduler.ReduceLROnPlateau):
+        def step(self, metrics, epoch=None):
+            seen.append(float(metrics))
+            super().step(metrics)
+
+    run = trainer(tmp_path, max_epochs=2, val_check_interval=2)
+    run.fit(CausalLMModule(directory, lr_scheduler=Plateau), batches(4), batches(2))
+    assert len(seen) == 2
+    assert seen[-1] == run.callback_metrics["val/loss"]
 
 
 def test_nothing_to_train_is_an_error(directory, tmp_path):

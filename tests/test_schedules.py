@@ -37,6 +37,32 @@ def test_constant_schedule_is_that_of_hugging_face():
     assert rates(ConstantSchedule(optimizer(), warmup_steps=4, total_steps=8), 8) == pytest.approx(rates(theirs, 8))
 
 
+def test_a_constant_rate_after_warm_up_steps_needs_no_length():
+    endless = ConstantSchedule(optimizer(), warmup_steps=4)
+    assert rates(endless, 8) == rates(ConstantSchedule(optimizer(), warmup_steps=4, total_steps=8), 8)
+    with pytest.raises(PaCAError, match="no total_steps"):
+        rates(ConstantSchedule(optimizer(), warmup_ratio=0.5), 2)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule, CosineSchedule])
+def test_a_schedule_falls_to_a_share_of_the_full_rate(schedule):
+    floored = rates(schedule(optimizer(), warmup_steps=3, total_steps=10, min_ratio=0.1), 13)
+    assert floored[:4] == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert floored[10:] == pytest.approx([0.01] * 3)
+    assert floored == sorted(floored[:3]) + sorted(floored[3:], reverse=True)
+
+
+def test_the_floor_of_a_cosine_is_that_of_hugging_face():
+    ours = CosineSchedule(optimizer(), warmup_steps=2, total_steps=10, min_ratio=0.2)
+    theirs = transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer(), 2, 10, min_lr_rate=0.2)
+    assert rates(ours, 10) == pytest.approx(rates(theirs, 10))
+
+
+def test_a_floor_out_of_range_is_refused():
+    with pytest.raises(PaCAError, match="min_ratio must lie between 0 and 1"):
+        CosineSchedule(optimizer(), total_steps=10, min_ratio=10)
+
+
 def test_a_ratio_is_a_share_of_all_steps_rounded_up():
     by_ratio = LinearSchedule(optimizer(), warmup_ratio=0.1, total_steps=25)
     by_steps = LinearSchedule(optimizer(), warmup_steps=3, total_steps=25)

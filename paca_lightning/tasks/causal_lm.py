@@ -64,7 +64,7 @@ class CausalLMModule(LightningModule):
         loss_chunk_size: Rows of logits that exist at a time in the loss. Default: as fits the hidden states.
         optimizer: Called with the parameters to train.
         lr_scheduler: Called with the optimizer. Steps after each optimizer step; ``ReduceLROnPlateau`` after each
-            validation, with ``val/loss``. Schedules of :mod:`paca_lightning.tasks.schedules` are told the length of
+            epoch, with the last ``val/loss``. Schedules of :mod:`paca_lightning.tasks.schedules` are told the length of
             the run. Default: a constant learning rate.
     """
 
@@ -152,7 +152,7 @@ class CausalLMModule(LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
-        if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None:
+        if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None and scheduler.needs_length:
             scheduler.plan(self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -22,7 +22,7 @@ class WarmupSchedule(LRScheduler):
         optimizer: The optimizer whose learning rates are scaled.
         warmup_ratio: Length of the warm-up as a fraction of all optimizer steps, rounded up.
         warmup_steps: Length of the warm-up in optimizer steps. Give this or the ratio, not both.
-        total_steps: Optimizer steps of the run. Default: as :meth:`plan` says later.
+        total_steps: Optimizer steps of the run. Default: as :meth:`plan` says later, where it matters.
 
     Raises:
         PaCAError: If the warm-up is given twice or is out of range, or if the second step comes without a plan.
@@ -46,6 +46,11 @@ class WarmupSchedule(LRScheduler):
         self.total_steps = total_steps
         super().__init__(optimizer)
 
+    @property
+    def needs_length(self) -> bool:
+        """Whether the learning rates depend on how long the run is."""
+        return True
+
     def plan(self, total_steps: int) -> None:
         """Say how many optimizer steps the run has, before the first of them."""
         self.total_steps = total_steps
@@ -55,16 +60,16 @@ class WarmupSchedule(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run. The settings are the constructor's, so that a longer run can be resumed."""
-        settings = ("warmup_ratio", "warmup_steps", "total_steps")
+        settings = ("warmup_ratio", "warmup_steps", "total_steps", "min_ratio")
         return {name: value for name, value in super().state_dict().items() if name not in settings}
 
     def get_lr(self) -> list[float | Tensor]:
         """Learning rate of each parameter group at the current step."""
-        if self.total_steps is None:
+        if self.total_steps is None and self.needs_length:
             if self.last_epoch > 0:
                 raise PaCAError(f"{type(self).__name__} has no total_steps. Pass it, or call plan() before training.")
             return list(self.base_lrs)
-        factor = self._factor(self.last_epoch, self.total_steps)
+        factor = self._factor(self.last_epoch, self.total_steps or 0)
         return [base * factor for base in self.base_lrs]
 
     def _factor(self, step: int, total_steps: int) -> float:
@@ -78,24 +83,65 @@ class WarmupSchedule(LRScheduler):
         """Factor of the learning rate after the warm-up; progress runs from 0 to 1 at the end of the run."""
 
 
-class LinearSchedule(WarmupSchedule):
-    """Warm-up, then a straight line down to 0."""
+class DecayingSchedule(WarmupSchedule):
+    """Warm-up, then down along a curve to a share of the full learning rate.
+
+    Args:
+        optimizer: The optimizer whose learning rates are scaled.
+        warmup_ratio: Length of the warm-up as a fraction of all optimizer steps, rounded up.
+        warmup_steps: Length of the warm-up in optimizer steps. Give this or the ratio, not both.
+        total_steps: Optimizer steps of the run. Default: as :meth:`plan` says later.
+        min_ratio: Learning rate at the end of the run over the full one.
+
+    Raises:
+        PaCAError: As :class:`WarmupSchedule`, or if ``min_ratio`` is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_ratio: float = 0.0,
+        warmup_steps: int | None = None,
+        total_steps: int | None = None,
+        min_ratio: float = 0.0,
+    ) -> None:
+        if not 0 <= min_ratio <= 1:
+            raise PaCAError(f"min_ratio must lie between 0 and 1, not {min_ratio!r}.")
+        self.min_ratio = min_ratio
+        super().__init__(optimizer, warmup_ratio, warmup_steps, total_steps)
 
     def decay(self, progress: float) -> float:
-        """1 at the end of the warm-up, 0 at the end of the run."""
+        """1 at the end of the warm-up, ``min_ratio`` at the end of the run."""
+        return self.min_ratio + (1 - self.min_ratio) * self.curve(progress)
+
+    @abstractmethod
+    def curve(self, progress: float) -> float:
+        """From 1 at progress 0 to 0 at progress 1."""
+
+
+class LinearSchedule(DecayingSchedule):
+    """Warm-up, then a straight line down to 0, or to ``min_ratio`` of the full learning rate."""
+
+    def curve(self, progress: float) -> float:
+        """A straight line."""
         return 1 - progress
 
 
-class CosineSchedule(WarmupSchedule):
-    """Warm-up, then half a cosine down to 0."""
+class CosineSchedule(DecayingSchedule):
+    """Warm-up, then half a cosine down to 0, or to ``min_ratio`` of the full learning rate."""
 
-    def decay(self, progress: float) -> float:
-        """1 at the end of the warm-up, 0 at the end of the run."""
+    def curve(self, progress: float) -> float:
+        """Half a cosine."""
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class ConstantSchedule(WarmupSchedule):
-    """Warm-up, then the full learning rate."""
+    """Warm-up, then the full learning rate. Only a warm-up by ratio needs the length of the run."""
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the warm-up is a share of the run."""
+        return self.warmup_ratio > 0
 
     def decay(self, progress: float) -> float:
         """Always 1."""
