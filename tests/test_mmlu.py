@@ -73,6 +73,15 @@ def test_a_file_of_ones_own_questions(suffix, tmp_path):
     assert read_file(path) == [Question(f"{path}, row 1", None, "Why?", ("a", "b", "c", "d"), 3)]
 
 
+def test_blank_lines_and_byte_order_marks_are_no_rows(tmp_path):
+    line = json.dumps({"question": "Why?", "choices": list("abcd"), "answer": 3})
+    texts = {"mine.jsonl": f"\ufeff{line}\n\n{line}\n", "mine.csv": "\ufeffWhy?,a,b,c,d,D\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert [q.where[-5:] for q in read_file(tmp_path / "mine.jsonl")] == ["row 1", "row 3"]
+    assert [q.question for q in read_file(tmp_path / "mine.csv")] == ["Why?"]
+
+
 def test_the_sample_of_a_subject_depends_on_seed_and_name_alone(mmlu):
     some, more = read_split(mmlu, "dev", CHOSEN[:1]), read_split(mmlu, "dev")
     assert sample(some, 2, seed=1) == [q for q in sample(more, 2, seed=1) if q.subject == CHOSEN[0]]
@@ -138,14 +147,15 @@ def test_a_bad_json_row(fields, complaint, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("a.json", "{", "could not be read"),
-        ("a.json", "{}", "must hold a list"),
-        ("a.jsonl", "[]\n", "row 1: must be an object"),
+        ("a.json", "{", "row 1: is not valid JSON"),
+        ("a.json", "{}", "row 1: the field 'question' is missing"),
+        ("a.jsonl", "[]\n", "has no rows"),
         ("a.jsonl", "{}\n{", "row 1: the field 'question' is missing"),
-        ("a.jsonl", "{", "row 1: not JSON"),
-        ("a.csv", "", "is empty"),
-        ("a.parquet", "no", "could not be read"),
-        ("a.txt", "", r"read from .csv, .parquet, .json, .jsonl"),
+        ("a.jsonl", "\n3\n", "row 2: is a int, expected an object"),
+        ("a.csv", "", "has no rows"),
+        ("a.csv", '"', "row 1: 1 columns"),
+        ("a.parquet", "no", "row 1: is not valid JSON"),
+        ("a.txt", "", "has no rows"),
         ("a.csv", None, "does not exist"),
     ],
 )
@@ -167,7 +177,7 @@ def test_a_missing_or_empty_source(mmlu, tmp_path, monkeypatch):
         read_split(mmlu, "test", ["anatomy", "virology"])
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "anatomy_test.csv").touch()
-    with pytest.raises(PaCAError, match=r"anatomy_test\.csv is empty"):
+    with pytest.raises(PaCAError, match=r"anatomy_test\.csv: has no rows"):
         read_split(str(tmp_path), "test")
     (tmp_path / "test" / "anatomy_test.csv").unlink()
     (tmp_path / "test" / "astrology_test.csv").write_text("Why?,a,b,c,d,A\n")

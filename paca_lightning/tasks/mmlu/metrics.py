@@ -38,20 +38,13 @@ class MMLUAccuracy(Metric):
         self.choices[torch.as_tensor(rows, device=self.choices.device)] = choices.to(self.choices)
 
     def compute(self) -> dict[str, Tensor]:
-        """Accuracies and counts over the questions answered so far.
+        """Counts of the questions answered so far, for :func:`~paca_lightning.tasks.mmlu.scores.score_groups`.
 
         Returns:
-            ``accuracy`` of all questions together (micro), ``accuracy_macro``, the mean of the subjects' accuracies,
-            both float64 scalars; ``correct`` and ``questions`` by subject, int64 of shape (57,), as ``SUBJECTS``.
+            ``correct`` and ``questions`` by subject, int64 of shape (57,), as ``SUBJECTS``.
         """
         choices = self.choices.cpu()
         answered = choices >= 0
         questions = torch.bincount(self._subjects[answered], minlength=len(SUBJECTS))
         correct = torch.bincount(self._subjects[answered & (choices == self._answers)], minlength=len(SUBJECTS))
-        asked = questions > 0
-        return {
-            "accuracy": correct.sum().double() / questions.sum(),
-            "accuracy_macro": (correct[asked].double() / questions[asked]).mean(),
-            "correct": correct,
-            "questions": questions,
-        }
+        return {"correct": correct, "questions": questions}

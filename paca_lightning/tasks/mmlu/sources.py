@@ -46,7 +46,7 @@ def read_split(source: str, split: str, subjects: Sequence[str] | None = None) -
 
 
 def read_file(path: Path) -> list[Question]:
-    """Read and check one file of questions (.csv, .parquet, .json, .jsonl) or one saved data set.
+    """Read and check one file of questions (CSV, JSON, JSON Lines, Parquet) or one saved data set.
 
     Raises:
         PaCAError: If it is missing, empty, of another kind, or a row is malformed.
@@ -54,10 +54,7 @@ def read_file(path: Path) -> list[Question]:
     path = path.expanduser()
     if not path.exists():
         raise PaCAError(f"{path} does not exist. Name a split ({', '.join(SPLITS)}) or a file of questions.")
-    questions = [check_question(where, fields) for where, fields in read_rows(path)]
-    if not questions:
-        raise PaCAError(f"{path} is empty.")
-    return questions
+    return [check_question(where, fields) for where, fields in read_rows(path)]
 
 
 def _of_subjects(questions: list[Question], subjects: Sequence[str] | None, of: str) -> list[Question]:
@@ -79,10 +76,7 @@ def _local_rows(root: Path, split: str, subjects: Sequence[str] | None) -> Itera
         if subject is None:
             yield from read_rows(path)
         elif subjects is None or subject in subjects:
-            rows = [(where, {**fields, "subject": subject}) for where, fields in read_rows(path)]
-            if not rows:
-                raise PaCAError(f"{path} is empty. Get it again, or leave its subject out.")
-            yield from rows
+            yield from ((where, {**fields, "subject": subject}) for where, fields in read_rows(path))
 
 
 def _parts(root: Path, split: str) -> list[tuple[Path, str | None]]:
