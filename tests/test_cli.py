@@ -284,3 +284,35 @@ def test_export_writes_over_neither_the_model_nor_the_adapter(
     assert code == 2
     assert f"--output is --{name}" in message
     assert sorted(path.name for path in paths[name].iterdir()) == before
+
+
+@pytest.mark.parametrize("tool", ["generate", "export"])
+def test_tools_take_the_revision_of_a_model_and_its_code(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = []
+
+    def load(name: str, **settings: object) -> object:
+        given.append({key: settings[key] for key in ("revision", "trust_remote_code")})
+        if len(given) == 2:
+            raise PaCAError("both are asked for")
+        return tiny_llama()
+
+    for loader in ("build_causal_lm", "load_tokenizer"):
+        monkeypatch.setattr(f"paca_lightning.tools.loading.{loader}", load)
+    more = ["--prompts=hi"] if tool == "generate" else [f"--adapter={tmp_path}", f"--output={tmp_path / 'out'}"]
+    _, message = failure([tool, "--model=owner/name", "--revision=v1", "--trust-remote-code", *more], capsys)
+    assert "both are asked for" in message
+    assert given == [{"revision": "v1", "trust_remote_code": True}] * 2
+
+
+def test_export_does_not_replace_another_trained_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    apply_paca(model, PaCAConfig(r=4))
+    for name in ("one", "other"):
+        save_adapter(model, tmp_path / name)
+    given = [f"--model={tiny_model_directory(tmp_path / 'base')}", f"--adapter={tmp_path / 'one'}"]
+    for kind in ("merged", "lora"):
+        code, message = failure(["export", *given, f"--output={tmp_path / 'other'}", f"--format={kind}"], capsys)
+        assert code == 2
+        assert "--output holds a trained adapter, which would be lost" in message

@@ -1,6 +1,7 @@
 """paca-lightning generate: answers of a base model and of its adapter."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,26 @@ def test_prompts_are_typed_in_until_an_empty_line(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPTS[0]}\n{PROMPTS[0]}\n\nnot asked\n"))
     generate(str(base), max_new_tokens=8)
     assert capsys.readouterr().out == f"> {expected}> {expected}> "
+
+
+def test_code_that_comes_with_a_model_runs_only_when_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    directory = tiny_model_directory(tmp_path / "custom")
+    for file, auto_class, parent, name in (
+        ("config.json", "AutoModelForCausalLM", "LlamaForCausalLM", "own_model.Own"),
+        ("tokenizer_config.json", "AutoTokenizer", "PreTrainedTokenizerFast", "own_tokenizer.Own"),
+    ):
+        module = name.partition(".")[0]
+        code = f"from transformers import {parent}\nprint('code of {module}')\nclass Own({parent}):\n    pass\n"
+        (directory / f"{module}.py").write_text(code)
+        settings = json.loads((directory / file).read_text())
+        settings["auto_map"] = {auto_class: [None, name] if auto_class == "AutoTokenizer" else name}
+        (directory / file).write_text(json.dumps(settings))
+    generate(str(directory), PROMPTS, max_new_tokens=1)
+    assert "code of" not in capsys.readouterr().out
+    generate(str(directory), PROMPTS, max_new_tokens=1, trust_remote_code=True)
+    printed = capsys.readouterr().out
+    assert "code of own_model" in printed
+    assert "code of own_tokenizer" in printed

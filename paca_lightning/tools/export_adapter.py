@@ -3,13 +3,21 @@
 from pathlib import Path
 from typing import Literal
 
+from paca_lightning.adapter_files import OURS
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable
 from paca_lightning.tools.export import check_no_adapter, export_lora, export_merged
 from paca_lightning.tools.loading import load_with_adapter
 
 
-def export(model: str, adapter: str, output: str, format: Literal["merged", "lora"] = "merged") -> None:
+def export(
+    model: str,
+    adapter: str,
+    output: str,
+    format: Literal["merged", "lora"] = "merged",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Write a model with its adapter as a plain Hugging Face checkpoint, or the adapter as LoRA.
 
     Either comes with the tokenizer in the adapter's directory, whose chat template is the one of training; with the
@@ -19,19 +27,24 @@ def export(model: str, adapter: str, output: str, format: Literal["merged", "lor
         model: Hugging Face directory or hub id of the base model.
         adapter: Adapter directory, such as the one that AdapterCheckpoint wrote.
         output: Directory to write. One that exists keeps its other files, but for the weights of an earlier export.
-        format: merged, a plain Hugging Face checkpoint in bf16; or lora, an exact LoRA adapter of
-            the same rank in PEFT's layout, for servers that know only LoRA.
+        format: merged, a plain Hugging Face checkpoint in bf16; or lora, an exact LoRA adapter of the same rank in
+            PEFT's layout, for servers that know only LoRA.
+        revision: Branch, tag or commit of the model on the hub.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        PaCAError: If the model or the adapter cannot be used, or the directory cannot be written.
+        PaCAError: If the model or the adapter cannot be used, or --output cannot be written or holds an adapter that
+            would be lost, or get into the way of a merged model.
     """
     for name, source in (("--model", model), ("--adapter", adapter)):
         if Path(source).exists() and Path(source).resolve() == Path(output).resolve():
             raise PaCAError(f"--output is {name}: {output!r}. Nothing was written; give a directory of its own.")
+    if Path(output, OURS).exists():
+        raise PaCAError(f"--output holds a trained adapter, which would be lost: {output!r}. Give another directory.")
     check_writable(output, "--output")
     if format == "merged":
         check_no_adapter(output)
-    built, tokenizer = load_with_adapter(model, adapter)
+    built, tokenizer = load_with_adapter(model, adapter, revision=revision, trust_remote_code=trust_remote_code)
     if format == "merged":
         export_merged(built, output, tokenizer)
     else:

@@ -24,6 +24,8 @@ def generate(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Print a model's answer to each prompt, in the chat template of training.
 
@@ -43,6 +45,8 @@ def generate(
         seed: Of the draws, so that the same command says the same again. Default: another one each time.
         device: cpu, cuda, ...; auto takes the accelerator if there is one.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
+        revision: Branch, tag or commit of the model on the hub.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
         PaCAError: If the model, its tokenizer, the adapter or the device cannot be used, a number is out of its range,
@@ -60,7 +64,7 @@ def generate(
     if asked is not None and not any(prompt.strip() for prompt in asked):
         raise PaCAError('There is no prompt. Give one: --prompts "What is your name?".')
     place = _find_device(device)
-    built, tokenizer = load_with_adapter(model, adapter, dtype)
+    built, tokenizer = load_with_adapter(model, adapter, dtype, revision=revision, trust_remote_code=trust_remote_code)
     merge(built)
     built.to(place)  # type: ignore[arg-type]
     if seed is not None:

@@ -10,7 +10,12 @@ from paca_lightning.tasks.pretrained import build_causal_lm
 
 
 def load_with_adapter(
-    model: str, adapter: str | None, dtype: str = "auto"
+    model: str,
+    adapter: str | None,
+    dtype: str = "auto",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model, its tokenizer, and an adapter into it, in eval mode.
 
@@ -19,13 +24,17 @@ def load_with_adapter(
         adapter: Adapter directory; a tokenizer in it is preferred to the model's, for its chat template is what the
             adapter was trained with. None: the base model alone.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
+        revision: Branch, tag or commit of the model on the hub, and of its tokenizer.
+        trust_remote_code: Whether to run code that comes with either.
 
     Raises:
         PaCAError: If one of them cannot be used.
     """
-    built = build_causal_lm(model, dtype=dtype)
-    trained_with = adapter is not None and Path(adapter, "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(adapter if adapter is not None and trained_with else model)
+    built = build_causal_lm(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
+    else:
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:
         load_adapter(built, adapter)
     return built.eval(), tokenizer

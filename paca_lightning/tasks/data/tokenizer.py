@@ -20,12 +20,16 @@ So generation stops where it always does, and no embedding of a token that the m
 """
 
 
-def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, chat_template: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer and settle its chat template.
 
     Args:
         name: A local directory or a hub id.
         chat_template: A Jinja template, or the path of a file with one, that replaces the tokenizer's own.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether to run code that comes with the tokenizer.
 
     Returns:
         The tokenizer; its `chat_template` is the given one, else its own, else `DEFAULT_CHAT_TEMPLATE`.
@@ -34,7 +38,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
         PaCAError: There is no such tokenizer, or it has neither a chat template nor an end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise PaCAError(
             f"tokenizer {name!r}: cannot be loaded ({str(error).splitlines()[0]}). Give a directory that "
