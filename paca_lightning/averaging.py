@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from paca_lightning.base_layer import local
 from paca_lightning.errors import PaCAError
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.targets import paca_layers
@@ -57,4 +58,6 @@ def settle_averages(trainer: Trainer, model: nn.Module) -> None:
         originals = [layer for _, layer in paca_layers(model)]
         for copy, original in zip(copies, originals, strict=True):
             copy.paca_indices.copy_(original.paca_indices)
+            # Data may have moved the columns since the copy was made; they are frozen, so their mean is themselves.
+            local(copy.paca_base_columns).copy_(local(original.paca_base_columns))
             copy.write_columns()

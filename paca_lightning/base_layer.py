@@ -131,8 +131,20 @@ class PaCALayer(nn.Module):
         Args:
             indices: The new columns, shape (r,).
         """
+        if torch.equal(indices, self.paca_indices):
+            return  # the base columns may be more precise than the weight is now
         self.restore_columns()
         self.paca_indices.copy_(indices)
+        self._begin_here()
+
+    @torch.no_grad()
+    def reread_columns(self) -> None:
+        """Take the base columns from the base weight as precise as it is now."""
+        self.restore_columns()
+        self._begin_here()
+
+    def _begin_here(self) -> None:
+        """Take the base columns from a weight that holds no delta, and write the delta into it."""
         local(self.paca_base_columns).copy_(self._read_columns())
         self.write_columns()
 

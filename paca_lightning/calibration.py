@@ -118,14 +118,14 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
 
 
 def _watch(layer: PaCALayer, score: Tensor, with_gradients: bool) -> RemovableHandle:
-    def on_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        tokens = _rows(inputs[0].detach())
+    def on_forward(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        tokens = _rows((inputs[0] if inputs else named["input"]).detach())
         if not with_gradients:
             score.add_(tokens.float().square().sum(0))
         elif output.requires_grad:
             output.register_hook(lambda grad: _add_gradient(score, grad, tokens))
 
-    return layer.register_forward_hook(on_forward)
+    return layer.register_forward_hook(on_forward, with_kwargs=True)
 
 
 def _add_gradient(score: Tensor, grad: Tensor, tokens: Tensor) -> None:

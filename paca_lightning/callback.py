@@ -3,6 +3,7 @@
 from typing import Any, NoReturn
 
 import rich
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import StrategyRegistry
@@ -19,10 +20,11 @@ from paca_lightning.checkpoint import keep_everything, keep_trained_state
 from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import convert, quantize_layers
 from paca_lightning.errors import PaCAError
+from paca_lightning.following import Followers
 from paca_lightning.report import ConversionReport
-from paca_lightning.run_checks import check_optimizers, check_outputs, check_strategy, deltas_in
+from paca_lightning.run_checks import check_optimizers, check_outputs, check_strategy, deltas_in, learning_rate
 from paca_lightning.same_base import KEY, check_base, remember_base
-from paca_lightning.targets import paca_layers
+from paca_lightning.targets import clean_path, paca_layers
 from paca_lightning.training_data import select_on_training_data
 from paca_lightning.write_back import attach
 
@@ -65,6 +67,8 @@ class PaCAStrategy(Callback):
         self._undecided: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._saved_base: dict[str, list[float]] | None = None
+        self._selected = False  # by the run that is resumed
+        self._followers = Followers()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,26 +79,27 @@ class PaCAStrategy(Callback):
             check_outputs(trainer)
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
-        original = pl_module.configure_model
+        self._followers.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
+        self._followers.add(pl_module, "on_load_checkpoint", self._note_base)
+        if stage == "fit":
+            # Not later: a learning rate finder trains before this callback's on_fit_start.
+            self._followers.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
+            if copies_without_asking(trainer):
+                pl_module.configure_model()
 
-        def configure_model() -> None:
-            original()
-            self._convert(trainer, pl_module)
+    def _note_base(self, checkpoint: dict[str, Any]) -> None:
+        self._saved_base = checkpoint.get(KEY)
 
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._saved_base = checkpoint.get(KEY)
-            on_load(checkpoint)
-
-        on_load = pl_module.on_load_checkpoint
-        pl_module.configure_model = configure_model  # type: ignore[method-assign]
-        pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
-        if stage == "fit" and copies_without_asking(trainer):
-            configure_model()
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_optimizers(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            if deltas_in(optimizer, pl_module):
+                self._handles.append(attach(optimizer, pl_module))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take back what was hung onto the module and the optimizers; the conversion stays."""
-        self._let_go(pl_module)
+        self._let_go()
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not self.full_checkpoints:
             # Spawned workers send their state to the module of the main process, which is not converted. With the
             # whole state it becomes the merged model; with the adapter alone it would silently stay untrained.
@@ -103,12 +108,11 @@ class PaCAStrategy(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take back the same after an error, when there is no teardown."""
-        self._let_go(pl_module)
+        self._let_go()
 
-    def _let_go(self, pl_module: LightningModule) -> None:
-        for hook in ("configure_model", "on_load_checkpoint"):
-            vars(pl_module).pop(hook, None)
-        self._saved_base = None
+    def _let_go(self) -> None:
+        self._followers.remove()
+        self._saved_base, self._selected = None, False
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -125,7 +129,9 @@ class PaCAStrategy(Callback):
         self.report, undecided = convert(pl_module, self.config, indices, data_follows=True)
         self._undecided |= undecided
         check_bases(trainer, pl_module)
-        if not self.full_checkpoints:
+        if self.full_checkpoints:
+            keep_everything(pl_module)
+        else:
             keep_trained_state(pl_module)
             pl_module.strict_loading = False
         self._load_adapter(pl_module)
@@ -144,9 +150,16 @@ class PaCAStrategy(Callback):
         self._check_base(pl_module)
         if trainer.ckpt_path is None:
             self._load_adapter(pl_module)
-        elif self._undecided:
+        if not self._undecided or self.config.quantize is None:
+            return
+        if trainer.ckpt_path is None and self.adapter is None:
+            raise PaCAError(
+                f"selection={self.config.selection!r} chooses the columns by training data before the model is "
+                "quantized, so there is nothing to evaluate yet. Give a checkpoint or an adapter."
+            )
+        with torch.inference_mode(False):  # as Lightning evaluates, the weights could never be trained again
             quantize_layers(pl_module, self.config)  # the checkpoint has told the columns
-            self._undecided = set()
+        self._undecided = set()
 
     def _check_base(self, pl_module: LightningModule) -> None:
         if self._saved_base is not None:
@@ -154,13 +167,9 @@ class PaCAStrategy(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook the write-back into the optimizers and print the summary."""
+        """Compare the base model with the checkpoint's, load an adapter that had to wait, and print the summary."""
         self._check_base(pl_module)
         self._load_adapter(pl_module)
-        check_optimizers(trainer, pl_module)
-        for optimizer in trainer.optimizers:
-            if deltas_in(optimizer, pl_module):
-                self._handles.append(attach(optimizer, pl_module))
         self._print_report(trainer, pl_module)
 
     @override
@@ -168,7 +177,12 @@ class PaCAStrategy(Callback):
         """Choose the columns by the first training batches, if the selection looks at data."""
         if not self._undecided:
             return
-        if self.adapter is None and trainer.ckpt_path is None:
+        if self._selected:
+            # The columns came with the checkpoint, before the weights were cast. When chosen, they were read after.
+            for path, layer in paca_layers(pl_module):
+                if clean_path(path) in self._undecided:
+                    layer.reread_columns()
+        elif self.adapter is None:
             select_on_training_data(trainer, pl_module, self.config, self._undecided)
         quantize_layers(pl_module, self.config)  # which waited for the columns, chosen or loaded
         if not self.full_checkpoints:
@@ -185,8 +199,7 @@ class PaCAStrategy(Callback):
 
     def _scaled_lr(self, trainer: Trainer) -> float:
         assert self.report is not None
-        lr = max(float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        return lr * max(layer.scaling for layer in self.report.layers)
+        return learning_rate(trainer, "lr") * max(layer.scaling for layer in self.report.layers)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,12 +231,14 @@ class PaCAStrategy(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The scaling of each layer, which a checkpoint of deltas alone does not tell."""
-        return {"scaling": {} if self.report is None else {layer.path: layer.scaling for layer in self.report.layers}}
+        """What a checkpoint of deltas alone does not tell: each layer's scaling, and whether columns were chosen."""
+        scaling = {} if self.report is None else {layer.path: layer.scaling for layer in self.report.layers}
+        return {"scaling": scaling, "selected": not self._undecided}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose deltas would enter the weights with another scaling."""
+        self._selected = state_dict.get("selected", True)
         here = self.state_dict()["scaling"]
         for path, scaling in state_dict["scaling"].items():
             if here.get(path, scaling) != scaling:
@@ -235,8 +250,7 @@ class PaCAStrategy(Callback):
     @rank_zero_only
     def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.report is not None
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self.report.learning_rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
+        self.report.learning_rate = learning_rate(trainer, "initial_lr")
         rich.print(self.report)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from paca_lightning.errors import PaCAError
+from paca_lightning.targets import paca_layers
 
 FROZEN = "_paca_frozen"
 ADAPTER = ("paca_delta", "paca_indices")
@@ -35,6 +36,8 @@ def keep_everything(module: nn.Module) -> None:
 
 
 def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    if not any(paca_layers(module)):  # merged or unloaded since: an ordinary model, which is saved whole
+        return
     trained_since = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     frozen = vars(module)[FROZEN] - trained_since
     for key in list(state_dict):

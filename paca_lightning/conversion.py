@@ -23,7 +23,7 @@ from paca_lightning.targets import (
     relative_path,
     resolve,
 )
-from paca_lightning.trained_whole import mark, original_state
+from paca_lightning.trained_whole import is_marked, mark, original_state
 
 
 def apply_paca(
@@ -94,9 +94,11 @@ def convert(
             f"selection={config.selection!r} looks at data: pass calibration=, an iterable of batches "
             "(PaCAStrategy takes them from the training data by itself)."
         )
-    originals = {path: original_state(module) for path, module in resolution.saved.items()}
+    originals = {path: original_state(module) for path, module in resolution.saved.items() if not is_marked(module)}
     with undone_on_error(model):
-        model.requires_grad_(False)
+        # Once: what the user thaws afterwards stays thawed when a later stage of the run comes here again.
+        for frozen in [model] if config_of(model) is None else [target.module for target in fresh]:
+            frozen.requires_grad_(False)
         for target in fresh:
             chosen = columns.get(target.path)
             if chosen is None and target.path not in undecided:
@@ -106,7 +108,8 @@ def convert(
         for _, layer in paca_layers(model):
             layer.paca_delta.requires_grad_(True)
         for path, module in resolution.saved.items():
-            mark(module, originals[path])
+            if path in originals:
+                mark(module, originals[path])
             module.requires_grad_(True)
     return report_on(model, config, resolution), undecided
 

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 SAMPLES = 16
@@ -22,7 +21,8 @@ def sample_columns(columns: Tensor) -> list[float]:
     Returns:
         At most 16 values.
     """
-    positions = torch.linspace(0, columns.numel() - 1, min(SAMPLES, columns.numel())).long()
+    last, count = columns.numel() - 1, min(SAMPLES, columns.numel())
+    positions = [last * number // max(1, count - 1) for number in range(count)]
     return columns.reshape(-1)[positions].double().tolist()
 
 

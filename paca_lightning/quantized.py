@@ -142,6 +142,11 @@ class QPaCALinear(PaCALayer):
         nested = (self.absmax_scale, self.absmax_phase, self.absmax_code, self.absmax_offset)
         return (self.absmax, *(tensor for tensor in nested if tensor is not None))
 
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight with its trained columns, dequantized anew: for models that look at it, such as T5."""
+        return self.dequantize()
+
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None, *, trained: bool = True) -> Tensor:
         """This rank's rows of the weight with its full-precision columns in, shape (rows, in_features).

@@ -19,7 +19,8 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
 
     A forward before it may be followed by its backward after it, as in preference tuning (DPO) with the base model as
     the reference: dense weights come back bitwise, and autograd is told that they never changed. Modules that are
-    trained whole, and deltas that change inside, it treats as changed.
+    trained whole, and deltas that change inside, it treats as changed. A forward inside must have its backward inside,
+    too: better, run it under ``torch.no_grad``.
     """
     layers = [layer for _, layer in paca_layers(model) if layer.paca_enabled]
     tuned = [(path, module, local_state(module)) for path, module in saved_modules(model)]

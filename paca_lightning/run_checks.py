@@ -3,6 +3,7 @@
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from paca_lightning.errors import PaCAError
@@ -23,6 +24,10 @@ def check_strategy(trainer: Trainer) -> None:
             else "DeepSpeed steps the optimizer past the hooks that write the columns back"
         )
         raise PaCAError(f"{type(trainer.strategy).__name__} cannot train PaCA: {reason}. Use strategy='paca_fsdp2'.")
+    if isinstance(trainer.precision_plugin, TransformerEnginePrecision):
+        raise PaCAError(
+            "precision='transformer-engine' replaces the layers that PaCA trains. Use bf16-true or bf16-mixed."
+        )
 
 
 def check_outputs(trainer: Trainer) -> None:
@@ -31,9 +36,10 @@ def check_outputs(trainer: Trainer) -> None:
     Raises:
         PaCAError: If there is one.
     """
-    check_writable(trainer.default_root_dir, "default_root_dir")
+    if (trainer.checkpoint_callbacks or trainer.loggers) and "://" not in str(trainer.default_root_dir):
+        check_writable(trainer.default_root_dir, "default_root_dir")
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath and "://" not in str(callback.dirpath):
             check_writable(callback.dirpath, "ModelCheckpoint(dirpath=...)")
 
 
@@ -51,6 +57,8 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
     """
     covered = {path for optimizer in trainer.optimizers for path in deltas_in(optimizer, pl_module)}
     everything = {path for path, _ in paca_layers(pl_module)}
+    if not everything:
+        raise PaCAError("The converted layers are gone: something replaced them after PaCAStrategy had converted them.")
     if missed := sorted(everything - covered):
         raise PaCAError(
             f"{len(missed)} of {len(everything)} PaCA layers are in no optimizer ({missed[0]!r} is one), so they would "
@@ -58,3 +66,15 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
             "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
             "take optimizer: OptimizerCallable. Layers that shall not train belong in exclude_modules."
         )
+
+
+def learning_rate(trainer: Trainer, name: str) -> float:
+    """The largest learning rate of a delta; what is trained whole may have another.
+
+    Args:
+        trainer: With optimizers.
+        name: ``lr``, or ``initial_lr`` for the one before a schedule scales it.
+    """
+    deltas = {id(layer.paca_delta) for _, layer in paca_layers(trainer.lightning_module)}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return max(float(group.get(name, group["lr"])) for group in groups if deltas & {id(p) for p in group["params"]})

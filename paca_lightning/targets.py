@@ -5,7 +5,9 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -20,6 +22,9 @@ from paca_lightning.quantized import QPaCALinear
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 # Attribute names of output heads outside Hugging Face's get_output_embeddings (classifiers, other libraries).
 HEADS = {"lm_head", "head", "classifier", "score"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,10 @@ def _own_obstacle(module: nn.Module) -> str | None:
     assert base_class is not None
     if type(module).forward is not base_class.forward or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
-    return linear4bit_obstacle(module) if base_class is linear4bit_class() else None
+    if base_class is linear4bit_class():
+        return linear4bit_obstacle(module)
+    dtype = module.get_parameter("weight").dtype
+    return None if dtype in DTYPES else f"its weight is {dtype}"
 
 
 def _check_patterns_used(config: PaCAConfig, targets: list[Target], names: dict[nn.Module, set[str]]) -> None:
@@ -275,4 +283,21 @@ def paca_layers(model: nn.Module) -> Iterator[tuple[str, PaCALayer]]:
 def layers_by_path(model: nn.Module) -> dict[str, PaCALayer]:
     """The PaCA layers of a model by their path from the base model, as adapter files have them."""
     prefix = base_model_prefix(model)
-    return {relative_path(clean_path(path), prefix): layer for path, layer in paca_layers(model)}
+    return by_path((relative_path(clean_path(path), prefix), layer) for path, layer in paca_layers(model))
+
+
+def by_path(pairs: Iterable[tuple[str, ModuleType]]) -> dict[str, ModuleType]:
+    """Modules by their path.
+
+    Raises:
+        PaCAError: If two have the same one, counted from the base model, so that a file could hold one of them only.
+    """
+    result: dict[str, ModuleType] = {}
+    for path, module in pairs:
+        if path in result:
+            raise PaCAError(
+                f"Two layers are called {path!r}, one inside the base model and one beside it, and an adapter tells "
+                "them apart by that name. Rename the outer one, or list it in exclude_modules."
+            )
+        result[path] = module
+    return result

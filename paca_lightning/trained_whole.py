@@ -5,20 +5,20 @@ from torch import Tensor, nn
 
 from paca_lightning.base_layer import copy_into, local
 from paca_lightning.errors import PaCAError
-from paca_lightning.targets import base_model_prefix, clean_path, relative_path
+from paca_lightning.targets import base_model_prefix, by_path, clean_path, relative_path
 
 ORIGINAL = "_paca_original"
 
 
 def saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Path and module of what is trained whole."""
-    return [(path, module) for path, module in model.named_modules() if ORIGINAL in vars(module)]
+    return [(path, module) for path, module in model.named_modules() if is_marked(module)]
 
 
 def saved_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """What is trained whole by its path from the base model, as adapter files have it."""
     prefix = base_model_prefix(model)
-    return {relative_path(clean_path(path), prefix): module for path, module in saved_modules(model)}
+    return by_path((relative_path(clean_path(path), prefix), module) for path, module in saved_modules(model))
 
 
 def original_state(module: nn.Module) -> dict[str, Tensor] | None:
@@ -29,9 +29,14 @@ def original_state(module: nn.Module) -> dict[str, Tensor] | None:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
 
+def is_marked(module: nn.Module) -> bool:
+    """Whether a module is trained whole."""
+    return ORIGINAL in vars(module)
+
+
 def mark(module: nn.Module, original: dict[str, Tensor] | None) -> None:
-    """Note that a module is trained whole, with its original state; the first note stays."""
-    vars(module).setdefault(ORIGINAL, original)
+    """Note that a module is trained whole, with its original state."""
+    vars(module)[ORIGINAL] = original
 
 
 def unmark(module: nn.Module) -> None:

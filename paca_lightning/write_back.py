@@ -1,5 +1,8 @@
 """Writing the trained columns back into the weights, after each optimizer step."""
 
+import warnings
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -26,10 +29,16 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
         A handle whose ``remove()`` ends it.
 
     Raises:
-        PaCAError: If the optimizer has none of the model's deltas, or columns were never chosen.
+        PaCAError: If the optimizer has none of the model's deltas, moves them within a step (LBFGS), or columns were
+            never chosen, or a weight is sharded otherwise than by rows.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PaCAError(
+            "LBFGS evaluates the loss several times within a step, and the trained columns are written once after it. "
+            "Use an optimizer that takes one gradient a step."
+        )
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = [layer for _, layer in paca_layers(model) if id(layer.paca_delta) in owned]
+    layers = {path: layer for path, layer in paca_layers(model) if id(layer.paca_delta) in owned}
     if not layers:
         raise PaCAError(
             f"{type(optimizer).__name__} has none of the model's paca_delta parameters, so nothing would be trained. "
@@ -42,9 +51,35 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
             "the meta device at its conversion. Let FSDP2Strategy stream the weights, convert after loading them, or "
             "use selection='random'."
         )
+    for path, layer in layers.items():
+        if any(not (placement.is_shard(0) or placement.is_replicate()) for placement in _placements(layer.base)):
+            raise PaCAError(
+                f"{path!r} is split by columns (tensor parallelism), which PaCA does not support: the delta is split "
+                "by rows. Leave the layer whole, or shard it with fully_shard."
+            )
+    checked = False
 
     def write_back(*_: object) -> None:
-        for layer in layers:
+        nonlocal checked
+        if not checked:
+            checked = True
+            _warn_of_idle([path for path, layer in layers.items() if layer.paca_delta.grad is None])
+        for layer in layers.values():
             layer.write_columns()
 
     return optimizer.register_step_post_hook(write_back)
+
+
+def _placements(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return getattr(tensor, "placements", ())
+
+
+def _warn_of_idle(paths: list[str]) -> None:
+    """Tell which layers the first step left alone."""
+    if paths:
+        warnings.warn(
+            f"{len(paths)} PaCA layers had no gradient in the first step ({paths[0]!r} is one). Experts that saw no "
+            "token are like that; a layer whose weight the model reads without calling it never trains: list it in "
+            "exclude_modules.",
+            stacklevel=2,
+        )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, paca_layers, save_adapter, write_columns
 from paca_lightning.adapter import adapter_config
+from paca_lightning.fingerprint import sample_columns
 from tests.tiny import tiny_llama
 
 UP = "model.layers.0.mlp.up_proj"
@@ -420,3 +421,10 @@ def test_the_settings_can_be_read_alone(adapter: Path) -> None:
     assert adapter_config(adapter) == expected
     with pytest.raises(PaCAError, match=r"nowhere/adapter_config\.json is missing"):
         adapter_config(adapter.parent / "nowhere")
+
+
+def test_values_of_large_layers_are_sampled_within_them() -> None:
+    columns = torch.zeros(28672, 1024, dtype=torch.bfloat16)  # more values than fp32 counts exactly
+    columns[-1, -1] = 3.0
+    assert sample_columns(columns) == [0.0] * 15 + [3.0]
+    assert sample_columns(torch.tensor([[5.0]])) == [5.0]

@@ -163,3 +163,18 @@ def test_data_that_cannot_choose_is_refused_and_the_model_left_as_it_was(
     assert [type(module) for module in (model.first, model.second)] == [nn.Linear, nn.Linear]
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_called_by_keyword_count() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=x)
+
+    model = ByName()
+    batch = torch.tensor([[1.0, 3.0, 2.0, 4.0]])
+    apply_paca(model, PaCAConfig(r=2, selection="activation_norm"), calibration=[batch])
+    assert model.layer.paca_indices.tolist() == [1, 3]

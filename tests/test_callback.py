@@ -3,13 +3,14 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,8 +23,10 @@ from paca_lightning import (
     QPaCALinear,
     apply_paca,
     load_adapter,
+    merge,
     paca_layers,
     save_adapter,
+    unload,
 )
 
 CONFIG = PaCAConfig(r=4, alpha=8)
@@ -287,6 +290,23 @@ def test_full_checkpoints_keep_the_base(trainer: Any, tmp_path: Path) -> None:
     assert torch.equal(fresh.net[0].weight, module.net[0].weight)
 
 
+def test_a_later_run_may_keep_the_base(trainer: Any, tmp_path: Path) -> None:
+    module = Module()
+    trainer(PaCAStrategy(CONFIG)).fit(module, loader())
+    later = PaCAStrategy(CONFIG, full_checkpoints=True)
+    trainer(later, ModelCheckpoint(tmp_path, filename="full"), max_epochs=3).fit(module, loader())
+    assert "net.0.weight" in torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("back", [merge, unload])
+def test_an_ordinary_model_again_is_saved_whole(trainer: Any, back: Any) -> None:
+    module = Module()
+    trainer(PaCAStrategy(CONFIG)).fit(module, loader())
+    assert "net.0.weight" not in module.state_dict()
+    back(module)
+    assert module.state_dict().keys() == Module().state_dict().keys()
+
+
 def test_resume_is_bitwise_the_uninterrupted_run(trainer: Any, tmp_path: Path) -> None:
     whole, first, second = Module(), Module(), Module()
     trainer(PaCAStrategy(CONFIG), max_epochs=4).fit(whole, loader())
@@ -484,6 +504,19 @@ def test_stochastic_weight_averaging(trainer: Any) -> None:
     assert in_step(module)
     assert moved(module)
 
+    class Epochs(pl.Callback):
+        deltas: ClassVar[list[Tensor]] = []
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            self.deltas.append(pl_module.net[0].paca_delta.detach().clone())
+
+    watched = Epochs()
+    same = Module()
+    again = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
+    trainer(PaCAStrategy(CONFIG), again, watched, max_epochs=4).fit(same, loader(), loader())
+    averaged = sum(watched.deltas[:3]) / 4  # it looks at the starts of all four epochs, the first of which has zeros
+    assert torch.allclose(same.net[0].paca_delta, averaged, rtol=1e-5, atol=1e-7)
+
 
 def test_averaging_listed_first_is_refused(trainer: Any) -> None:
     with pytest.raises(PaCAError, match="EMAWeightAveraging is listed before PaCAStrategy"):
@@ -524,7 +557,7 @@ def test_directory_that_cannot_be_written(trainer: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     blocked = str(tmp_path / "file" / "inside")
     for arguments, callbacks in (
-        ({"default_root_dir": blocked}, []),
+        ({"default_root_dir": blocked, "logger": CSVLogger(tmp_path)}, []),
         ({}, [ModelCheckpoint(blocked)]),
         ({}, [AdapterCheckpoint(blocked)]),
     ):
@@ -532,6 +565,48 @@ def test_directory_that_cannot_be_written(trainer: Any, tmp_path: Path) -> None:
         with pytest.raises(PaCAError, match="cannot be written"):
             trainer(PaCAStrategy(CONFIG), *callbacks, **arguments).fit(module, loader())
         assert not moved(module) or not list(paca_layers(module))
+    trainer(PaCAStrategy(CONFIG), default_root_dir=blocked).fit(Module(), loader())  # which writes nothing
+
+
+class Replaces(MixedPrecision):
+    """A precision that, like some libraries', puts layers of its own in place of the linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__("bf16-mixed", "cpu")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        for index in (0, 2):
+            module.net[index] = nn.Linear(module.net[index].in_features, module.net[index].out_features)  # type: ignore
+        return module
+
+
+def test_layers_that_were_replaced_after_their_conversion(trainer: Any) -> None:
+    with pytest.raises(PaCAError, match="The converted layers are gone"):
+        trainer(PaCAStrategy(CONFIG), plugins=[Replaces()]).fit(Module(), loader())
+
+
+def test_the_learning_rate_that_is_told_is_that_of_the_deltas(trainer: Any, tmp_path: Path) -> None:
+    class NewHead(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            head = {"params": list(self.net[2].parameters()), "lr": 0.5}
+            return torch.optim.AdamW([{"params": [self.net[0].paca_delta], "lr": 1e-3}, head])
+
+    paca = PaCAStrategy(PaCAConfig(r=4, alpha=8, modules_to_save=["2"]))
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(paca, logger=logger, log_every_n_steps=1).fit(NewHead(), loader())
+    assert paca.report is not None
+    assert paca.report.learning_rate == 1e-3
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert {float(row["paca/scaled_lr"]) for row in rows if row["paca/scaled_lr"]} == {2 * 1e-3}
+
+
+def test_a_method_that_the_module_had_of_its_own_is_put_back(trainer: Any) -> None:
+    module = Module()
+    module.configure_model = lambda: None  # type: ignore[method-assign]
+    before = module.configure_model
+    trainer(PaCAStrategy(CONFIG)).fit(module, loader())
+    assert module.configure_model is before
+    assert "on_load_checkpoint" not in vars(module)
 
 
 def test_calibration_with_manual_optimization_is_refused(trainer: Any) -> None:

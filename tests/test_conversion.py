@@ -2,6 +2,7 @@
 
 import copy
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from paca_lightning import (
     disable_paca,
     merge,
     paca_layers,
+    save_adapter,
     unload,
     write_columns,
 )
@@ -402,3 +404,34 @@ def test_columns_that_were_never_chosen_are_not_trained() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     with pytest.raises(PaCAError, match="were to be chosen by its weight"):
         attach(optimizer, model)
+
+
+def test_what_is_thawed_after_the_conversion_stays_so_at_the_next_one() -> None:
+    model = tiny_llama()
+    apply_paca(model, PaCAConfig(r=4))
+    model.model.norm.weight.requires_grad_(True)
+    apply_paca(model, PaCAConfig(r=4))
+    assert model.model.norm.weight.requires_grad
+    assert not model.model.embed_tokens.weight.requires_grad
+
+
+def test_two_layers_of_one_name_in_an_adapter_are_refused(tmp_path: Path) -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_llama()
+            self.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(4, 4)})})])
+
+    model = Around().inner.model
+    outer = nn.Module()
+    outer.model, outer.layers = model, Around().layers
+    apply_paca(outer, PaCAConfig(r=2, target_modules=["up_proj"]))
+    with pytest.raises(PaCAError, match=r"Two layers are called 'layers\.0\.mlp\.up_proj'"):
+        save_adapter(outer, tmp_path / "adapter")
+
+
+def test_weights_in_8_bits_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(model[1].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    report = apply_paca(model, PaCAConfig(r=2))
+    assert report.skipped == {"1": "its weight is torch.float8_e4m3fn"}

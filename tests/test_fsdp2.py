@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca
+from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, apply_paca
 from paca_lightning.strategies.checkpointing import checkpoint_blocks
 from paca_lightning.strategies.fsdp2 import FSDP2Strategy
 from paca_lightning.strategies.sharding import ShardingOptions, find_blocks, shard
@@ -276,3 +277,60 @@ def test_sizes_that_do_not_divide_are_refused(arguments: dict[str, Any], message
     trainer = Trainer(accelerator="cpu", devices=1, strategy=FSDP2Strategy(**arguments), logger=False)
     with pytest.raises(PaCAError, match=message):
         trainer.fit(Plain())
+
+
+class Described(LightningModule):
+    """Its hyperparameters are an object, which a checkpoint can only pickle."""
+
+    def __init__(self, config: PaCAConfig) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Linear(8, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.net(batch).square().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def described_run(directory: Path) -> dict[str, Any]:
+    """A file of one device, evaluated and resumed sharded, and a directory resumed."""
+    config = PaCAConfig(r=2)
+    data = DataLoader(torch.ones(8, 8), batch_size=4)  # type: ignore[arg-type]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+    def trainer(**arguments: Any) -> Trainer:
+        paca = PaCAStrategy(config)
+        return Trainer(accelerator="cpu", devices=1, callbacks=[paca], enable_checkpointing=False, **quiet, **arguments)
+
+    def fresh() -> Described:
+        torch.manual_seed(0)
+        return Described(config)
+
+    first, module = trainer(max_steps=1), fresh()
+    first.fit(module, data)
+    first.save_checkpoint(directory / "one.ckpt")
+    (expected,) = trainer().validate(module, data, verbose=False)
+
+    sharded = {"strategy": "paca_fsdp2"}
+    with pytest.raises(PaCAError, match=r"an object of paca_lightning\.config\.PaCAConfig .*add_safe_globals"):
+        trainer(**sharded).validate(fresh(), data, directory / "one.ckpt", verbose=False)
+    with torch.serialization.safe_globals([PaCAConfig]):
+        (found,) = trainer(**sharded).validate(fresh(), data, directory / "one.ckpt", verbose=False)
+        second = trainer(max_steps=2, **sharded)
+        second.fit(fresh(), data, ckpt_path=directory / "one.ckpt")
+        second.save_checkpoint(directory / "two.ckpt")
+        third = trainer(max_steps=3, **sharded)
+        third.fit(fresh(), data, ckpt_path=directory / "two.ckpt")
+    return {"expected": expected["loss"], "found": found["loss"], "steps": third.global_step}
+
+
+@pytest.mark.distributed
+def test_a_file_is_evaluated_and_objects_are_unpickled_when_the_user_allows_them(tmp_path: Path) -> None:
+    result = launch(described_run, 1, tmp_path)[0]
+    assert result["found"] == result["expected"]
+    assert result["steps"] == 3

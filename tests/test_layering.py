@@ -20,7 +20,10 @@ ROWS: list[list[set[str]]] = [
         {"targets", "report", "calibration", "trained_whole", "reversal", "conversion", "write_back"}
         | {"checkpoint", "fingerprint", "adapter_files", "adapter"}
     ],
-    [{"callback", "averaging", "run_checks", "same_base", "training_data", "adapter_checkpoint"}, {"strategies"}],
+    [
+        {"callback", "averaging", "run_checks", "same_base", "following", "training_data", "adapter_checkpoint"},
+        {"strategies"},
+    ],
     [{"tasks"}],
     [{"tools"}],
     [{"cli"}],

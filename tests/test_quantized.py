@@ -14,7 +14,14 @@ from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from paca_lightning import (
     PaCAConfig,
@@ -513,3 +520,22 @@ def test_beside_lightnings_bitsandbytes_precision(mode: str) -> None:
     assert torch.equal(logits(model), logits(twin))
     merge(model).load_state_dict(tiny_llama().state_dict())
     assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+def test_models_that_look_at_a_weight_find_it() -> None:
+    encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).requires_grad_(False)
+    apply_paca(encoder, PaCAConfig(r=4, target_modules=["linear1", "linear2"], quantize="nf4"))
+    x = torch.randn(2, 5, 64)
+    trained = encoder.train().linear1(x)
+    assert torch.allclose(trained, nn.functional.linear(x, encoder.linear1.weight, encoder.linear1.bias), atol=1e-5)
+    encoder.eval()
+    with torch.no_grad():
+        assert encoder(x).shape == x.shape  # its fast path reads the weights
+
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    )
+    apply_paca(t5, PaCAConfig(r=4, quantize="nf4"))
+    ids = torch.arange(8).view(1, 8)
+    t5(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.paca_delta.grad is not None for _, layer in paca_layers(t5))

@@ -1,6 +1,7 @@
 """Restoring a sharded model and its optimizers from checkpoints written on any number of ranks."""
 
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,12 @@ def load_file(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, 
     state = {name: _like(tensor, named.get(name), name) for name, tensor in checkpoint.pop("state_dict").items()}
     model.load_state_dict(state, strict=strict)
     states = checkpoint.get("optimizer_states", [])
-    if len(states) < len(optimizers):
+    if optimizers and len(states) != len(optimizers):
         raise PaCAError(
-            f"{str(path)!r} holds no optimizer states (saved with save_weights_only?), so no run can resume."
+            f"{str(path)!r} holds the states of {len(states)} optimizers and this run has {len(optimizers)}, so it "
+            "cannot resume. Files saved with save_weights_only hold none."
         )
-    for optimizer, optimizer_state in zip(optimizers, states, strict=True):
+    for optimizer, optimizer_state in zip(optimizers, states, strict=False):  # an evaluation has no optimizers
         set_optimizer_state_dict(
             model,
             optimizer,
@@ -160,5 +162,12 @@ def _torch_load(path: Path) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise PaCAError(f"The checkpoint {str(path)!r} cannot be read: {error}") from error
+        reason = str(error)
+        if found := re.search(r"GLOBAL (\S+)", reason):
+            # Lightning (2.6) does not pass weights_only=False on to strategies that restore after their setup.
+            reason = (
+                f"it holds an object of {found[1]} (of the hyperparameters, or a callback's). Allow the classes that "
+                "you trust, with torch.serialization.add_safe_globals([...]), before the run."
+            )
+        raise PaCAError(f"The checkpoint {str(path)!r} cannot be read: {reason}") from error
     return checkpoint

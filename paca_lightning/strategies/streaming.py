@@ -55,7 +55,7 @@ class _Destination:
         else:
             tensor.copy_(rows)
         # From what was read, which is more than a quantized or narrower weight knows.
-        local(self.layer.paca_base_columns).copy_(rows.index_select(1, self.layer.paca_indices))
+        local(self.layer.paca_base_columns).copy_(rows.index_select(1, self.layer.paca_indices.to(rows.device)))
         local(self.layer.paca_delta).zero_()
 
 
