@@ -77,6 +77,9 @@ def load_file(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, 
             "cannot resume. Files saved with save_weights_only hold none."
         )
     for optimizer, optimizer_state in zip(optimizers, states, strict=False):  # an evaluation has no optimizers
+        if not optimizer_state["state"]:  # SGD's: nothing to shard, which PyTorch (2.13) asserts there is
+            optimizer.load_state_dict(optimizer_state)
+            continue
         set_optimizer_state_dict(
             model,
             optimizer,
