@@ -378,7 +378,7 @@ def test_presets_have_the_published_sizes() -> None:
         ({"max_length": "100kB"}, "below the model itself: its weights take"),
         ({"max_length": "lots"}, "'lots' is not an amount of memory"),
         ({"max_length": "1GiB", "compile": True, "device": "cpu"}, "without --compile"),
-        ({"output": "/proc/nothing"}, "Nothing can be written"),
+        ({"output": "/proc/nothing"}, "--output: '/proc/nothing' cannot be written"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_measured(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import apply_paca
 from paca_lightning.targets import paca_layers, resolve
+from paca_lightning.tools.methods import lora_rank, train_nothing
 
 
 class LoRALinear(nn.Module):
@@ -76,7 +77,7 @@ def _lora(module: LightningModule, config: PaCAConfig, dtype: torch.dtype | None
     _floor(module, config)
     for path, layer in list(paca_layers(module)):
         features = layer.in_features, layer.out_features
-        r = max(1, round(ranks[path] * features[1] / sum(features)))
+        r = lora_rank(ranks[path], *features)
         quantized = config.quantize is not None
         module.set_submodule(path, LoRALinear(layer, features, r, dtype, quantized=quantized))
     module.idle.requires_grad_(False)
@@ -94,13 +95,8 @@ def _floor(module: LightningModule, config: PaCAConfig) -> None:
     # A layer of ours that trains nothing is a plain frozen one, quantized or not.
     apply_paca(module, replace(config, r=1, rank_pattern={}, alpha_pattern={}, selection="random"))
     module.requires_grad_(False)
-    model: Any = next(child for child in module.modules() if hasattr(child, "get_input_embeddings"))
-    model.get_input_embeddings().register_forward_hook(_ask_for_gradient)
+    train_nothing(next(child for child in module.modules() if hasattr(child, "get_input_embeddings")))
     module.idle = nn.Parameter(torch.zeros(1, device="meta"))  # an optimizer needs something
-
-
-def _ask_for_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_(True) if torch.is_grad_enabled() else output
 
 
 PACA = Baseline("PaCA", _paca)

@@ -83,8 +83,8 @@ class Method:
         return model
 
 
-def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
-    """Nothing trains, but gradients flow to the input of the first layer: the least that any such step can cost."""
+def train_nothing(model: nn.Module) -> nn.Module:
+    """Freeze a model, but let gradients flow to the input of its first layer: the least that any such step can cost."""
 
     def ask_for_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.requires_grad_(True) if torch.is_grad_enabled() else output
@@ -94,9 +94,18 @@ def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     return model
 
 
+def lora_rank(r: int, inputs: int, outputs: int) -> int:
+    """Rank at which LoRA has about as many parameters as PaCA at rank ``r``: r * outputs against r * both."""
+    return max(1, round(r * outputs / (inputs + outputs)))
+
+
+def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return train_nothing(model)
+
+
 def _qfloor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     """The floor on the base of QLoRA: bitsandbytes' NF4 layers."""
-    return _floor(_quantize(model, targets), r, targets)
+    return train_nothing(_quantize(model, targets))
 
 
 def _paca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
@@ -207,18 +216,21 @@ def _ranked(name: str, ranks: list[int], match: str, base: nn.Module) -> list[Me
     if name in _UNRANKED:
         return [Method(name)]
     same_rank = [Method(name, r) for r in ranks] if match != "parameters" or name not in _BASELINES else []
-    same_size = [Method(name, _lora_rank(r, base)) for r in ranks] if match != "rank" and name in _BASELINES else []
+    same_size = (
+        [Method(name, lora_rank(r, *_features(base))) for r in ranks] if match != "rank" and name in _BASELINES else []
+    )
     return same_rank + same_size
 
 
-def _lora_rank(r: int, base: nn.Module) -> int:
-    """Rank at which LoRA has about as many parameters as PaCA at rank ``r``: r * out against r * (in + out)."""
-    trained_by = dict.fromkeys(("paca", "lora"), 0)
+def _features(base: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of all layers that PaCA would train."""
+    inputs = outputs = 0
     for target in resolve(base, PaCAConfig()).targets:
         rows, columns = target.module.get_parameter("weight").shape
-        trained_by["lora"] += rows + columns
-        trained_by["paca"] += columns if target.layer_class is PaCAConv1D else rows
-    return max(1, round(r * trained_by["paca"] / trained_by["lora"]))
+        transposed = target.layer_class is PaCAConv1D
+        inputs += rows if transposed else columns
+        outputs += columns if transposed else rows
+    return inputs, outputs
 
 
 def _parse_rank(text: str) -> int:

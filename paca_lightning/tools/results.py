@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.files import check_writable
 from paca_lightning.tools.units import format_bytes
 
 Row = dict[str, Any]
@@ -72,14 +72,9 @@ def open_output(directory: str) -> Path:
     Raises:
         PaCAError: If nothing can be written there.
     """
+    check_writable(directory, "--output")
     path = Path(directory)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise PaCAError(f"Nothing can be written to output directory {directory!r}: {error}") from error
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
