@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from paca_lightning.errors import PaCAError
@@ -66,6 +67,22 @@ def test_guanaco_text_is_split_into_turns() -> None:
         ("assistant", "That makes 9."),
     ]
     assert read(FIXTURES / "guanaco.jsonl")[1] == (2, turns)
+
+
+def test_prompts_with_completions(tmp_path: Path) -> None:
+    rows = [{"prompt": "2 + 3?", "completion": "5"}, {"system": "Be brief.", "prompt": "Hi", "completion": "Hello"}]
+    assert read(write_rows(tmp_path / "rows.jsonl", rows)) == [
+        (1, [("user", "2 + 3?"), ("assistant", "5")]),
+        (2, [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")]),
+    ]
+
+
+def test_content_in_parts_is_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "your name?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Ada"}]}
+    assert read(write_rows(tmp_path / "rows.jsonl", [row])) == [
+        (1, [("user", "What is your name?"), ("assistant", "Ada")])
+    ]
 
 
 BEST_PATHS = [
@@ -318,6 +335,81 @@ def test_truncation_drops_and_counts_what_has_nothing_left_to_learn(
         module(tmp_path / "train.jsonl", max_length=5).setup("fit")
 
 
+def test_raw_text_is_trained_whole_in_pieces_of_the_greatest_length(module: Any, tmp_path: Path) -> None:
+    texts = ["The dog sleeps on. " * 20, "Paris", "é"]
+    path = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    data = module(path, format="text", max_length=16)
+    data.setup("fit")
+    split, tokenizer = data.splits["train"], data.tokenizer
+    pieces: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    for row in split.dataset:
+        assert row["length"] <= 16
+        assert row["trained"] == [False] + [True] * (row["length"] - 1)
+        pieces[row["row"]] += row["input_ids"]
+    assert [tokenizer.decode(ids) for ids in pieces.values()] == [text + "<|im_end|>" for text in texts]
+    assert len(split.dataset) > 3
+    assert split.dropped == split.column("truncated").sum() == 0
+
+
+def test_raw_text_begins_as_the_tokenizer_has_it(module: Any, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", tokenizer.bos_token_id)])
+    tokenizer.save_pretrained(tmp_path / "bos")
+    path = write_rows(tmp_path / "text.jsonl", [{"text": "Paris"}])
+    data = module(path, format="text", tokenizer=str(tmp_path / "bos"))
+    data.setup("fit")
+    assert data.tokenizer.decode(data.splits["train"].dataset[0]["input_ids"]) == "<s>Paris<|im_end|>"
+
+
+# Several files
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A directory of two shards of different formats, and a file that is none."""
+    directory = tmp_path / "shards"
+    directory.mkdir()
+    rows = [chat("a", "b"), chat("c", "d")]
+    pq.write_table(pa.Table.from_pylist(rows), directory / "train-00000-of-00002.parquet")
+    write_rows(directory / "train-00001-of-00002.jsonl", [{"instruction": "e", "output": "f"}])
+    (directory / "README.md").write_text("Two shards.")
+    return directory
+
+
+def test_a_directory_a_pattern_and_a_list_of_files_are_read_in_order(module: Any, shards: Path) -> None:
+    first, second = (str(path) for path in sorted(shards.glob("train-*")))
+    for train in (str(shards), str(shards / "train-*"), [first, second], [str(shards / "*.parquet"), second]):
+        data = InstructionDataModule(**module().hparams | {"train": train})
+        data.setup("fit")
+        split = data.splits["train"]
+        assert split.files() == [first, first, second]
+        assert split.column("row").tolist() == [1, 2, 1]
+        assert "2 files" in split.describe()
+
+
+def test_rows_of_the_same_number_in_two_files_are_held_out_apart(module: Any, shards: Path) -> None:
+    data = module(shards, validation_fraction=0.34)
+    data.setup("fit")
+    assert {name: len(split.dataset) for name, split in data.splits.items()} == {"train": 2, "validation": 1}
+
+
+def test_a_bad_row_is_named_with_its_file(module: Any, shards: Path) -> None:
+    write_rows(shards / "train-00001-of-00002.jsonl", [{"instruction": "e", "output": "f"}, {"instruction": "g"}])
+    with pytest.raises(PaCAError, match=r"train-00001-of-00002.jsonl, row 2: the field 'output' is missing"):
+        module(shards).prepare_data()
+
+
+def test_files_that_do_not_belong_together_or_are_not_there_are_refused(module: Any, shards: Path) -> None:
+    with pytest.raises(PaCAError, match=r"no file matches \(looked for .*shards/\*\.gz"):
+        module(shards / "*.gz").prepare_data()
+    write_rows(shards / "test.jsonl", [chat("a", "b")])
+    with pytest.raises(PaCAError, match=r"holds files of several splits \(test, train\).*pattern"):
+        module(shards).prepare_data()
+    with pytest.raises(PaCAError, match="the list of data files is empty"):
+        InstructionDataModule(**module().hparams | {"train": []}).prepare_data()
+
+
 def test_packed_batches_fill_their_rows(module: Any) -> None:
     data = module(QUICKSTART / "train.jsonl", packing=True, max_length=512, batch_size=2)
     data.setup("fit")
@@ -425,6 +517,13 @@ def test_a_bad_row_is_named(module: Any, tmp_path: Path, name: str) -> None:
         ),
         ({"prompt": NODE | {"role": "user"}}, GOOD, "row 1: the field 'role' of message 'm1' is 'user'"),
         ({"prompt": NODE | {"replies": 3}}, GOOD, "row 1: the field 'replies' of message 'm1' is not a list"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, "row 2: the field 'completion' is missing"),
+        ({"text": "a raw document"}, GOOD, "row 1: the fields 'text' fit no known format .*`format: text`"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            GOOD,
+            r"row 1: the field 'messages\[0\].content\[0\]' is 'image', expected a part of the type 'text'",
+        ),
         ({"question": "a"}, GOOD, "row 1: the fields 'question' fit no known format"),
         (
             NODE | {"parent_id": None, "message_tree_id": "m1"},

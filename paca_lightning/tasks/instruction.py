@@ -13,7 +13,7 @@ from paca_lightning.tasks.data.chat import ChatEncoder
 from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.formats import Format, TreePaths
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.records import Source
+from paca_lightning.tasks.data.records import Source, locate
 from paca_lightning.tasks.data.sampler import BatchOrder
 from paca_lightning.tasks.data.tokenization import TokenizedSplit, tokenize
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
@@ -22,8 +22,9 @@ from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
 class InstructionDataModule(LightningDataModule):
     """Conversations for instruction tuning, as batches of `input_ids`, `labels` and, where needed, a mask or positions.
 
-    A source is a local file (JSON list, JSON Lines, either of them gzipped, or Parquet), a directory written by
-    `datasets`' `save_to_disk`, or a data set id on the Hugging Face hub. The loaders share the data over the
+    A source is a local file (JSON list, JSON Lines, either of them gzipped, or Parquet), several of them (a list, a
+    directory, or a pattern such as `shards/*.parquet`), a directory written by `datasets`' `save_to_disk`, or a data
+    set id on the Hugging Face hub. The loaders share the data over the
     processes themselves (the Trainer's `use_distributed_sampler` does not matter), use every row exactly once an
     epoch, and resume in the middle of one. A process for which no row is left in an epoch's last step gets one whose
     labels are all -100. After `setup`, `tokenizer` is the tokenizer and `splits` holds the tokenized splits.
@@ -32,12 +33,12 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: Directory or hub id of the tokenizer; usually the model's.
         train: Source of the training conversations.
         validation: Source of the validation conversations. None: see `validation_fraction`.
-        test: Source of the test conversations. None: there are none.
+        test: Source of the test conversations, which `predict` takes, too. None: there are none.
         format: Layout of a row: `chat` (messages with role and content), `sharegpt` (conversations with from and
-            value), `alpaca` (instruction, input, output), `guanaco` (text with ### Human: and ### Assistant:),
-            `oasst` (message trees), `oasst_messages` (flat messages), or `auto` to tell by the first row of each
-            source.
-        max_length: Tokens kept of a conversation; with `packing`, tokens of a row.
+            value), `alpaca` (instruction, input, output), `prompt_completion`, `guanaco` (text with ### Human: and
+            ### Assistant:), `oasst` (message trees), `oasst_messages` (flat messages), or `auto` to tell by the first
+            row of each file. `text` is raw text for continued pretraining: no chat template, every token trained.
+        max_length: Tokens kept of a conversation; longer raw text is split. With `packing`, tokens of a row.
         batch_size: Rows in a batch of each process.
         validation_fraction: Share of `train` held out if `validation` is None, drawn by `seed`. 0: no validation.
         loss_on: `assistant` trains the answers and their end-of-turn tokens; `all` trains every token.
@@ -51,7 +52,7 @@ class InstructionDataModule(LightningDataModule):
             ChatML whose turns end with its own end-of-sequence token.
         cache_dir: Where tokenized data and downloads are kept. None: where `datasets` keeps its own.
         tree_paths: Of a message tree, `best` takes the best-ranked reply at every message; `all` takes every path.
-        text_column: Field with the text of a `guanaco` row.
+        text_column: Field with the text of a `guanaco` or `text` row.
         subset: Configuration name of a hub data set.
         train_split: Split to take of a hub id or saved DatasetDict given as `train`.
         validation_split: Likewise for `validation`.
@@ -68,9 +69,9 @@ class InstructionDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str,
-        validation: str | None = None,
-        test: str | None = None,
+        train: str | list[str],
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         format: Format = "auto",
         max_length: int = 512,
         batch_size: int = 4,
@@ -146,10 +147,10 @@ class InstructionDataModule(LightningDataModule):
 
     def _tokenize(self, name: str, encoder: ChatEncoder) -> TokenizedSplit:
         hparams = self.hparams
-        source = Source(hparams[name], hparams[f"{name}_split"], hparams["subset"], hparams["cache_dir"])
+        part = (hparams[f"{name}_split"], hparams["subset"], hparams["cache_dir"])
         return tokenize(
             name,
-            source,
+            [Source(location, *part) for location in locate(hparams[name])],
             encoder,
             format=hparams["format"],
             text_column=hparams["text_column"],
@@ -158,7 +159,9 @@ class InstructionDataModule(LightningDataModule):
 
     def _hold_out(self, train: TokenizedSplit) -> None:
         # By rows of the source, not by conversations: paths through one message tree share their first turns.
-        rows, conversation_rows = np.unique(train.column("row"), return_inverse=True)
+        numbers = train.column("row").astype(np.int64)
+        numbers += train.column("file") * (numbers.max() + 1)
+        rows, conversation_rows = np.unique(numbers, return_inverse=True)
         order = np.random.default_rng(self.hparams["seed"]).permutation(len(rows))
         held_out = np.zeros(len(rows), dtype=bool)
         held_out[order[: round(len(rows) * self.hparams["validation_fraction"])]] = True

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.tasks.data.formats import Conversation
+from paca_lightning.tasks.data.formats import Conversation, is_text
 
 Span = tuple[int, int]
 
@@ -21,7 +21,20 @@ class Encoded:
 
     input_ids: np.ndarray
     trained: np.ndarray
-    truncated: bool
+    truncated: bool = False
+
+    def cut(self, max_length: int) -> "Encoded":
+        """Return the first tokens."""
+        longer = len(self.input_ids) > max_length
+        return Encoded(self.input_ids[:max_length], self.trained[:max_length], longer)
+
+    def split(self, max_length: int) -> list["Encoded"]:
+        """Return all tokens in pieces, whose first tokens are not trained: nothing comes before them."""
+        starts = range(0, len(self.input_ids), max_length)
+        pieces = [Encoded(self.input_ids[i : i + max_length], self.trained[i : i + max_length].copy()) for i in starts]
+        for piece in pieces:
+            piece.trained[:1] = False
+        return pieces
 
 
 class ChatEncoder:
@@ -35,7 +48,7 @@ class ChatEncoder:
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        max_length: Tokens kept of a conversation; the rest is cut off its end.
+        max_length: Tokens to keep of a conversation, for those who cut what `encode` returns.
         loss_on: "assistant" trains every assistant turn with its end-of-turn token, "all" trains everything.
     """
 
@@ -48,6 +61,8 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.loss_on = loss_on
+        starts = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
+        self._bos = tokenizer.bos_token if starts else ""
         self._stops = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
 
     def render(self, conversation: Conversation, generation_prompt: bool = False) -> str:
@@ -70,7 +85,14 @@ class ChatEncoder:
         return text
 
     def spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Return the rendered text, and the characters [start, end) of it that the assistant produces, by turn."""
+        """Return the rendered text, and the characters [start, end) of it that the assistant produces, by turn.
+
+        A raw text is bare of the template, and produced whole; where the tokenizer has tokens to begin and end a text
+        with, they are put around it.
+        """
+        if is_text(conversation):
+            text = f"{self._bos}{conversation[0]['content']}{self.tokenizer.eos_token or ''}"
+            return text, [(0, len(text))]
         text = self.render(conversation)
         if self.loss_on == "all":
             return text, [(0, len(text))]
@@ -100,8 +122,7 @@ class ChatEncoder:
         for first, last in bounds:
             trained[first:last] = True
         trained[:1] = False
-        cut = slice(self.max_length)
-        return Encoded(np.asarray(ids[cut], dtype=np.int32), trained[cut], len(ids) > self.max_length)
+        return Encoded(np.asarray(ids, dtype=np.int32), trained)
 
     def _span(self, text: str, conversation: Conversation, turn: int) -> Span:
         before = self.render(conversation[:turn], generation_prompt=True)

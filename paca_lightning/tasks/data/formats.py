@@ -5,12 +5,14 @@
 | `chat` | `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}` |
 | `sharegpt` | `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}` |
 | `alpaca` | `{"instruction": "...", "input": "...", "output": "..."}`; `input` may be empty or absent |
+| `prompt_completion` | `{"prompt": "...", "completion": "..."}`: a question and its answer for the chat template |
 | `guanaco` | `{"text": "### Human: ...### Assistant: ..."}` |
 | `oasst` | one OpenAssistant message tree: `{"message_tree_id": "...", "prompt": {"text", "role", "replies": [...]}}` |
 | `oasst_messages` | one OpenAssistant message: `message_id`, `parent_id`, `message_tree_id`, `role`, `text`, `rank` |
+| `text` | `{"text": "..."}`: a document without turns, for continued pretraining |
 
-`chat`, `sharegpt` and `alpaca` rows may have a `system` text beside; `messages` and `conversations` may stand for
-each other.
+`chat`, `sharegpt`, `alpaca` and `prompt_completion` rows may have a `system` text beside; `messages` and
+`conversations` may stand for each other. The content of a message may be a list of `{"type": "text", "text": "..."}`.
 """
 
 import re
@@ -23,7 +25,9 @@ from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.data import oasst
 from paca_lightning.tasks.data.records import Row
 
-Format = Literal["auto", "chat", "sharegpt", "alpaca", "guanaco", "oasst", "oasst_messages"]
+Format = Literal[
+    "auto", "chat", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst", "oasst_messages", "text"
+]
 TreePaths = Literal["best", "all"]
 
 
@@ -31,6 +35,7 @@ Message = dict[str, str]
 """One turn: its `role` (system, user or assistant) and its `content`."""
 
 Conversation = list[Message]
+"""Its turns; or a raw text, as the only message, of the role `text`."""
 
 _LIST_FIELDS = ("messages", "conversations", "conversation")
 _CHAT_ROLES = {role: role for role in ("system", "user", "assistant")}
@@ -48,7 +53,7 @@ def conversations(
         rows: (row number, row) pairs, as from `Source.rows`.
         name: The source, for messages.
         format: One of the formats above; "auto" goes by the fields of the first row.
-        text_column: The field that holds `guanaco` text.
+        text_column: The field that holds the text of `guanaco` and `text` rows.
         tree_paths: "best" takes the best-ranked reply at every message of a tree, "all" takes every path.
 
     Raises:
@@ -70,6 +75,8 @@ def conversations(
             "chat": partial(_from_turns, role_field="role", content_field="content", roles=_CHAT_ROLES),
             "sharegpt": partial(_from_turns, role_field="from", content_field="value", roles=_SHAREGPT_ROLES),
             "alpaca": _from_alpaca,
+            "prompt_completion": _from_prompt,
+            "text": partial(_from_text, field=text_column),
             "guanaco": partial(_from_guanaco, field=text_column),
             "oasst": partial(_from_tree, paths=tree_paths),
         }
@@ -77,7 +84,8 @@ def conversations(
     for number, row in pairs:
         try:
             for conversation in convert(row):
-                check_turns(conversation)
+                if not is_text(conversation):
+                    check_turns(conversation)
                 yield number, conversation
         except PaCAError as error:
             raise PaCAError(f"{name}, row {number}: {error} (format {format!r})") from error
@@ -98,13 +106,20 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
             return "sharegpt" if turns and isinstance(turns[0], dict) and "from" in turns[0] else "chat"
     if {"instruction", "output"} <= row.keys():
         return "alpaca"
+    if {"prompt", "completion"} <= row.keys():
+        return "prompt_completion"
     if isinstance(text := row.get(text_column), str) and _GUANACO_MARK.search(text):
         return "guanaco"
     known = ", ".join(get_args(Format)[1:])
     raise PaCAError(
         f"{where}: the fields {', '.join(map(repr, row)) or '(none)'} fit no known format ({known}). Rename the "
-        "fields, or set `format` (and `text_column`) if the first row is unusual."
+        "fields, or set `format` (and `text_column`) if the first row is unusual; raw text needs `format: text`."
     )
+
+
+def is_text(conversation: Conversation) -> bool:
+    """Whether it is a raw text, without turns."""
+    return len(conversation) == 1 and conversation[0]["role"] == "text"
 
 
 def check_turns(conversation: Conversation) -> None:
@@ -171,8 +186,22 @@ def _from_turns(row: Row, role_field: str, content_field: str, roles: dict[str, 
         role = text_field(turn, role_field, f"{where}.")
         if role not in roles:
             raise PaCAError(f"the field '{where}.{role_field}' is {role!r}, expected one of {', '.join(roles)}")
-        conversation.append({"role": roles[role], "content": text_field(turn, content_field, f"{where}.")})
+        conversation.append({"role": roles[role], "content": _content(turn, content_field, f"{where}.")})
     yield conversation
+
+
+def _content(turn: Row, field: str, where: str) -> str:
+    parts = turn.get(field)
+    if not isinstance(parts, list):
+        return text_field(turn, field, where)
+    texts = []
+    for i, part in enumerate(parts):
+        place = f"{where}{field}[{i}]"
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
+            raise PaCAError(f"the field '{place}' is {kind}, expected a part of the type 'text'")
+        texts.append(text_field(part, "text", f"{place}."))
+    return "".join(texts)
 
 
 def _from_alpaca(row: Row) -> Iterator[Conversation]:
@@ -184,6 +213,21 @@ def _from_alpaca(row: Row) -> Iterator[Conversation]:
         {"role": "user", "content": user},
         {"role": "assistant", "content": text_field(row, "output")},
     ]
+
+
+def _from_prompt(row: Row) -> Iterator[Conversation]:
+    yield [
+        *_system(row),
+        {"role": "user", "content": text_field(row, "prompt")},
+        {"role": "assistant", "content": text_field(row, "completion")},
+    ]
+
+
+def _from_text(row: Row, field: str) -> Iterator[Conversation]:
+    text = text_field(row, field)
+    if not text.strip():
+        raise PaCAError(f"the field '{field}' is empty; remove the row")
+    yield [{"role": "text", "content": text}]
 
 
 def _from_guanaco(row: Row, field: str) -> Iterator[Conversation]:

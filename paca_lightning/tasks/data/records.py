@@ -1,8 +1,10 @@
 """Rows of a data set, from a local file, a saved `datasets` directory or the Hugging Face hub, one at a time."""
 
+import glob
 import gzip
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,40 @@ from paca_lightning.tasks.data import json_list
 Row = dict[str, Any]
 
 _SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".parquet"}
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what `save_to_disk` writes
+_SPLITS = re.compile(r"(train|valid|val|dev|eval|test)")
+
+
+def locate(location: str | Sequence[str]) -> list[str]:
+    """The files that a location means, or the location itself if it is one, a saved data set or a hub id.
+
+    Args:
+        location: A file, a directory of files, a pattern (`shards/*.parquet`), any other location of a `Source`, or a
+            list of them. Files of a directory or a pattern come in the order of their names.
+
+    Raises:
+        PaCAError: Nothing matches, or a directory holds files of several splits.
+    """
+    if not isinstance(location, str):
+        if not location:
+            raise PaCAError("the list of data files is empty.")
+        return [file for one in location for file in locate(one)]
+    path = Path(location).expanduser()
+    if path.is_dir() and not any((path / name).exists() for name in _SAVED):
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
+        splits = {found[1] for file in files if (found := _SPLITS.match(file.name))}
+        if len(splits) > 1:
+            raise PaCAError(
+                f"{location}: holds files of several splits ({', '.join(sorted(splits))}). Name those of one by a "
+                f"pattern, such as {str(path / sorted(splits)[-1])!r}*."
+            )
+        return [str(file) for file in files] or [location]
+    if not path.exists() and glob.has_magic(location):
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        if not files:
+            raise PaCAError(f"{location}: no file matches (looked for {path.absolute()}).")
+        return [str(file) for file in files]
+    return [location]
 
 
 @dataclass(frozen=True)
@@ -140,7 +176,7 @@ class Source:
         except Exception as error:
             raise PaCAError(
                 f"{self.location}: is a directory, but not one that `datasets` saved ({error}). "
-                "Give a JSON, JSON Lines or Parquet file, or a directory written by `save_to_disk`."
+                "Give a JSON, JSON Lines or Parquet file, a directory of such, or one written by `save_to_disk`."
             ) from error
 
     def _hub_dataset(self) -> datasets.Dataset:

@@ -1,6 +1,6 @@
 """A split's conversations, tokenized once and kept on disk as memory-mapped Arrow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,14 +12,18 @@ from datasets.fingerprint import Hasher
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.data.chat import ChatEncoder
-from paca_lightning.tasks.data.formats import Conversation, Format, TreePaths, conversations
+from paca_lightning.tasks.data.formats import Conversation, Format, TreePaths, conversations, is_text
 from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
-_VERSION = 1  # of what is cached: raise it when the same rows and settings come to give other tokens
+_VERSION = 2  # of what is cached: raise it when the same rows and settings come to give other tokens
 
 _CONVERSATIONS = Features(
-    {"messages": List({"role": Value("string"), "content": Value("string")}), "row": Value("int64")}
+    {
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "file": Value("int32"),
+        "row": Value("int64"),
+    }
 )
 _TOKENS = Features(
     {
@@ -28,7 +32,9 @@ _TOKENS = Features(
         "length": Value("int32"),
         "trained_length": Value("int32"),
         "truncated": Value("bool"),
+        "file": Value("int32"),
         "row": Value("int64"),
+        "piece": Value("int32"),
     }
 )
 
@@ -41,18 +47,24 @@ class TokenizedSplit:
         name: train, validation or test.
         location: Where its rows came from.
         dataset: `input_ids`, `trained` (whether each is), their numbers `length` and `trained_length`, `truncated`,
-            and the source's `row` number.
+            and where it came from: the `row` number in the `file` of that number, and, of a raw text, the `piece`.
         dropped: Conversations left out because truncation left them no token to train.
+        locations: The files, or whatever else the source is made of.
     """
 
     name: str
     location: str
     dataset: Dataset
     dropped: int
+    locations: tuple[str, ...]
 
     def column(self, name: str) -> np.ndarray:
         """Return one number per conversation, such as `length`, as an array."""
         return np.asarray(self.dataset.select_columns(name).with_format("numpy")[:][name])
+
+    def files(self) -> list[str]:
+        """Return the file that each conversation came from."""
+        return [self.locations[number] for number in self.column("file")]
 
     def select(self, keep: np.ndarray) -> "TokenizedSplit":
         """Return the split with some of its conversations; `keep` (conversations,) bool says which."""
@@ -68,55 +80,64 @@ class TokenizedSplit:
 
 
 def tokenize(
-    name: str, source: Source, encoder: ChatEncoder, *, format: Format, text_column: str, tree_paths: TreePaths
+    name: str,
+    sources: Sequence[Source],
+    encoder: ChatEncoder,
+    *,
+    format: Format,
+    text_column: str,
+    tree_paths: TreePaths,
 ) -> TokenizedSplit:
-    """Read, convert and tokenize a split, or load it from the cache if neither its file nor a setting changed.
+    """Read, convert and tokenize a split, or load it from the cache if neither its files nor a setting changed.
 
     Rows stream through `datasets` in batches, so that memory stays bounded whatever the number of rows.
 
     Args:
         name: The split's name.
-        source: Its rows.
+        sources: Its rows, one file after another; at least one.
         encoder: Turns conversations into tokens.
         format: See `formats`; as are `text_column` and `tree_paths`.
-        text_column: The field of `guanaco` text.
+        text_column: The field of `guanaco` and `text` rows.
         tree_paths: Which paths to take through message trees.
 
     Raises:
         PaCAError: A source or row that cannot be used, or a split of which nothing is left.
     """
-    settings = [_VERSION, source.fingerprint(), format, text_column, tree_paths]
+    locations = tuple(source.location for source in sources)
+    location = locations[0] if len(locations) == 1 else f"{len(locations)} files ({locations[0]}, ...)"
+    settings = [_VERSION, *(source.fingerprint() for source in sources), format, text_column, tree_paths]
     raw = _cached_conversations(
-        source,
+        sources,
         Hasher.hash(settings),
-        partial(conversations, name=source.location, format=format, text_column=text_column, tree_paths=tree_paths),
+        partial(conversations, format=format, text_column=text_column, tree_paths=tree_paths),
     )
     settings = [*settings, tokenizer_fingerprint(encoder.tokenizer), encoder.max_length, encoder.loss_on]
     tokens = raw.map(
-        partial(_encode_batch, encoder=encoder, location=source.location),
+        partial(_encode_batch, encoder=encoder, locations=locations),
         batched=True,
         remove_columns=raw.column_names,
         features=_TOKENS,
         new_fingerprint=Hasher.hash(settings),
         desc=f"Tokenizing {name}",
     )
-    split = TokenizedSplit(name, source.location, tokens, dropped=len(raw) - len(tokens))
+    split = TokenizedSplit(name, location, tokens, 0, locations)
     if not len(tokens):
         raise PaCAError(
-            f"{source.location}: none of the {len(raw):,} conversations keeps a token to train within max_length "
+            f"{location}: none of the {len(raw):,} conversations keeps a token to train within max_length "
             f"{encoder.max_length}. Raise max_length, or look at the data with `paca-lightning data`."
         )
-    return split
+    return replace(split, dropped=len(raw) - int((split.column("piece") == 0).sum()))
 
 
-def _cached_conversations(source: Source, fingerprint: str, convert: Any) -> Dataset:
+def _cached_conversations(sources: Sequence[Source], fingerprint: str, convert: Any) -> Dataset:
     def generate() -> Iterator[dict[str, Any]]:
-        for row, messages in convert(source.rows()):
-            yield {"messages": messages, "row": row}
+        for file, source in enumerate(sources):
+            for row, messages in convert(source.rows(), name=source.location):
+                yield {"messages": messages, "file": file, "row": row}
 
     try:
         return Dataset.from_generator(
-            generate, features=_CONVERSATIONS, cache_dir=source.cache_dir, fingerprint=fingerprint
+            generate, features=_CONVERSATIONS, cache_dir=sources[0].cache_dir, fingerprint=fingerprint
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, PaCAError):
@@ -124,20 +145,26 @@ def _cached_conversations(source: Source, fingerprint: str, convert: Any) -> Dat
         raise
 
 
-def _encode_batch(batch: dict[str, list[Any]], encoder: ChatEncoder, location: str) -> dict[str, list[Any]]:
+def _encode_batch(batch: dict[str, list[Any]], encoder: ChatEncoder, locations: Sequence[str]) -> dict[str, list[Any]]:
     rendered = []
-    for row, messages in zip(batch["row"], batch["messages"], strict=True):
-        rendered.append(_spans(encoder, messages, f"{location}, row {row}"))
+    for file, row, messages in zip(batch["file"], batch["row"], batch["messages"], strict=True):
+        rendered.append(_spans(encoder, messages, f"{locations[file]}, row {row}"))
     columns: dict[str, list[Any]] = {name: [] for name in _TOKENS}
-    for row, encoded in zip(batch["row"], encoder.encode(rendered), strict=True):
-        if not encoded.trained.any():
-            continue
-        columns["input_ids"].append(encoded.input_ids)
-        columns["trained"].append(encoded.trained)
-        columns["length"].append(len(encoded.input_ids))
-        columns["trained_length"].append(encoded.trained.sum())
-        columns["truncated"].append(encoded.truncated)
-        columns["row"].append(row)
+    for i, encoded in enumerate(encoder.encode(rendered)):
+        pieces = (
+            encoded.split(encoder.max_length) if is_text(batch["messages"][i]) else [encoded.cut(encoder.max_length)]
+        )
+        for number, piece in enumerate(pieces):
+            if not piece.trained.any():
+                continue
+            columns["input_ids"].append(piece.input_ids)
+            columns["trained"].append(piece.trained)
+            columns["length"].append(len(piece.input_ids))
+            columns["trained_length"].append(piece.trained.sum())
+            columns["truncated"].append(piece.truncated)
+            columns["file"].append(batch["file"][i])
+            columns["row"].append(batch["row"][i])
+            columns["piece"].append(number)
     return columns
 
 
