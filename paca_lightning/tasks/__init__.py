@@ -5,6 +5,7 @@ from paca_lightning.tasks.heldout import HeldOutLoss
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule, MMLUEvaluation
 from paca_lightning.tasks.plots import LossPlot
+from paca_lightning.tasks.row_losses import RowLosses
 from paca_lightning.tasks.samples import SampleAnswers
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 from paca_lightning.tasks.throughput import TokenThroughput
@@ -19,6 +20,7 @@ __all__ = [
     "LossPlot",
     "MMLUDataModule",
     "MMLUEvaluation",
+    "RowLosses",
     "SampleAnswers",
     "TokenThroughput",
 ]

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,7 +20,7 @@ from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.data.model_fit import length_misfit, tokenizer_misfit
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 from paca_lightning.tasks.instruction import InstructionDataModule
-from paca_lightning.tasks.loss import CausalLMLoss
+from paca_lightning.tasks.loss import IGNORE_INDEX, CausalLMLoss
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.mmlu import MMLUDataModule
 from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
@@ -48,7 +49,8 @@ class CausalLMModule(LightningModule):
     ``log_every_n_steps``: ``train/loss``, the mean over all tokens since it was last logged, ``train/perplexity`` and
     ``train/grad_norm`` (before clipping); after each validation ``val/loss`` and ``val/perplexity``, exact over all
     tokens and processes, and ``test/`` likewise. Lightning's ``LearningRateMonitor`` logs the learning rate,
-    :class:`~paca_lightning.tasks.throughput.TokenThroughput` the speed.
+    :class:`~paca_lightning.tasks.throughput.TokenThroughput` the speed. ``predict`` gives the loss of each row, which
+    :class:`~paca_lightning.tasks.row_losses.RowLosses` writes to a file.
 
     Args:
         model: Hugging Face directory or hub id.
@@ -256,6 +258,32 @@ class CausalLMModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the test loss."""
         self._evaluate(self.test_loss, batch)
+
+    def on_predict_start(self) -> None:
+        """See that the data fit the model."""
+        self._check_data()
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Losses row by row, for which the logits of the batch exist for a moment.
+
+        Returns:
+            On the CPU: ``loss`` (B,) fp32, the mean over the trained tokens of each row (0 if it has none), and
+            ``tokens`` (B,) int64, their number.
+
+        Raises:
+            PaCAError: If the rows are packed.
+        """
+        if "position_ids" in batch:
+            raise PaCAError(
+                "predict gives the loss of each row, and packed rows are several in one: set packing: false."
+            )
+        logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
+        # One at a time, because the losses are taken of logits in fp32.
+        totals = [
+            F.cross_entropy(row.float(), label, reduction="sum") for row, label in zip(logits, labels, strict=True)
+        ]
+        tokens = (labels != IGNORE_INDEX).sum(1)
+        return {"loss": (torch.stack(totals) / tokens.clamp(min=1)).cpu(), "tokens": tokens.cpu()}
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and perplexity of the whole split."""

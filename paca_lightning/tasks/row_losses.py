@@ -1,0 +1,85 @@
+"""The loss of each row of a data set, by which mislabelled and hard examples are found."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from paca_lightning.errors import PaCAError
+from paca_lightning.files import replacing
+from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.data.loader import ResumableLoader
+from paca_lightning.tasks.data.sampler import Batch
+from paca_lightning.tasks.instruction import InstructionDataModule
+
+FILE_NAME = "row_losses.jsonl"
+
+
+class RowLosses(BasePredictionWriter):
+    """Writes the loss of each conversation to ``row_losses.jsonl`` in the run's directory: ``paca-lightning predict``.
+
+    The rows are those of the data module's ``test`` source, so to look at the training data name them there. A line is
+    ``{"file": ..., "row": ..., "loss": ..., "tokens": ...}``: the row's number in its file, as in error messages, its
+    mean loss per trained token, and their number. The lines stand in the order of the data.
+
+    Raises:
+        PaCAError: If the data do not come from an ``InstructionDataModule``, or its rows are packed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self._batches: Iterator[Batch]
+        self._lines: list[tuple[int, dict[str, Any]]]
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out which conversations each batch holds."""
+        datamodule, loader = getattr(trainer, "datamodule", None), trainer.predict_dataloaders
+        if not isinstance(datamodule, InstructionDataModule) or not isinstance(loader, ResumableLoader):
+            raise PaCAError(
+                "RowLosses knows the rows of an InstructionDataModule alone, which predicts on its `test` source. Use "
+                "one, or leave the callback out: the predictions hold the losses in the loader's order."
+            )
+        self._directory = run_directory(trainer)
+        self._batches, self._lines = loader.sampler.batches(loader.sampler.epoch), []
+        split = datamodule.splits["test"]
+        self._files, self._rows = split.files(), split.column("row")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: dict[str, Tensor],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Note the losses of a batch."""
+        planned = next(self._batches)
+        if planned.repeated:
+            return
+        losses, tokens = prediction["loss"].tolist(), prediction["tokens"].tolist()
+        for document, loss, count in zip(planned.documents.tolist(), losses, tokens, strict=True):
+            line = {"file": self._files[document], "row": int(self._rows[document]), "loss": loss, "tokens": count}
+            self._lines.append((document, line))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the losses of all processes, from the first."""
+        ranks: list[list[tuple[int, dict[str, Any]]]] = [self._lines]
+        if trainer.world_size > 1:
+            ranks = [[] for _ in range(trainer.world_size)]
+            dist.all_gather_object(ranks, self._lines)
+        if not trainer.is_global_zero:
+            return
+        lines = sorted((line for rank in ranks for line in rank), key=lambda line: line[0])
+        path = self._directory / FILE_NAME
+        with replacing(path) as temporary:
+            temporary.write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for _, line in lines), encoding="utf-8"
+            )
+        rank_zero_info(f"Losses of {len(lines):,} rows: {path}")
