@@ -14,15 +14,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.tasks.data.model_fit import length_misfit, tokenizer_misfit
+from paca_lightning.tasks.data_check import check_data
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
-from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.loss import IGNORE_INDEX, CausalLMLoss
 from paca_lightning.tasks.metrics import MeanTokenLoss
-from paca_lightning.tasks.mmlu import MMLUDataModule
 from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
 from paca_lightning.tasks.schedules import WarmupSchedule
 
@@ -187,8 +185,7 @@ class CausalLMModule(LightningModule):
         """See that the data fit the model.
 
         Raises:
-            PaCAError: If a data module of this package makes ids or rows that the model has no embeddings for, or that
-                mean something else to it. Of any other data module it is only warned.
+            PaCAError: If they do not (see ``check_data``).
         """
         self._check_data()
 
@@ -202,22 +199,9 @@ class CausalLMModule(LightningModule):
         self._check_data()
 
     def _check_data(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        tokenizer = getattr(datamodule, "tokenizer", None)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            return
-        settings, model = self.hparams, self._built()
+        settings = self.hparams
         name = settings["model"] if settings["pretrained"] else None
-        max_length = getattr(datamodule, "hparams", {}).get("max_length")
-        misfit = tokenizer_misfit(tokenizer, model, name, settings["revision"])
-        if misfit is None and isinstance(max_length, int):
-            misfit = length_misfit(max_length, model)
-        if misfit is None:
-            return
-        message = f"{type(datamodule).__name__} does not fit the model: {misfit}"
-        if isinstance(datamodule, InstructionDataModule | MMLUDataModule):
-            raise PaCAError(message)
-        rank_zero_warn(message)
+        check_data(getattr(self.trainer, "datamodule", None), self._built(), name, settings["revision"])
 
     def on_train_start(self) -> None:
         """Forget what an earlier run had not logged yet."""

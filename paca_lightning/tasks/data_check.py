@@ -3,11 +3,44 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
+from lightning.pytorch.utilities import rank_zero_warn
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paca_lightning.errors import PaCAError
+from paca_lightning.tasks.instruction import InstructionDataModule
+from paca_lightning.tasks.mmlu import MMLUDataModule
+
 _RENAMED = 0.01  # share of a vocabulary that people rename, reserved tokens mostly, without making it another one
+
+
+def check_data(datamodule: object, model: PreTrainedModel, name: str | None, revision: str | None = None) -> None:
+    """See that what a data module makes is what a model knows, as far as its `tokenizer` and `max_length` tell.
+
+    Args:
+        datamodule: Any, or None.
+        model: Its embeddings may be sharded or on the meta device.
+        name: Directory or hub id that its weights come from; None for random ones.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        PaCAError: If a data module of this package makes ids or rows that the model has no embeddings for, or that
+            mean something else to it. Of any other data module it is only warned, as its names may mean other things.
+    """
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    max_length = getattr(datamodule, "hparams", {}).get("max_length")
+    misfit = tokenizer_misfit(tokenizer, model, name, revision)
+    if misfit is None and isinstance(max_length, int):
+        misfit = length_misfit(max_length, model)
+    if misfit is None:
+        return
+    message = f"{type(datamodule).__name__} does not fit the model: {misfit}"
+    if isinstance(datamodule, InstructionDataModule | MMLUDataModule):
+        raise PaCAError(message)
+    rank_zero_warn(message)
 
 
 def tokenizer_misfit(
@@ -22,7 +55,8 @@ def tokenizer_misfit(
             compared with the tokenizer. None for random weights, which fit any.
         revision: Branch, tag or commit on the hub.
     """
-    embeddings = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    # Not the weight's shape: some strategies keep but a piece of it.
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", float("inf"))
     unknown = {token: number for token, number in tokenizer.get_vocab().items() if number >= embeddings}
     if used := sorted((number, token) for token, number in unknown.items() if _may_occur(tokenizer, token, number)):
         return (
