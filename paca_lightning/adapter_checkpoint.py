@@ -22,7 +22,9 @@ class AdapterCheckpoint(Callback):
 
     The directory holds what ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take; and the
     data module's ``tokenizer``, if it has one, whose chat template may be another than the base model's. To resume a
-    run, use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run.
+    run, use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run. To get the adapter out of
+    such a file, fit nothing more from it with the run's own config:
+    ``paca-lightning fit --config ... --ckpt_path best.ckpt --trainer.limit_train_batches=0``.
 
     Args:
         dirpath: Where to. Default: ``adapter`` in the logger's directory.

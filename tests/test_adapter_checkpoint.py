@@ -127,7 +127,7 @@ def fit(module: Module, directory: Path, *callbacks: Any, ckpt_path: Path | None
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=arguments.pop("max_epochs", None) or len(module.losses),
-        callbacks=[PaCAStrategy(CONFIG), *callbacks],
+        callbacks=[PaCAStrategy(arguments.pop("config", CONFIG)), *callbacks],
         default_root_dir=directory,
         logger=False,
         enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
@@ -172,6 +172,17 @@ def test_a_resumed_run_knows_the_best_of_its_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(delta_in(tmp_path / "elsewhere" / "adapter"), elsewhere.deltas[-1])
 
 
+@pytest.mark.parametrize("config", [CONFIG, PaCAConfig(r=4, quantize="nf4", selection="activation_norm")])
+def test_a_checkpoint_becomes_an_adapter_by_fitting_nothing_more(config: PaCAConfig, tmp_path: Path) -> None:
+    module = Scripted(1.0, 2.0)
+    saving = ModelCheckpoint(tmp_path, filename="best", monitor="val/loss")
+    fit(module, tmp_path, saving, AdapterCheckpoint(str(tmp_path / "last")), config=config)
+    arguments: dict[str, Any] = {"ckpt_path": tmp_path / "best.ckpt", "limit_train_batches": 0, "max_epochs": 2}
+    fit(Module(), tmp_path, AdapterCheckpoint(), config=config, **arguments)
+    assert torch.equal(delta_in(tmp_path / "adapter"), module.deltas[0])
+    assert torch.equal(delta_in(tmp_path / "last"), module.deltas[1])
+
+
 class Interrupting(L.Callback):
     """Ctrl-C in the third epoch."""
 
@@ -209,4 +220,4 @@ def test_what_cannot_be_honoured_is_refused(callbacks: list[Any], complaint: str
     with pytest.raises(PaCAError, match=complaint):
         fit(Scripted(1.0), tmp_path, *callbacks)
     with pytest.raises(PaCAError, match="mode must be 'min' or 'max', not 'least'"):
-        AdapterCheckpoint(mode="least")  # type: ignore[arg-type]
+        AdapterCheckpoint(mode="least")

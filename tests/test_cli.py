@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, save_adapter
 from paca_lightning.cli import _as_jsonargparse_has_them, main
@@ -25,6 +25,12 @@ DEBUG = ["--config", "configs/debug.yaml"]
 def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["paca-lightning"])
+
+
+def converted() -> LlamaForCausalLM:
+    model = tiny_llama()
+    apply_paca(model, PaCAConfig(r=4))
+    return model
 
 
 def output_to(directory: Path) -> list[str]:
@@ -139,9 +145,7 @@ def test_a_tool_without_arguments_says_what_it_needs(
 
 def test_export_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, adapter = tiny_model_directory(tmp_path / "base"), tmp_path / "adapter"
-    trained = tiny_llama()
-    apply_paca(trained, PaCAConfig(r=4))
-    save_adapter(trained, adapter)
+    save_adapter(converted(), adapter)
     given = ["--model", str(base), "--adapter", str(adapter)]
     main(["export", *given, "--output", str(tmp_path / "merged")])
     main(["export", *given, "--output", str(tmp_path / "lora"), "--format", "lora"])
@@ -243,9 +247,7 @@ def test_of_several_ranks_only_the_one_that_found_the_mistake_speaks(tmp_path: P
 
 
 def test_an_adapter_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_llama()
-    apply_paca(model, PaCAConfig(r=4))
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(converted(), tmp_path / "adapter")
     code, message = failure(["fit", *DEBUG, *output_to(tmp_path), f"--ckpt_path={tmp_path / 'adapter'}"], capsys)
     assert code == 2
     assert "is an adapter, no checkpoint of a run. PaCAStrategy takes it" in message
@@ -300,15 +302,16 @@ def test_tools_take_the_revision_of_a_model_and_its_code(
 
     for loader in ("build_causal_lm", "load_tokenizer"):
         monkeypatch.setattr(f"paca_lightning.tools.loading.{loader}", load)
-    more = ["--prompts=hi"] if tool == "generate" else [f"--adapter={tmp_path}", f"--output={tmp_path / 'out'}"]
+    save_adapter(converted(), tmp_path / "adapter")
+    more = [f"--adapter={tmp_path / 'adapter'}"]
+    more += ["--prompts=hi"] if tool == "generate" else [f"--output={tmp_path / 'out'}"]
     _, message = failure([tool, "--model=owner/name", "--revision=v1", "--trust-remote-code", *more], capsys)
     assert "both are asked for" in message
     assert given == [{"revision": "v1", "trust_remote_code": True}] * 2
 
 
 def test_export_does_not_replace_another_trained_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_llama()
-    apply_paca(model, PaCAConfig(r=4))
+    model = converted()
     for name in ("one", "other"):
         save_adapter(model, tmp_path / name)
     given = [f"--model={tiny_model_directory(tmp_path / 'base')}", f"--adapter={tmp_path / 'one'}"]

@@ -20,12 +20,10 @@ def export(
 ) -> None:
     """Write a model with its adapter as a plain Hugging Face checkpoint, or the adapter as LoRA.
 
-    Either comes with the tokenizer in the adapter's directory, whose chat template is the one of training; with the
-    model's where there is none.
-
     Args:
         model: Hugging Face directory or hub id of the base model.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. A tokenizer in it, with the chat
+            template of training, is written instead of the model's.
         output: Directory to write. One that exists keeps its other files, but for the weights of an earlier export.
         format: merged, a plain Hugging Face checkpoint in bf16; or lora, an exact LoRA adapter of the same rank in
             PEFT's layout, for servers that know only LoRA.

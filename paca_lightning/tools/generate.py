@@ -29,14 +29,14 @@ def generate(
 ) -> None:
     """Print a model's answer to each prompt, in the chat template of training.
 
-    That is the one of the tokenizer in the adapter's directory; of the model's where there is none; and ChatML, as
-    training uses it, for a tokenizer without a template.
+    A tokenizer without a template gets ChatML, as it does in training.
 
     Args:
         model: Hugging Face directory or hub id of the base model.
         prompts: What the user says: "What is your name?", or several, each in a conversation of its own: '["What is
             your name?", "Who made you?"]'. Default: typed in, a line each, until an empty one.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. Default: the base model alone.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. A tokenizer in it, with the chat
+            template of training, is used instead of the model's. Default: the base model alone.
         system: What the system message before each prompt says. Default: none but the chat template's own.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn, at 1 as the model has them, below 1

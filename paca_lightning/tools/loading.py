@@ -5,6 +5,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.adapter import load_adapter
+from paca_lightning.adapter_files import adapter_config
+from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.data.tokenizer import load_tokenizer
 from paca_lightning.tasks.pretrained import build_causal_lm
 
@@ -30,6 +32,8 @@ def load_with_adapter(
     Raises:
         PaCAError: If one of them cannot be used.
     """
+    if adapter is not None:
+        _check_adapter(adapter)
     built = build_causal_lm(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
@@ -38,3 +42,13 @@ def load_with_adapter(
     if adapter is not None:
         load_adapter(built, adapter)
     return built.eval(), tokenizer
+
+
+def _check_adapter(adapter: str) -> None:
+    """Find that there is no adapter before a large model is loaded."""
+    if Path(adapter).is_file() or Path(adapter).suffix == ".ckpt":
+        raise PaCAError(
+            f"{adapter!r} is no adapter directory. The adapter of a checkpoint is written by its run's config with an "
+            f"AdapterCheckpoint: paca-lightning fit --config ... --ckpt_path {adapter} --trainer.limit_train_batches=0"
+        )
+    adapter_config(adapter)
