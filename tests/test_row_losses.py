@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -80,3 +81,5 @@ def test_packed_rows_and_other_data_are_refused(directory: Path) -> None:
     loader = DataLoader([{"input_ids": torch.arange(5)[None]}], batch_size=None)
     with pytest.raises(PaCAError, match="RowLosses knows the rows of an InstructionDataModule alone"):
         trainer.predict(CausalLMModule(str(directory)), loader)
+    with pytest.raises(PaCAError, match="what a CausalLMModule predicts, and this is a BoringModel"):
+        trainer.predict(BoringModel(), loader)

@@ -1,18 +1,18 @@
 """The loss of each row of a data set, by which mislabelled and hard examples are found."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import replacing
 from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.sampler import Batch
 from paca_lightning.tasks.instruction import InstructionDataModule
@@ -20,7 +20,7 @@ from paca_lightning.tasks.instruction import InstructionDataModule
 FILE_NAME = "row_losses.jsonl"
 
 
-class RowLosses(BasePredictionWriter):
+class RowLosses(Callback):
     """Writes the loss of each conversation to ``row_losses.jsonl`` in the run's directory: ``paca-lightning predict``.
 
     The rows are those of the data module's ``test`` source, so to look at the training data name them there. A line is
@@ -28,16 +28,19 @@ class RowLosses(BasePredictionWriter):
     mean loss per trained token, and their number. The lines stand in the order of the data.
 
     Raises:
-        PaCAError: If the data do not come from an ``InstructionDataModule``, or its rows are packed.
+        PaCAError: If the module is no ``CausalLMModule``, the data do not come from an ``InstructionDataModule``, or its
+            rows are packed.
     """
 
-    def __init__(self) -> None:
-        super().__init__(write_interval="batch")
-        self._batches: Iterator[Batch]
-        self._lines: list[tuple[int, dict[str, Any]]]
+    _batches: Iterator[Batch]
+    _lines: list[tuple[int, dict[str, Any]]]
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out which conversations each batch holds."""
+        if not isinstance(pl_module, CausalLMModule):
+            raise PaCAError(
+                f"RowLosses writes what a CausalLMModule predicts, and this is a {type(pl_module).__name__}."
+            )
         datamodule, loader = getattr(trainer, "datamodule", None), trainer.predict_dataloaders
         if not isinstance(datamodule, InstructionDataModule) or not isinstance(loader, ResumableLoader):
             raise PaCAError(
@@ -49,21 +52,20 @@ class RowLosses(BasePredictionWriter):
         split = datamodule.splits["test"]
         self._files, self._rows = split.files(), split.column("row")
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        prediction: dict[str, Tensor],
-        batch_indices: Sequence[int] | None,
+        outputs: dict[str, Tensor],
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Note the losses of a batch."""
         planned = next(self._batches)
         if planned.repeated:
             return
-        losses, tokens = prediction["loss"].tolist(), prediction["tokens"].tolist()
+        losses, tokens = outputs["loss"].tolist(), outputs["tokens"].tolist()
         for document, loss, count in zip(planned.documents.tolist(), losses, tokens, strict=True):
             line = {"file": self._files[document], "row": int(self._rows[document]), "loss": loss, "tokens": count}
             self._lines.append((document, line))
