@@ -28,8 +28,8 @@ class RowLosses(Callback):
     mean loss per trained token, and their number. The lines stand in the order of the data.
 
     Raises:
-        PaCAError: If the module is no ``CausalLMModule``, the data do not come from an ``InstructionDataModule``, or its
-            rows are packed.
+        PaCAError: If the module is no ``CausalLMModule``, the data module no ``InstructionDataModule``, or its rows are
+            packed.
     """
 
     _batches: Iterator[Batch]
