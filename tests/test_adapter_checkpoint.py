@@ -84,8 +84,8 @@ def test_the_chat_template_of_training_is_that_of_answers_and_exports(
         assert AutoTokenizer.from_pretrained(tmp_path / output).chat_template == expected
     asked: list[str] = []
     monkeypatch.setattr(
-        "paca_lightning.tools.generate._answer",
-        lambda model, tokenizer, *_: asked.append(tokenizer.chat_template) or "",
+        "paca_lightning.tools.generate.answer",
+        lambda model, tokenizer, *_, **__: asked.append(tokenizer.chat_template) or "",
     )
     main(["generate", f"--model={model}", f"--adapter={adapter}", "--prompts=hi"])
     assert asked == [expected]

@@ -56,6 +56,7 @@ def test_none_is_overlooked() -> None:
         "configs/gaudi/oasst1-llama3.1-70b.yaml",
         "configs/mmlu-llama2-7b.yaml",
         "configs/mmlu-smollm2.yaml",
+        "configs/my-data.yaml",
         "configs/oasst1-llama3-8b.yaml",
         "configs/oasst1-llama3.1-70b-qpaca-fsdp2.yaml",
         "configs/quickstart.yaml",
@@ -244,6 +245,8 @@ def runnable(path: Path, directory: Path, devices: int = 1) -> list[str]:
         data["cache_dir"] = str(directory / "cache")
         if data.get("format") == "guanaco":
             data["train"] = data["validation"] = str(guanaco_in(directory))
+        elif not Path(data["train"]).exists():  # the user's own
+            data["train"] = "configs/data/quickstart/train.jsonl"
     replaced = directory / "config.yaml"
     replaced.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return ["--config", str(replaced)]

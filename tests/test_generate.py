@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers, save_adapter
-from paca_lightning.tasks.samples import greedy_answer
 from paca_lightning.tools.generate import generate
 from paca_lightning.tools.loading import load_with_adapter
 from tests.tiny import tiny_llama, tiny_model_directory
@@ -86,9 +85,12 @@ def test_drawn_answers_follow_the_seed(base: Path, capsys: pytest.CaptureFixture
     assert drawn(top_p=1e-6, **hot) == drawn()  # one token has more than that
 
 
-def test_greedy_answers_are_those_that_training_shows(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_greedy_answers_are_hugging_faces(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = load_with_adapter(str(base), None)
-    assert answer(base, capsys).strip() == greedy_answer(model, tokenizer, PROMPTS[0], 8)
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    plain = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert answer(base, capsys).strip() == tokenizer.decode(plain, skip_special_tokens=True).strip()
 
 
 def test_system_message(base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

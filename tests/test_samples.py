@@ -129,7 +129,7 @@ def test_a_missing_tokenizer_or_template_is_found_before_training(directory, tmp
 
     with pytest.raises(PaCAError, match="no tokenizer"):
         fit(Chat(1).train_dataloader())
-    with pytest.raises(PaCAError, match="could not be loaded"):
+    with pytest.raises(PaCAError, match="cannot be loaded"):
         fit(Chat(1).train_dataloader(), tokenizer=str(tmp_path))
     untold = Chat(1)
     untold.tokenizer.chat_template = None

@@ -50,6 +50,8 @@ class InstructionDataModule(LightningDataModule):
         seed: Of the validation split and the order of the batches.
         chat_template: Jinja template, or a file with one, instead of the tokenizer's. A tokenizer that has none gets
             ChatML whose turns end with its own end-of-sequence token.
+        revision: Branch, tag or commit of the tokenizer on the hub.
+        trust_remote_code: Whether to run code that comes with the tokenizer.
         cache_dir: Where tokenized data and downloads are kept. None: where `datasets` keeps its own.
         tree_paths: Of a message tree, `best` takes the best-ranked reply at every message; `all` takes every path.
         text_column: Field with the text of a `guanaco` or `text` row.
@@ -83,6 +85,8 @@ class InstructionDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         chat_template: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         cache_dir: str | None = None,
         tree_paths: TreePaths = "best",
         text_column: str = "text",
@@ -142,7 +146,12 @@ class InstructionDataModule(LightningDataModule):
         return self._loader("test")
 
     def _encoder(self) -> ChatEncoder:
-        tokenizer = load_tokenizer(self.hparams["tokenizer"], self.hparams["chat_template"])
+        tokenizer = load_tokenizer(
+            self.hparams["tokenizer"],
+            self.hparams["chat_template"],
+            revision=self.hparams["revision"],
+            trust_remote_code=self.hparams["trust_remote_code"],
+        )
         return ChatEncoder(tokenizer, self.hparams["max_length"], self.hparams["loss_on"])
 
     def _tokenize(self, name: str, encoder: ChatEncoder) -> TokenizedSplit:

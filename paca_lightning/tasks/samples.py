@@ -1,7 +1,6 @@
 """What a chat model answers to a few questions, before and after training."""
 
 import json
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,11 +8,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import replacing
+from paca_lightning.tasks.answer import answer
 from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.data.tokenizer import load_tokenizer
 from paca_lightning.tasks.language_model import language_model
 
 FILE_NAME = "answers.json"
@@ -72,12 +73,7 @@ class SampleAnswers(Callback):
     def _find_tokenizer(self, trainer: Trainer) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase | None
         if self.tokenizer is not None:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-            except (OSError, ValueError) as error:
-                raise PaCAError(
-                    f"SampleAnswers: the tokenizer {self.tokenizer!r} could not be loaded: {error}"
-                ) from error
+            tokenizer = load_tokenizer(self.tokenizer)
         else:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
             if tokenizer is None:
@@ -101,10 +97,14 @@ class SampleAnswers(Callback):
         try:
             # Compiled blocks would be compiled anew for each length of the cache.
             with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-                return [greedy_answer(model, self._tokenizer, prompt, self.max_new_tokens) for prompt in self.prompts]
+                return [self._answer(model, prompt) for prompt in self.prompts]
         finally:
             for module in training:
                 module.training = True
+
+    def _answer(self, model: PreTrainedModel, prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return answer(model, self._tokenizer, messages, max_new_tokens=self.max_new_tokens, do_sample=False)
 
     @rank_zero_only
     def _show(self, title: str) -> None:
@@ -123,37 +123,3 @@ class SampleAnswers(Callback):
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         rank_zero_info(f"Answers: {path}")
-
-
-def greedy_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    """The most likely answer to the first turn of a conversation, in the tokenizer's chat template.
-
-    Args:
-        model: A causal language model in eval mode.
-        tokenizer: Its tokenizer, with a chat template.
-        prompt: What the user says.
-        max_new_tokens: Longest answer, in tokens.
-    """
-    inputs: Any = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    ends = _end_tokens(model, tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if tokenizer.pad_token_id is None and ends else tokenizer.pad_token_id,
-    )
-    output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
-    new = output[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the model's own settings."""
-    settings = model.generation_config
-    ends = None if settings is None else settings.eos_token_id
-    known = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-    return sorted({end for end in known if end is not None})

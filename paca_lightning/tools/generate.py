@@ -5,11 +5,10 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.reversal import merge
+from paca_lightning.tasks.answer import answer
 from paca_lightning.tools.loading import load_with_adapter
 
 
@@ -71,12 +70,12 @@ def generate(
         torch.manual_seed(seed)
     before = [] if system is None else [{"role": "system", "content": system}]
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    settings = {"max_new_tokens": max_new_tokens, **(drawn if temperature > 0 else {"do_sample": False})}
+    settings: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
     for prompt in _typed() if asked is None else asked:
         messages = [*before, {"role": "user", "content": prompt}]
         if asked is not None:
             print(f"> {prompt}")
-        print(f"{_answer(built, tokenizer, messages, settings)}\n", flush=True)
+        print(f"{answer(built, tokenizer, messages, max_new_tokens=max_new_tokens, **settings)}\n", flush=True)
 
 
 def _typed() -> Iterator[str]:
@@ -94,27 +93,3 @@ def _find_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # an assertion says that PyTorch was built without CUDA
         raise PaCAError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return found
-
-
-def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], settings: dict[str, Any]
-) -> str:
-    """The model's next message in a conversation."""
-    try:
-        inputs: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except TemplateError as error:
-        raise PaCAError(f"The chat template refuses these messages: {error}") from error
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    config = GenerationConfig(
-        **settings,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=None) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
-    output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-    new = output[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()

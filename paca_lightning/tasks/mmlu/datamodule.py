@@ -43,6 +43,8 @@ class MMLUDataModule(LightningDataModule):
         pad_to_multiple_of: Batches are padded to a multiple of this length (but not beyond ``max_length``).
         num_workers: Processes that prepare batches ahead. Samples are tokenized once, at the start, so 0 is fast.
         seed: Of the order of the batches and of the draw.
+        revision: Branch, tag or commit of the tokenizer on the hub.
+        trust_remote_code: Whether to run code that comes with the tokenizer.
 
     Raises:
         PaCAError: If a setting is wrong; and, from ``setup``, a source, a row or a tokenizer that cannot be used.
@@ -65,6 +67,8 @@ class MMLUDataModule(LightningDataModule):
         pad_to_multiple_of: int = 8,
         num_workers: int = 0,
         seed: int = 0,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -87,7 +91,11 @@ class MMLUDataModule(LightningDataModule):
         """Read and tokenize what a stage needs, and see to the evaluation."""
         needed = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         if not self.samples:
-            self.tokenizer = load_tokenizer(self.hparams["tokenizer"])
+            self.tokenizer = load_tokenizer(
+                self.hparams["tokenizer"],
+                revision=self.hparams["revision"],
+                trust_remote_code=self.hparams["trust_remote_code"],
+            )
         if stage == "fit" and self.hparams["validation_split"] in self.hparams["train"]:
             raise PaCAError(
                 f"The split {self.hparams['validation_split']!r} is both trained on and validated on. Set "

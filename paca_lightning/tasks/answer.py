@@ -1,0 +1,46 @@
+"""A language model's answer in a conversation, in the chat template of its training."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from paca_lightning.errors import PaCAError
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    **settings: Any,
+) -> str:
+    """The model's next message in a conversation.
+
+    Args:
+        model: A causal language model in eval mode.
+        tokenizer: Its tokenizer, with a chat template.
+        messages: The conversation so far: ``role`` and ``content`` of each turn.
+        settings: Of ``transformers.GenerationConfig``, such as ``max_new_tokens`` and ``do_sample``.
+
+    Raises:
+        PaCAError: If the chat template refuses the messages.
+    """
+    try:
+        inputs: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except TemplateError as error:
+        raise PaCAError(f"The chat template refuses these messages: {error}") from error
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    # The tokenizer's end, and those of the model's own settings.
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    config = GenerationConfig(
+        **settings,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None and ends else tokenizer.pad_token_id,
+    )
+    output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+    new = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
