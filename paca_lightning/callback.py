@@ -21,10 +21,11 @@ from paca_lightning.config import PaCAConfig
 from paca_lightning.conversion import convert, quantize_layers
 from paca_lightning.errors import PaCAError
 from paca_lightning.following import Followers
+from paca_lightning.paths import clean_path
 from paca_lightning.report import ConversionReport
 from paca_lightning.run_checks import check_optimizers, check_outputs, check_strategy, deltas_in, learning_rate
 from paca_lightning.same_base import KEY, check_base, remember_base
-from paca_lightning.targets import clean_path, paca_layers
+from paca_lightning.targets import paca_layers
 from paca_lightning.training_data import select_on_training_data
 from paca_lightning.write_back import attach
 

@@ -10,19 +10,12 @@ from paca_lightning.base_layer import PENDING_SELECTION, PaCALayer
 from paca_lightning.calibration import BY_WEIGHT, calibrate, weight_scores
 from paca_lightning.config import CALIBRATED, PaCAConfig
 from paca_lightning.errors import PaCAError
+from paca_lightning.paths import base_model_prefix, clean_path, relative_path
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.report import ConversionReport, report_on
 from paca_lightning.reversal import undone_on_error
 from paca_lightning.selection import check_indices, largest_indices, random_indices
-from paca_lightning.targets import (
-    Target,
-    base_model_prefix,
-    clean_path,
-    in_features_of,
-    paca_layers,
-    relative_path,
-    resolve,
-)
+from paca_lightning.targets import Target, in_features_of, paca_layers, resolve
 from paca_lightning.trained_whole import is_marked, mark, original_state
 
 

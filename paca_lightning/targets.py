@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,15 +15,12 @@ from paca_lightning.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.errors import PaCAError
 from paca_lightning.layers import PaCAConv1D, PaCALinear
 from paca_lightning.nf4 import linear4bit_class, linear4bit_obstacle
+from paca_lightning.paths import base_model_prefix, by_path, clean_path, matches, relative_path
 from paca_lightning.quantized import QPaCALinear
 
-# Segments that wrappers put into a path: not part of the model's own names.
-WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 # Attribute names of output heads outside Hugging Face's get_output_embeddings (classifiers, other libraries).
 HEADS = {"lm_head", "head", "classifier", "score"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -50,32 +46,6 @@ class Resolution:
     targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
-
-
-def clean_path(path: str) -> str:
-    """A module's path without the segments that wrappers add."""
-    return ".".join(segment for segment in path.split(".") if segment not in WRAPPERS)
-
-
-def base_model_prefix(model: nn.Module) -> str:
-    """Path of the outermost Hugging Face model inside ``model``, with a dot behind it; empty if there is none.
-
-    Column draws and adapter files count paths from there, so that a LightningModule and the bare model agree.
-    """
-    for path, module in model.named_modules():
-        if hasattr(module, "get_output_embeddings") and hasattr(module, "config"):
-            return clean_path(path) + "." if path else ""
-    return ""
-
-
-def relative_path(path: str, prefix: str) -> str:
-    """A path counted from the base model where it lies inside."""
-    return path.removeprefix(prefix)
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern is a whole dotted suffix of a path, or a regular expression of all of it."""
-    return path == pattern or path.endswith("." + pattern) or re.fullmatch(pattern, path) is not None
 
 
 def base_class_of(module: nn.Module) -> type[nn.Module] | None:
@@ -284,20 +254,3 @@ def layers_by_path(model: nn.Module) -> dict[str, PaCALayer]:
     """The PaCA layers of a model by their path from the base model, as adapter files have them."""
     prefix = base_model_prefix(model)
     return by_path((relative_path(clean_path(path), prefix), layer) for path, layer in paca_layers(model))
-
-
-def by_path(pairs: Iterable[tuple[str, ModuleType]]) -> dict[str, ModuleType]:
-    """Modules by their path.
-
-    Raises:
-        PaCAError: If two have the same one, counted from the base model, so that a file could hold one of them only.
-    """
-    result: dict[str, ModuleType] = {}
-    for path, module in pairs:
-        if path in result:
-            raise PaCAError(
-                f"Two layers are called {path!r}, one inside the base model and one beside it, and an adapter tells "
-                "them apart by that name. Rename the outer one, or list it in exclude_modules."
-            )
-        result[path] = module
-    return result

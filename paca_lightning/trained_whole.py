@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from paca_lightning.base_layer import copy_into, local
 from paca_lightning.errors import PaCAError
-from paca_lightning.targets import base_model_prefix, by_path, clean_path, relative_path
+from paca_lightning.paths import base_model_prefix, by_path, clean_path, relative_path
 
 ORIGINAL = "_paca_original"
 

@@ -17,7 +17,7 @@ ROWS: list[list[set[str]]] = [
     [{"selection"}, {"functional"}, {"nf4"}],
     [{"gathering", "base_layer", "layers", "dequantized", "quantized"}],
     [
-        {"targets", "report", "calibration", "trained_whole", "reversal", "conversion", "write_back"}
+        {"paths", "targets", "report", "calibration", "trained_whole", "reversal", "conversion", "write_back"}
         | {"checkpoint", "fingerprint", "adapter_files", "adapter"}
     ],
     [

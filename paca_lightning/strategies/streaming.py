@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from paca_lightning.base_layer import PENDING_SELECTION, PaCALayer, local
 from paca_lightning.errors import PaCAError
 from paca_lightning.nf4 import CHUNK, quantize_rows, squared_errors
+from paca_lightning.paths import clean_path
 from paca_lightning.quantized import QPaCALinear
 from paca_lightning.selection import largest_indices
 from paca_lightning.strategies.rows import RowReader
 from paca_lightning.strategies.sharding import local_rows
-from paca_lightning.targets import clean_path
 
 
 @dataclass

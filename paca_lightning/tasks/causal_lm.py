@@ -1,28 +1,25 @@
 """Fine-tuning of a causal language model from Hugging Face as a LightningModule."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from paca_lightning.errors import PaCAError
 from paca_lightning.tasks.data_check import check_data
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
-from paca_lightning.tasks.loss import IGNORE_INDEX, CausalLMLoss
+from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
-from paca_lightning.tasks.schedules import WarmupSchedule
+from paca_lightning.tasks.schedules import planned
 
 Batch = dict[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -149,18 +146,7 @@ class CausalLMModule(LightningModule):
         optimizer = self.optimizer(parameters)
         if self.lr_scheduler is None:
             return {"optimizer": optimizer}
-        scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
-        if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None and scheduler.needs_length:
-            scheduler.plan(self._total_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise PaCAError("The schedule needs the length of the run: set the trainer's max_steps or max_epochs.")
-        return int(steps)
+        return {"optimizer": optimizer, "lr_scheduler": planned(self.lr_scheduler(optimizer), self.trainer)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, but leave fp32 buffers in fp32, as ``from_pretrained(dtype=...)`` does.
@@ -261,13 +247,8 @@ class CausalLMModule(LightningModule):
             raise PaCAError(
                 "predict gives the loss of each row, and packed rows are several in one: set packing: false."
             )
-        logits, labels = self(batch)[:, :-1], batch["labels"][:, 1:]
-        # One at a time, because the losses are taken of logits in fp32.
-        totals = [
-            F.cross_entropy(row.float(), label, reduction="sum") for row, label in zip(logits, labels, strict=True)
-        ]
-        tokens = (labels != IGNORE_INDEX).sum(1)
-        return {"loss": (torch.stack(totals) / tokens.clamp(min=1)).cpu(), "tokens": tokens.cpu()}
+        losses, tokens = row_losses(self(batch), batch["labels"])
+        return {"loss": losses.cpu(), "tokens": tokens.cpu()}
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss and perplexity of the whole split."""

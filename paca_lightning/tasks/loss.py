@@ -201,3 +201,21 @@ def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
         yield
     finally:
         del module.forward
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's loss, by itself.
+
+    Args:
+        logits: Shape (B, T, V), of any dtype.
+        labels: Shape (B, T), aligned with the inputs, -100 where not trained.
+
+    Returns:
+        The mean over the trained tokens of each row, 0 if it has none, shape (B,) fp32; and their number, shape (B,)
+        int64.
+    """
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    # One at a time, because the losses are taken of logits in fp32.
+    totals = [F.cross_entropy(row.float(), label, reduction="sum") for row, label in zip(logits, labels, strict=True)]
+    tokens = (labels != IGNORE_INDEX).sum(1)
+    return torch.stack(totals) / tokens.clamp(min=1), tokens

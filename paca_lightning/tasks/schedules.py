@@ -8,9 +8,11 @@ import math
 from abc import abstractmethod
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from paca_lightning.errors import PaCAError
 
@@ -146,3 +148,23 @@ class ConstantSchedule(WarmupSchedule):
     def decay(self, progress: float) -> float:
         """Always 1."""
         return 1.0
+
+
+def planned(scheduler: LRScheduler | ReduceLROnPlateau, trainer: Trainer) -> LRSchedulerConfigType:
+    """A schedule as Lightning takes it, told how long the run is.
+
+    Args:
+        scheduler: Any. ``ReduceLROnPlateau`` follows ``val/loss``; the others step after each optimizer step.
+        trainer: Of the run.
+
+    Raises:
+        PaCAError: If it needs the length of an endless run.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return {"scheduler": scheduler, "monitor": "val/loss"}
+    if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None and scheduler.needs_length:
+        steps = trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise PaCAError("The schedule needs the length of the run: set the trainer's max_steps or max_epochs.")
+        scheduler.plan(int(steps))
+    return {"scheduler": scheduler, "interval": "step"}

@@ -16,8 +16,9 @@ from paca_lightning.errors import PaCAError
 from paca_lightning.files import written_aside
 from paca_lightning.gathering import is_first_rank, whole_tensor
 from paca_lightning.nf4 import dequantize_rows, from_linear4bit, linear4bit_class, linear4bit_obstacle
+from paca_lightning.paths import base_model_prefix, clean_path, relative_path
 from paca_lightning.quantized import QPaCALinear
-from paca_lightning.targets import base_model_prefix, clean_path, layers_by_path, relative_path
+from paca_lightning.targets import layers_by_path
 from paca_lightning.trained_whole import saved_modules
 
 DTYPE = torch.bfloat16
