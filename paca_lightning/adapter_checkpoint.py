@@ -1,5 +1,6 @@
 """AdapterCheckpoint: the callback that leaves an adapter directory behind."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from paca_lightning.adapter import save_adapter
+from paca_lightning.adapter_files import TENSORS
 from paca_lightning.averaging import Averaging
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable, written_aside
@@ -49,6 +51,7 @@ class AdapterCheckpoint(Callback):
         self.mode = mode
         self.best: float | None = None
         self._directory: Path | None = None
+        self._trained = False
 
     @property
     @override
@@ -61,7 +64,7 @@ class AdapterCheckpoint(Callback):
         """Find an unusable directory before training, not after."""
         if stage != "fit":
             return
-        self.best = None
+        self.best, self._trained = None, False
         self._directory = self._find_directory(trainer)
         check_writable(self._directory, "AdapterCheckpoint(dirpath=...)")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -80,6 +83,11 @@ class AdapterCheckpoint(Callback):
         """Find that there is no adapter to write before training, not after."""
         if not any(paca_layers(pl_module)):
             raise PaCAError("AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy.")
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note that this run trains; one that does not only unpacks the adapter of a checkpoint."""
+        self._trained = True
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,10 +109,10 @@ class AdapterCheckpoint(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter, unless the best one is there."""
-        if self.best is not None:
+        if self.best is not None and self._trained:
             rank_zero_info(f"Adapter with the best {self.monitor} ({self.best:.4g}): {self._directory}")
             return
-        if self.monitor is not None:
+        if self.monitor is not None and self._trained:
             rank_zero_warn(f"No validation gave {self.monitor!r} a value: the adapter is that of the last step.")
         self._save(trainer, pl_module)
 
@@ -116,13 +124,19 @@ class AdapterCheckpoint(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The best value, and where its adapter is."""
-        return {} if self.best is None else {"best": self.best, "directory": str(self._directory)}
+        """The best value, and its adapter: where it is, and what it holds."""
+        if self.best is None or self._directory is None:
+            return {}
+        return {"best": self.best, "directory": str(self._directory), "sha256": _digest(self._directory)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best value if its adapter is still there."""
-        if state_dict["directory"] == str(self._directory) and Path(state_dict["directory"]).is_dir():
+        """Go on with the best value if its adapter is still there, and no later one."""
+        if (
+            self._directory is not None
+            and state_dict["directory"] == str(self._directory)
+            and state_dict["sha256"] == _digest(self._directory)
+        ):
             self.best = state_dict["best"]
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,8 +146,14 @@ class AdapterCheckpoint(Callback):
         if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
             with written_aside(self._directory) as scratch:  # after the adapter, which shall not be lost to a tokenizer
                 tokenizer.save_pretrained(scratch)
-        if self.monitor is None:
+        if self.monitor is None or not self._trained:
             rank_zero_info(f"Adapter: {self._directory}")
 
     def _find_directory(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
+
+
+def _digest(directory: Path) -> str | None:
+    """SHA-256 of an adapter's tensors; None if there are none."""
+    file = directory / TENSORS
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None

@@ -29,9 +29,10 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
     ours = read_ours(Path(directory))
     if ours is not None:
         for name, value in _in_both(ours.config).items():
-            if peft.get(name) != value:
+            here = peft.get(name)
+            if here != value and not (isinstance(here, list) and isinstance(value, list) and set(here) == set(value)):
                 raise PaCAError(
-                    f"{directory}: {CONFIG} says {name}={peft.get(name)!r} and {OURS} says {value!r}. Undo the change, "
+                    f"{directory}: {CONFIG} says {name}={here!r} and {OURS} says {value!r}. Undo the change, "
                     "or save the adapter again."
                 )
         return ours.config

@@ -151,16 +151,18 @@ class PaCAStrategy(Callback):
         self._check_base(pl_module)
         if trainer.ckpt_path is None:
             self._load_adapter(pl_module)
-        if not self._undecided or self.config.quantize is None:
+        if not self._undecided:
             return
-        if trainer.ckpt_path is None and self.adapter is None:
+        if trainer.ckpt_path is not None:  # which has told the columns
+            if self.config.quantize is not None:
+                with torch.inference_mode(False):  # as Lightning evaluates, weights could never be trained again
+                    quantize_layers(pl_module, self.config)
+            self._undecided = set()
+        elif self.config.quantize is not None:
             raise PaCAError(
                 f"selection={self.config.selection!r} chooses the columns by training data before the model is "
                 "quantized, so there is nothing to evaluate yet. Give a checkpoint or an adapter."
             )
-        with torch.inference_mode(False):  # as Lightning evaluates, the weights could never be trained again
-            quantize_layers(pl_module, self.config)  # the checkpoint has told the columns
-        self._undecided = set()
 
     def _check_base(self, pl_module: LightningModule) -> None:
         if self._saved_base is not None:

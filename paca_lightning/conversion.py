@@ -18,6 +18,9 @@ from paca_lightning.selection import check_indices, largest_indices, random_indi
 from paca_lightning.targets import Target, in_features_of, paca_layers, resolve
 from paca_lightning.trained_whole import is_marked, mark, original_state
 
+SEEN = "_paca_seen"
+"""Attribute of a converted model: the names of the parameters that it had then."""
+
 
 def apply_paca(
     model: nn.Module,
@@ -89,9 +92,7 @@ def convert(
         )
     originals = {path: original_state(module) for path, module in resolution.saved.items() if not is_marked(module)}
     with undone_on_error(model):
-        # Once: what the user thaws afterwards stays thawed when a later stage of the run comes here again.
-        for frozen in [model] if config_of(model) is None else [target.module for target in fresh]:
-            frozen.requires_grad_(False)
+        _freeze(model)
         for target in fresh:
             chosen = columns.get(target.path)
             if chosen is None and target.path not in undecided:
@@ -104,7 +105,20 @@ def convert(
             if path in originals:
                 mark(module, originals[path])
             module.requires_grad_(True)
+    vars(model)[SEEN] = frozenset(clean_path(name) for name, _ in model.named_parameters())
     return report_on(model, config, resolution), undecided
+
+
+def _freeze(model: nn.Module) -> None:
+    """Freeze what no conversion has seen yet: what the user thawed since the last one stays so."""
+    seen: set[str] = set()
+    if config_of(model) is not None:  # otherwise a merged model, which begins anew
+        for path, module in model.named_modules():
+            before = clean_path(path) + "." if path else ""
+            seen.update(clean_path(before + name) for name in vars(module).get(SEEN, ()))
+    for name, parameter in model.named_parameters():
+        if clean_path(name) not in seen:
+            parameter.requires_grad_(False)
 
 
 def select_columns(
@@ -140,6 +154,7 @@ def select_columns(
         if by_error:
             total = total * weight_scores(layer, type(layer), "quant_error", clean_path(path))
         layer.move_to_columns(largest_indices(total, layer.r).to(total.device))
+        layer.reread_columns()  # also where they are those that the layer began with, before the weight was cast
     quantize_layers(model, config)
 
 

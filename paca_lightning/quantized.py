@@ -189,6 +189,9 @@ class QPaCALinear(PaCALayer):
     def restore_columns(self) -> None:
         """Do nothing: the packed weight never changes."""
 
+    def reread_columns(self) -> None:
+        """Do nothing: a cast leaves the packed weight as it is, and the base columns may know more."""
+
     @torch.no_grad()
     def move_to_columns(self, indices: Tensor) -> None:
         """Train other columns from here on, starting from their quantized values.

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.base_layer import PENDING_SELECTION
 from paca_lightning.errors import PaCAError
+from paca_lightning.gathering import is_first_rank
 from paca_lightning.targets import paca_layers
 
 
@@ -76,7 +77,7 @@ def _placements(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _warn_of_idle(paths: list[str]) -> None:
     """Tell which layers the first step left alone."""
-    if paths:
+    if paths and is_first_rank():
         warnings.warn(
             f"{len(paths)} PaCA layers had no gradient in the first step ({paths[0]!r} is one). Experts that saw no "
             "token are like that; a layer whose weight the model reads without calling it never trains: list it in "

@@ -416,6 +416,11 @@ def test_other_settings_are_refused(adapter: Path) -> None:
             load_adapter(trained(tiny_llama(), **settings), adapter)
 
 
+def test_the_order_of_the_target_modules_does_not_matter(adapter: Path) -> None:
+    edit_json("adapter_config.json", lambda c: c | {"target_modules": ["up_proj", "q_proj"]})(adapter)
+    load_adapter(tiny_llama(), adapter)
+
+
 def test_the_settings_can_be_read_alone(adapter: Path) -> None:
     expected = PaCAConfig(r=4, alpha=6.0, target_modules=["q_proj", "up_proj"])
     assert adapter_config(adapter) == expected

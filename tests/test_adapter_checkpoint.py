@@ -183,6 +183,25 @@ def test_a_checkpoint_becomes_an_adapter_by_fitting_nothing_more(config: PaCACon
     assert torch.equal(delta_in(tmp_path / "last"), module.deltas[1])
 
 
+def test_the_adapter_of_a_checkpoint_takes_the_place_of_the_best(tmp_path: Path) -> None:
+    module = Scripted(1.0, 2.0)
+    each = ModelCheckpoint(tmp_path, filename="{epoch}", auto_insert_metric_name=False, save_top_k=-1)
+    fit(module, tmp_path, AdapterCheckpoint(monitor="val/loss"), each)
+    assert torch.equal(delta_in(tmp_path / "adapter"), module.deltas[0])
+    arguments: dict[str, Any] = {"ckpt_path": tmp_path / "1.ckpt", "limit_train_batches": 0, "max_epochs": 2}
+    fit(Module(), tmp_path, AdapterCheckpoint(monitor="val/loss"), **arguments)
+    assert torch.equal(delta_in(tmp_path / "adapter"), module.deltas[1])
+
+
+def test_a_run_that_goes_back_forgets_the_best_of_the_future(tmp_path: Path) -> None:
+    each = ModelCheckpoint(tmp_path, filename="{epoch}", auto_insert_metric_name=False, save_top_k=-1)
+    fit(Scripted(3.0, 1.0), tmp_path, AdapterCheckpoint(monitor="val/loss"), each)
+    resumed, best = Scripted(4.0, 5.0), AdapterCheckpoint(monitor="val/loss")
+    fit(resumed, tmp_path, best, ckpt_path=tmp_path / "0.ckpt")
+    assert best.best == 5.0  # of the second epoch, the only one that is left
+    assert torch.equal(delta_in(tmp_path / "adapter"), resumed.deltas[0])
+
+
 class Interrupting(L.Callback):
     """Ctrl-C in the third epoch."""
 

@@ -415,6 +415,23 @@ def test_what_is_thawed_after_the_conversion_stays_so_at_the_next_one() -> None:
     assert not model.model.embed_tokens.weight.requires_grad
 
 
+def test_what_comes_later_is_frozen_by_the_next_conversion() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.norm = tiny_llama(), nn.LayerNorm(4)
+
+    around = Around()
+    apply_paca(around.model, PaCAConfig(r=4))
+    around.model.model.norm.weight.requires_grad_(True)
+    apply_paca(around, PaCAConfig(r=4))
+    assert not around.norm.weight.requires_grad
+    assert around.model.model.norm.weight.requires_grad
+    merge(around)
+    apply_paca(around, PaCAConfig(r=4))
+    assert not around.model.model.norm.weight.requires_grad  # an ordinary model again, converted anew
+
+
 def test_two_layers_of_one_name_in_an_adapter_are_refused(tmp_path: Path) -> None:
     class Around(nn.Module):
         def __init__(self) -> None:

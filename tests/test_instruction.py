@@ -404,7 +404,9 @@ def test_files_that_do_not_belong_together_or_are_not_there_are_refused(module: 
     with pytest.raises(PaCAError, match=r"no file matches \(looked for .*shards/\*\.gz"):
         module(shards / "*.gz").prepare_data()
     write_rows(shards / "test.jsonl", [chat("a", "b")])
-    with pytest.raises(PaCAError, match=r"holds files of several splits \(test, train\).*pattern"):
+    with pytest.raises(
+        PaCAError, match=r"several splits \(test, train\).*such as '.*/shards/\*train\*', or '.*test\.jsonl'"
+    ):
         module(shards).prepare_data()
     with pytest.raises(PaCAError, match="the list of data files is empty"):
         InstructionDataModule(**module().hparams | {"train": []}).prepare_data()

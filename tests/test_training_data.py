@@ -134,6 +134,32 @@ def test_a_quantized_model_is_trained_after_an_evaluation(trainer: Any, tmp_path
     run.fit(module, loud())
 
 
+def test_columns_of_a_checkpoint_stay_when_training_follows_an_evaluation(trainer: Any, tmp_path: Any) -> None:  # noqa: F811
+    trainer(PaCAStrategy(BY_ACTIVATION), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loud())
+    module = Module()
+    run = trainer(PaCAStrategy(BY_ACTIVATION), max_epochs=1)
+    run.validate(module, loud(), ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    restored = columns(module)
+    run.fit(module, DataLoader(LOUD.flip(1), batch_size=4))  # type: ignore[arg-type]  # favours the first channels
+    assert columns(module) == restored
+
+
+def test_resume_is_bitwise_where_the_choice_leaves_no_choice(trainer: Any, tmp_path: Any) -> None:  # noqa: F811
+    """All columns are trained: those that the layer began with, in fp32."""
+
+    def run(epochs: int, *more: Any, ckpt_path: Any = None) -> Module:
+        module = Module()
+        paca = PaCAStrategy(PaCAConfig(r=16, target_modules=["0"], selection="activation_norm"))
+        trainer(paca, *more, max_epochs=epochs, precision="bf16-true").fit(module, loud(), ckpt_path=ckpt_path)
+        return module
+
+    whole = run(2)
+    run(1, ModelCheckpoint(tmp_path, filename="one"))
+    resumed = run(2, ckpt_path=tmp_path / "one.ckpt")
+    assert torch.equal(whole.net[0].paca_base_columns, resumed.net[0].paca_base_columns)
+    assert torch.equal(whole.net[0].weight, resumed.net[0].weight)
+
+
 class Gradients(Module):
     """Notes the gradients of the first step."""
 

@@ -54,7 +54,8 @@ class HeldOutLoss(Callback):
             if not math.isfinite(self.after):
                 raise PaCAError(
                     f"{self.metric} is {self.after} before training: the model's weights hold NaN or Inf, or overflow "
-                    "in this precision (fp16 does in many models trained in bf16)."
+                    "in this precision (fp16 does in many models trained in bf16), or the module takes a mean over no "
+                    "trained token (with batch_size=1, a rank may have a batch without any)."
                 )
             self.before = self.after
             for logger in trainer.loggers:

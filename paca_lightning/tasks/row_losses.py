@@ -24,8 +24,9 @@ class RowLosses(Callback):
     """Writes the loss of each conversation to ``row_losses.jsonl`` in the run's directory: ``paca-lightning predict``.
 
     The rows are those of the data module's ``test`` source, so to look at the training data name them there. A line is
-    ``{"file": ..., "row": ..., "loss": ..., "tokens": ...}``: the row's number in its file, as in error messages, its
-    mean loss per trained token, and their number. The lines stand in the order of the data.
+    ``{"conversation": ..., "file": ..., "row": ..., "loss": ..., "tokens": ...}``: a number of its own, as a row may
+    hold several conversations or a long text; the row's number in its file, as in error messages; its mean loss per
+    trained token, and their number. The lines stand in the order of the data.
 
     Raises:
         PaCAError: If the module is no ``CausalLMModule``, the data module no ``InstructionDataModule``, or its rows are
@@ -67,8 +68,8 @@ class RowLosses(Callback):
             return
         losses, tokens = outputs["loss"].tolist(), outputs["tokens"].tolist()
         for document, loss, count in zip(planned.documents.tolist(), losses, tokens, strict=True):
-            line = {"file": self._files[document], "row": int(self._rows[document]), "loss": loss, "tokens": count}
-            self._lines.append((document, line))
+            where = {"conversation": document, "file": self._files[document], "row": int(self._rows[document])}
+            self._lines.append((document, {**where, "loss": loss, "tokens": count}))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the losses of all processes, from the first."""

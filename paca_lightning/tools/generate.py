@@ -80,9 +80,12 @@ def generate(
 
 def _typed() -> Iterator[str]:
     """Lines of the standard input, until an empty one."""
+    prompt = None
     with suppress(EOFError):
         while prompt := input("> ").strip():
             yield prompt
+    if prompt is None:
+        raise PaCAError('There is no prompt. Give one: --prompts "What is your name?", or type some.')
 
 
 def _find_device(device: str) -> torch.device:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
+from paca_lightning.callback import PaCAStrategy
 from paca_lightning.errors import PaCAError
 from paca_lightning.files import check_writable
 
@@ -68,9 +69,11 @@ class RunCLI(LightningCLI):
             if ".paca_delta" not in str(error):  # PyTorch's list of keys that do not fit
                 raise
             self._end_other_ranks()
-            raise PaCAError(
-                "The checkpoint was saved by a run with PaCAStrategy, which this one lacks: add it to the callbacks."
-            ) from error
+            message = "The checkpoint trains other layers than this run: use its target_modules and modules_to_save."
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(callback, PaCAStrategy) for callback in callbacks):
+                message = "The checkpoint was saved by a run with PaCAStrategy, which this one lacks: add it."
+            raise PaCAError(message) from error
 
     def _end_other_ranks(self) -> None:
         """End the ranks that this one started: below its message they would add that they have lost it."""

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 _SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".parquet"}
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what `save_to_disk` writes
-_SPLITS = re.compile(r"(train|valid|val|dev|eval|test)")
+_SPLITS = re.compile(r"(?:^|[-_.])(train|valid(?:ation)?|val|dev|eval|test)(?=[-_.])")
 
 
 def locate(location: str | Sequence[str]) -> list[str]:
@@ -40,12 +40,16 @@ def locate(location: str | Sequence[str]) -> list[str]:
         return [file for one in location for file in locate(one)]
     path = Path(location).expanduser()
     if path.is_dir() and not any((path / name).exists() for name in _SAVED):
-        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
-        splits = {found[1] for file in files if (found := _SPLITS.match(file.name))}
+        files = sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix in _SUFFIXES and not file.name.startswith((".", "dataset_info"))
+        )
+        splits = {found[1]: file for file in files if (found := _SPLITS.search(file.name.lower()))}
         if len(splits) > 1:
             raise PaCAError(
                 f"{location}: holds files of several splits ({', '.join(sorted(splits))}). Name those of one by a "
-                f"pattern, such as {str(path / sorted(splits)[-1])!r}*."
+                f"pattern, such as {str(path / '*train*')!r}, or {str(splits[min(splits)])!r} itself."
             )
         return [str(file) for file in files] or [location]
     if not path.exists() and glob.has_magic(location):

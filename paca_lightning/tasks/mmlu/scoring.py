@@ -76,6 +76,8 @@ def cache_serves(config: PreTrainedConfig, prompts: Sequence[Prompt]) -> bool:
         prompts: All that are to be scored with it.
     """
     text = config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):  # RWKV
+        return False
     layers = set(getattr(text, "layer_types", None) or _CACHED_LAYERS)
     if layers == {"full_attention"} or not getattr(text, "use_sliding_window", True):
         return True
