@@ -50,6 +50,7 @@ class AdapterCheckpoint(Callback):
         self.monitor = monitor
         self.mode = mode
         self.best: float | None = None
+        self._best_sha256: str | None = None
         self._directory: Path | None = None
         self._trained = False
 
@@ -105,6 +106,8 @@ class AdapterCheckpoint(Callback):
         if trainer.strategy.reduce_boolean_decision(better):  # of one mind: ranks gather their shards together
             self._save(trainer, pl_module)
             self.best = value
+            if is_first_rank():  # which wrote it, and whose state a checkpoint has
+                self._best_sha256 = _sha256(self._directory)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,19 +128,15 @@ class AdapterCheckpoint(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The best value, and its adapter: where it is, and what it holds."""
-        if self.best is None or self._directory is None:
+        if self.best is None:
             return {}
-        return {"best": self.best, "directory": str(self._directory), "sha256": _digest(self._directory)}
+        return {"best": self.best, "directory": str(self._directory), "sha256": self._best_sha256}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best value if its adapter is still there, and no later one."""
-        if (
-            self._directory is not None
-            and state_dict["directory"] == str(self._directory)
-            and state_dict["sha256"] == _digest(self._directory)
-        ):
-            self.best = state_dict["best"]
+        if state_dict["directory"] == str(self._directory) and state_dict["sha256"] == _sha256(self._directory):
+            self.best, self._best_sha256 = state_dict["best"], state_dict["sha256"]
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._directory is not None
@@ -153,7 +152,9 @@ class AdapterCheckpoint(Callback):
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
 
 
-def _digest(directory: Path) -> str | None:
+def _sha256(directory: Path | None) -> str | None:
     """SHA-256 of an adapter's tensors; None if there are none."""
-    file = directory / TENSORS
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    if directory is None or not (directory / TENSORS).is_file():
+        return None
+    with (directory / TENSORS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,11 +23,11 @@ from paca_lightning.errors import PaCAError
 from paca_lightning.following import Followers
 from paca_lightning.paths import clean_path
 from paca_lightning.report import ConversionReport
-from paca_lightning.run_checks import check_optimizers, check_outputs, check_strategy, deltas_in, learning_rate
+from paca_lightning.run_checks import check_optimizers, check_outputs, check_strategy, learning_rate
 from paca_lightning.same_base import KEY, check_base, remember_base
 from paca_lightning.targets import paca_layers
 from paca_lightning.training_data import select_on_training_data
-from paca_lightning.write_back import attach
+from paca_lightning.write_back import attach, layers_stepped_by
 
 LOADED = "_paca_adapter"
 """Attribute of a module: the adapter that was loaded into it, which later runs go on from."""
@@ -94,7 +94,7 @@ class PaCAStrategy(Callback):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
         for optimizer in trainer.optimizers:
-            if deltas_in(optimizer, pl_module):
+            if layers_stepped_by(optimizer, pl_module):
                 self._handles.append(attach(optimizer, pl_module))
 
     @override

@@ -33,6 +33,16 @@ def check_writable(directory: str | os.PathLike[str], purpose: str) -> None:
         ) from error
 
 
+def check_writable_if_local(location: str | os.PathLike[str], purpose: str) -> None:
+    """Raise unless a location can be written; one with a protocol (``s3://...``) is left to whoever writes there.
+
+    Raises:
+        PaCAError: As :func:`check_writable`.
+    """
+    if "://" not in str(location):
+        check_writable(location, purpose)
+
+
 @contextmanager
 def written_aside(directory: str | os.PathLike[str], supersedes: Sequence[str] = ()) -> Iterator[Path]:
     """A scratch directory whose files move to ``directory`` when the block ends well, and vanish when it does not.

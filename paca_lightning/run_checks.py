@@ -1,14 +1,14 @@
 """What PaCAStrategy checks of a run before it trains."""
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from paca_lightning.errors import PaCAError
-from paca_lightning.files import check_writable
+from paca_lightning.files import check_writable_if_local
 from paca_lightning.targets import paca_layers
+from paca_lightning.write_back import layers_stepped_by
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -36,17 +36,11 @@ def check_outputs(trainer: Trainer) -> None:
     Raises:
         PaCAError: If there is one.
     """
-    if (trainer.checkpoint_callbacks or trainer.loggers) and "://" not in str(trainer.default_root_dir):
-        check_writable(trainer.default_root_dir, "default_root_dir")
+    if trainer.checkpoint_callbacks or trainer.loggers:
+        check_writable_if_local(trainer.default_root_dir, "default_root_dir")
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath and "://" not in str(callback.dirpath):
-            check_writable(callback.dirpath, "ModelCheckpoint(dirpath=...)")
-
-
-def deltas_in(optimizer: torch.optim.Optimizer, pl_module: LightningModule) -> set[str]:
-    """Paths of the layers whose delta an optimizer steps."""
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {path for path, layer in paca_layers(pl_module) if id(layer.paca_delta) in owned}
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            check_writable_if_local(callback.dirpath, "ModelCheckpoint(dirpath=...)")
 
 
 def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,7 +49,7 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
     Raises:
         PaCAError: If so.
     """
-    covered = {path for optimizer in trainer.optimizers for path in deltas_in(optimizer, pl_module)}
+    covered = {path for optimizer in trainer.optimizers for path in layers_stepped_by(optimizer, pl_module)}
     everything = {path for path, _ in paca_layers(pl_module)}
     if not everything:
         raise PaCAError("The converted layers are gone: something replaced them after PaCAStrategy had converted them.")

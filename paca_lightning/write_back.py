@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from paca_lightning.base_layer import PENDING_SELECTION
+from paca_lightning.base_layer import PENDING_SELECTION, PaCALayer
 from paca_lightning.errors import PaCAError
 from paca_lightning.gathering import is_first_rank
 from paca_lightning.targets import paca_layers
@@ -17,6 +17,12 @@ def write_columns(model: nn.Module) -> None:
     """Bring every PaCA weight in a model up to date with its delta."""
     for _, layer in paca_layers(model):
         layer.write_columns()
+
+
+def layers_stepped_by(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, PaCALayer]:
+    """The PaCA layers of a model, by path, whose delta is in an optimizer."""
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {path: layer for path, layer in paca_layers(model) if id(layer.paca_delta) in owned}
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
@@ -38,8 +44,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
             "LBFGS evaluates the loss several times within a step, and the trained columns are written once after it. "
             "Use an optimizer that takes one gradient a step."
         )
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = {path: layer for path, layer in paca_layers(model) if id(layer.paca_delta) in owned}
+    layers = layers_stepped_by(optimizer, model)
     if not layers:
         raise PaCAError(
             f"{type(optimizer).__name__} has none of the model's paca_delta parameters, so nothing would be trained. "

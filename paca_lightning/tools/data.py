@@ -32,9 +32,8 @@ def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
     console = Console()
     console.print(_statistics(datamodule))
     train = datamodule.splits["train"]
-    shown = train.dataset.select(range(min(samples, len(train.dataset))))
-    for sample, file in zip(shown, train.files(), strict=False):
-        console.rule(f"{file}, row {sample['row']}: {sample['length']} tokens")
+    for sample in train.dataset.select(range(min(samples, len(train.dataset)))):
+        console.rule(f"{train.locations[sample['file']]}, row {sample['row']}: {sample['length']} tokens")
         console.print(marked(datamodule.tokenizer, sample["input_ids"], sample["trained"]))
     console.rule()
     console.print("Trained tokens stand in ⟦ ⟧, the others are context.")

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
 from paca_lightning.callback import PaCAStrategy
 from paca_lightning.errors import PaCAError
-from paca_lightning.files import check_writable
+from paca_lightning.files import check_writable_if_local
 
 KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
 """What Lightning looks up by itself."""
@@ -55,8 +55,8 @@ class RunCLI(LightningCLI):
         except (MisconfigurationException, ValueError, ImportError, RuntimeError) as error:
             raise PaCAError(f"The trainer cannot be built: {error}") from error
         for logger in trainer.loggers:
-            if logger.save_dir and "://" not in str(logger.save_dir):
-                check_writable(logger.save_dir, f"{type(logger).__name__}(save_dir=...)")
+            if logger.save_dir:
+                check_writable_if_local(logger.save_dir, f"{type(logger).__name__}(save_dir=...)")
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
