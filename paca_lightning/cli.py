@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 RUNS = {
     "fit": "Train a model as a config says (LightningCLI).",
@@ -28,8 +28,8 @@ LOOKS = {
 # Imported when asked for: --help and a typing mistake shall answer at once.
 TOOLS = {
     "generate": ("paca_lightning.tools.generate", "Answer prompts with a model and an adapter."),
-    "export": ("paca_lightning.tools.export_adapter", "Write a merged Hugging Face checkpoint or a LoRA adapter."),
-    "bench": ("paca_lightning.tools.bench", "Measure time and memory of PaCA against other methods."),
+    "export": ("paca_lightning.tools.export", "Write a merged Hugging Face checkpoint or a LoRA adapter."),
+    "bench": ("paca_lightning.tools.bench.bench", "Measure time and memory of PaCA against other methods."),
 }
 
 
@@ -77,7 +77,7 @@ def _run(arguments: list[str]) -> None:
     elif command == "data":
         _show_data(arguments[1:])
     elif command == "estimate":
-        from paca_lightning.tools import estimate
+        from paca_lightning.tools.memory import estimate
 
         if (code := estimate.main(arguments[1:])) != 0:
             sys.exit(code)

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from paca_lightning.files import written_aside
+from paca_lightning.core.files import written_aside
 
 
 def main() -> None:

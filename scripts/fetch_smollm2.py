@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from paca_lightning.files import written_aside
+from paca_lightning.core.files import written_aside
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

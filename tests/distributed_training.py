@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, disable_paca, paca_layers, write_columns
-from paca_lightning.base_layer import local
-from paca_lightning.strategies.fsdp2 import FSDP2Strategy
+from paca_lightning.core.dtensor import local
+from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from tests.tiny import tiny_llama
 
 TOKENS = 16

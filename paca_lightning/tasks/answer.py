@@ -5,7 +5,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 
 def answer(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from paca_lightning.errors import PaCAError
-from paca_lightning.files import check_writable
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import check_writable
 
 
 def run_directory(trainer: Trainer) -> Path:

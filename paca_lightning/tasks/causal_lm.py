@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data_check import check_data
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses

@@ -5,7 +5,7 @@ import math
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 
 class HeldOutLoss(Callback):

@@ -5,7 +5,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 
 def language_model(pl_module: LightningModule, asked_by: str) -> PreTrainedModel:

@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
-from paca_lightning.errors import PaCAError
-from paca_lightning.files import replacing
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import replacing
 from paca_lightning.tasks.artifacts import run_directory
 
 Curve = tuple[list[int], list[float]]

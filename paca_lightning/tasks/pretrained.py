@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

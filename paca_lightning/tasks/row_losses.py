@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from paca_lightning.errors import PaCAError
-from paca_lightning.files import replacing
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import replacing
 from paca_lightning.tasks.artifacts import run_directory
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.loader import ResumableLoader

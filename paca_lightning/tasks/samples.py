@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
-from paca_lightning.files import replacing
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import replacing
 from paca_lightning.tasks.answer import answer
 from paca_lightning.tasks.artifacts import run_directory
 from paca_lightning.tasks.data.tokenizer import load_tokenizer

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 
 class WarmupSchedule(LRScheduler):

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.tokenization import TokenizedSplit
 from paca_lightning.tasks.instruction import InstructionDataModule
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 _LLAMA3: dict[str, Any] = {
     "vocab_size": 128256,

@@ -11,9 +11,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
-from paca_lightning.callback import PaCAStrategy
-from paca_lightning.errors import PaCAError
-from paca_lightning.files import check_writable_if_local
+from paca_lightning.callbacks.paca import PaCAStrategy
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import check_writable_if_local
 
 KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
 """What Lightning looks up by itself."""

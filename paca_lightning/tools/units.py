@@ -2,7 +2,7 @@
 
 import re
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 _FACTORS = {"": 1, "B": 1, "kB": 1000} | {
     prefix + suffix: base**power

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.types import _DEVICE
 from lightning.pytorch.accelerators import Accelerator
 from typing_extensions import override
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.hpu.bridge import require_hpu, why_unavailable
 
 

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 _DOCS = "docs/gaudi.md lists the versions that belong together"
 

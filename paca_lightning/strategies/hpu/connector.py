@@ -13,7 +13,7 @@ import lightning
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.hpu.accelerator import HPUAccelerator
 from paca_lightning.strategies.hpu.bridge import why_unavailable
 from paca_lightning.strategies.hpu.mixins import HPUStrategyMixin

@@ -1,6 +1,6 @@
 """The strategy for training on several HPUs over which the model is sharded."""
 
-from paca_lightning.strategies.fsdp2 import FSDP2Strategy
+from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from paca_lightning.strategies.hpu.mixins import HPUFSDP2Mixin
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.formats import Conversation, is_text
 
 Span = tuple[int, int]

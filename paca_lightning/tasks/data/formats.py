@@ -21,7 +21,7 @@ from functools import partial
 from itertools import chain, groupby
 from typing import Any, Literal, get_args
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data import oasst
 from paca_lightning.tasks.data.records import Row
 

@@ -8,7 +8,7 @@ https://projects.laion.ai/Open-Assistant/docs/data/schemas
 from collections.abc import Iterator
 from typing import Any
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 Node = dict[str, Any]
 

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data import json_list
 
 Row = dict[str, Any]

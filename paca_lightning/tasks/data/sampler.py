@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.packing import Packing
 
 _GROUPED_STEPS = 50  # rows are sorted by length within this many steps: little padding, and still well mixed

@@ -10,7 +10,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.chat import ChatEncoder
 from paca_lightning.tasks.data.formats import Conversation, Format, TreePaths, conversations, is_text
 from paca_lightning.tasks.data.records import Source

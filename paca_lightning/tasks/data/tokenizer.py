@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}"

@@ -7,7 +7,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.mmlu.metrics import MMLUAccuracy
 from paca_lightning.tasks.mmlu.prompts import MAX_SHOTS, Method, Prompt, build_prompt
 from paca_lightning.tasks.mmlu.questions import Question

@@ -11,7 +11,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.mmlu.questions import LETTERS, Question
 
 Method = Literal["letter", "likelihood"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from paca_lightning.files import written_aside
+from paca_lightning.core.files import written_aside
 from paca_lightning.tasks.mmlu.prompts import Method
 from paca_lightning.tasks.mmlu.scores import Score
 

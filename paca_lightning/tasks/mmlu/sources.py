@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetsError
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.mmlu.files import Row, read_rows
 from paca_lightning.tasks.mmlu.questions import Question, check_question
 

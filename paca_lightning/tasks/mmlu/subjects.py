@@ -7,7 +7,7 @@ Understanding" (ICLR 2021, arXiv 2009.03300).
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 
 _SUBJECTS_BY_CATEGORY = {
     "STEM": (

@@ -10,7 +10,7 @@ import pyarrow
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from paca_lightning.errors import PaCAError
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.mmlu.prompts import continuations, encode, prompt_text, start_tokens
 from paca_lightning.tasks.mmlu.questions import LETTERS, Question
 

@@ -1,0 +1,1 @@
+"""What leaves the process: adapter directories, checkpoints, exports."""

@@ -1,0 +1,225 @@
+"""Adapter directories: indices and deltas in PEFT's PaCA layout, as safetensors and JSON."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from paca_lightning.adapters.files import (
+    CONFIG,
+    OURS,
+    PREFIX,
+    TENSORS,
+    Ours,
+    adapter_config,
+    peft_config,
+    read_json,
+    read_ours,
+    read_tensors,
+    write_json,
+)
+from paca_lightning.adapters.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
+from paca_lightning.conversion.convert import config_of, convert
+from paca_lightning.conversion.report import ConversionReport
+from paca_lightning.conversion.revert import undone_on_error
+from paca_lightning.conversion.saved_modules import saved_by_path
+from paca_lightning.conversion.targets import layers_by_path
+from paca_lightning.core.dtensor import copy_into, is_first_rank, whole_tensor
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import written_aside
+from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.columns import check_indices
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write a converted model's indices, deltas and modules trained whole to a directory.
+
+    A sharded model is gathered layer by layer: call it on every rank, of which the first writes.
+
+    Args:
+        model: The converted model, or a module around it.
+        directory: Is created; files of the same names in it are replaced.
+
+    Raises:
+        PaCAError: If the model has no PaCA layers, or training diverged and left NaN or Inf in it. An adapter that was
+            there is kept.
+    """
+    layers = layers_by_path(model)
+    config = config_of(model)
+    if not layers or config is None:
+        raise PaCAError("The model has no PaCA layers, so there is no adapter to save. Call apply_paca first.")
+    tensors: dict[str, Tensor] = {}
+    samples: dict[str, list[float]] = {}
+    for path, layer in layers.items():
+        tensors[f"{PREFIX}{path}.paca_delta"] = whole_tensor(layer.paca_delta)
+        tensors[f"{PREFIX}{path}.paca_indices"] = whole_tensor(layer.paca_indices)
+        samples[path] = sample_columns(whole_tensor(layer.paca_base_columns))
+    for path, module in saved_by_path(model).items():
+        for name, tensor in module.state_dict().items():
+            tensors[f"{PREFIX}{path}.{name}"] = whole_tensor(tensor)
+    if (broken := _not_finite(tensors)) is not None:
+        raise PaCAError(
+            f"{broken!r} has NaN or Inf: training diverged, so there is no adapter to save. Lower the learning rate, "
+            "or begin from a base model that is sound."
+        )
+    if not is_first_rank():
+        return
+    with written_aside(directory) as scratch:
+        save_file(_unshared(tensors), scratch / TENSORS, metadata={"format": "pt"})
+        write_json(scratch / CONFIG, peft_config(model, config))
+        ranks = {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()}
+        ours = {"version": version("paca-lightning"), "config": config.to_dict(), "layers": ranks}
+        write_json(scratch / OURS, ours | {"fingerprint": samples})
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ConversionReport:
+    """Convert a fresh base model as an adapter says, or take a converted one, and load the adapter into it.
+
+    Args:
+        model: The base model the adapter was trained on, or a module around it.
+        directory: What ``save_adapter`` wrote, or PEFT's own PaCA adapter.
+
+    Returns:
+        The report of the conversion.
+
+    Raises:
+        PaCAError: If a file is missing or damaged, a tensor does not fit (naming the layer), or the base model is
+            another one. The model is then as it was, unless it was quantized on the way: that cannot be undone.
+    """
+    config, ours = adapter_config(directory), read_ours(Path(directory))
+    indices, deltas, whole = _sorted_out(read_tensors(Path(directory)), directory)
+    known = config_of(model)
+    with _says_where(directory), undone_on_error(model):
+        # Whatever the selection, the columns are the adapter's: no data needs to follow.
+        report, _ = convert(model, known or config, indices if known is None else None, data_follows=True)
+        layers = layers_by_path(model)
+        before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
+        _check_layers(layers, indices, deltas, ours)
+        targets = _whole_targets(model, whole)
+        try:
+            for path, layer in layers.items():
+                layer.move_to_columns(indices[path].to(layer.paca_indices.device))
+            _check_base_model(layers, ours, directory, QUANTIZED_TOLERANCE if config.quantize else TOLERANCE)
+        except PaCAError:
+            for path, layer in layers.items():
+                layer.move_to_columns(before[path])
+            raise
+    with torch.no_grad():
+        for path, layer in layers.items():
+            copy_into(layer.paca_delta, deltas[path])
+            layer.write_columns()
+        for tensor, value in targets:
+            copy_into(tensor, value)
+    return report
+
+
+@contextmanager
+def _says_where(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Begin the message of an error with the adapter's directory."""
+    try:
+        yield
+    except PaCAError as error:
+        raise PaCAError(f"{directory}: {error}") from error
+
+
+def adapter_indices(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The columns that an adapter trains, by layer path.
+
+    Raises:
+        PaCAError: If a file of it is missing or damaged.
+    """
+    return _sorted_out(read_tensors(Path(directory)), directory)[0]
+
+
+def _sorted_out(
+    tensors: dict[str, Tensor], directory: str | os.PathLike[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Indices and deltas by layer path, and the parameters of modules trained whole by their name."""
+    found: dict[str, dict[str, Tensor]] = {"paca_indices": {}, "paca_delta": {}}
+    whole = {}
+    for name, tensor in tensors.items():
+        path, _, kind = name.removeprefix(PREFIX).rpartition(".")
+        if kind in found:
+            found[kind][path] = tensor
+        else:
+            whole[name.removeprefix(PREFIX)] = tensor
+    for path in found["paca_indices"].keys() ^ found["paca_delta"].keys():
+        raise PaCAError(f"{Path(directory) / TENSORS} lacks the indices or the delta of {path!r}.")
+    if (broken := _not_finite(tensors)) is not None:
+        raise PaCAError(f"{Path(directory) / TENSORS}: {broken!r} has NaN or Inf.")
+    return found["paca_indices"], found["paca_delta"], whole
+
+
+def _check_layers(
+    layers: dict[str, PaCALayer], indices: dict[str, Tensor], deltas: dict[str, Tensor], ours: Ours | None
+) -> None:
+    for path in sorted(layers.keys() ^ deltas.keys()):
+        where = "in the adapter but not a PaCA layer of the model" if path in deltas else "not in the adapter"
+        raise PaCAError(f"{path!r} is {where}. Use the settings and the base model it was trained with.")
+    for path in deltas:
+        if ours is not None and not (path in ours.scalings and path in ours.fingerprint):
+            raise PaCAError(f"{OURS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
+    for path, layer in layers.items():
+        expected = (layer.out_features, layer.r)
+        if tuple(deltas[path].shape) != expected:
+            raise PaCAError(
+                f"the delta of {path!r} has shape {tuple(deltas[path].shape)}, the model needs {expected}. Use the "
+                "settings and the base model it was trained with."
+            )
+        check_indices(indices[path], layer.in_features, layer.r, path=path)
+        if ours is not None and ours.scalings[path] != layer.scaling:
+            raise PaCAError(
+                f"{path!r} was trained with scaling {ours.scalings[path]:g}, the model has {layer.scaling:g}. Use the "
+                "adapter's alpha."
+            )
+
+
+def _check_base_model(
+    layers: dict[str, PaCALayer], ours: Ours | None, directory: str | os.PathLike[str], tolerance: float
+) -> None:
+    if ours is None:
+        return
+    here = {path: sample_columns(whole_tensor(layer.paca_base_columns)) for path, layer in layers.items()}
+    if (path := differing_layer(ours.fingerprint, here, tolerance)) is not None:
+        name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+        raise PaCAError(
+            f"it was trained on another base model: its weights differ from those here, most in {path!r}. Load the one "
+            f"it was trained on{f', {name!r}' if name else ''}."
+        )
+
+
+def _whole_targets(model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What is trained whole in the model, and the value the adapter has for it."""
+    here = {
+        f"{path}.{name}": tensor
+        for path, module in saved_by_path(model).items()
+        for name, tensor in module.state_dict().items()
+    }
+    for name in sorted(here.keys() ^ whole.keys()):
+        where = "not in the adapter" if name in here else "in the adapter but not in modules_to_save"
+        raise PaCAError(f"{name!r} is {where}. Use the modules_to_save it was trained with.")
+    for name, value in whole.items():
+        if value.shape != here[name].shape:
+            raise PaCAError(
+                f"{name!r} has shape {tuple(value.shape)}, the model needs {tuple(here[name].shape)}. Use the base "
+                "model it was trained with."
+            )
+    return [(here[name], value) for name, value in whole.items()]
+
+
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor with NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name.removeprefix(PREFIX)
+    return None
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, as safetensors writes no two names of one memory."""
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

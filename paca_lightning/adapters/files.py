@@ -1,0 +1,145 @@
+"""The files of an adapter directory: PEFT's PaCA layout as safetensors and JSON, and a file of ours."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.errors import PaCAError
+
+CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "paca_lightning.json"
+PREFIX = "base_model.model."
+
+
+def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
+    """The settings an adapter was trained with.
+
+    Raises:
+        PaCAError: If the directory is not a PaCA adapter, or its two files of settings contradict each other.
+    """
+    peft = read_json(Path(directory) / CONFIG)
+    if peft.get("peft_type") != "PACA":
+        raise PaCAError(f"{Path(directory) / CONFIG}: peft_type is {peft.get('peft_type')!r}, not 'PACA'.")
+    ours = read_ours(Path(directory))
+    if ours is not None:
+        for name, value in _in_both(ours.config).items():
+            here = peft.get(name)
+            if here != value and not (isinstance(here, list) and isinstance(value, list) and set(here) == set(value)):
+                raise PaCAError(
+                    f"{directory}: {CONFIG} says {name}={here!r} and {OURS} says {value!r}. Undo the change, "
+                    "or save the adapter again."
+                )
+        return ours.config
+    try:
+        return PaCAConfig(
+            r=peft["r"],
+            alpha=peft["paca_alpha"],
+            target_modules=peft["target_modules"],
+            exclude_modules=_as_list(peft.get("exclude_modules")),
+            seed=peft.get("random_seed") or 0,
+            modules_to_save=_as_list(peft.get("modules_to_save")),
+        )
+    except KeyError as error:
+        raise PaCAError(f"{Path(directory) / CONFIG} has no {error}.") from error
+
+
+def peft_config(model: nn.Module, config: PaCAConfig) -> dict[str, Any]:
+    """The settings under PEFT's names (0.22)."""
+    base = next((m for m in model.modules() if hasattr(m, "get_output_embeddings") and hasattr(m, "config")), None)
+    return {
+        "peft_type": "PACA",
+        "task_type": "CAUSAL_LM" if base is not None and type(base).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        **_in_both(config),
+        "exclude_modules": config.exclude_modules or None,
+        "modules_to_save": config.modules_to_save or None,
+        "inference_mode": True,
+    }
+
+
+def _in_both(config: PaCAConfig) -> dict[str, Any]:
+    """What both files say, under PEFT's names."""
+    return {
+        "r": config.r,
+        "paca_alpha": config.alpha_of(None, config.r),
+        "random_seed": config.seed,
+        "target_modules": config.target_modules,
+    }
+
+
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Ours:
+    """What PEFT's layout has no place for."""
+
+    config: PaCAConfig
+    scalings: dict[str, float]
+    fingerprint: dict[str, list[float]]
+
+
+def read_ours(directory: Path) -> Ours | None:
+    """Our own file of an adapter directory; None if PEFT wrote the adapter.
+
+    Raises:
+        PaCAError: If it is damaged.
+    """
+    path = directory / OURS
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        return Ours(
+            config=PaCAConfig.from_dict(content["config"]),
+            scalings={name: layer["alpha"] / layer["r"] for name, layer in content["layers"].items()},
+            fingerprint={name: list(map(float, values)) for name, values in content["fingerprint"].items()},
+        )
+    except PaCAError as error:
+        raise PaCAError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise PaCAError(f"{path} is damaged ({type(error).__name__}: {error}). Save the adapter again.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        PaCAError: If it is missing, damaged or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PaCAError(f"{path} is missing: {str(path.parent)!r} is not a complete adapter directory.") from error
+    except (OSError, ValueError) as error:
+        raise PaCAError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise PaCAError(f"{path} holds {type(content).__name__}, not an object.")
+    return content
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter directory by name.
+
+    Raises:
+        PaCAError: If the file is missing or damaged.
+    """
+    path = directory / TENSORS
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise PaCAError(f"{path} is missing: {str(directory)!r} is not a complete adapter directory.") from error
+    except (OSError, SafetensorError) as error:
+        raise PaCAError(f"{path} is damaged or truncated: {error}") from error

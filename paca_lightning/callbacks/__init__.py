@@ -1,0 +1,1 @@
+"""PaCAStrategy and the callbacks around it."""

@@ -1,0 +1,160 @@
+"""AdapterCheckpoint: the callback that leaves an adapter directory behind."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from paca_lightning.adapters.adapter import save_adapter
+from paca_lightning.adapters.files import TENSORS
+from paca_lightning.callbacks.averaging import Averaging
+from paca_lightning.core.dtensor import is_first_rank
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import check_writable, written_aside
+from paca_lightning.layers.base import paca_layers
+
+
+class AdapterCheckpoint(Callback):
+    """Write the adapter when fitting ends, and when it is interrupted with Ctrl-C; or the best one, with ``monitor``.
+
+    The directory holds what ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take; and the
+    data module's ``tokenizer``, if it has one, whose chat template may be another than the base model's. To resume a
+    run, use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run. To get the adapter out of
+    such a file, fit nothing more from it with the run's own config:
+    ``paca-lightning fit --config ... --ckpt_path best.ckpt --trainer.limit_train_batches=0``.
+
+    Args:
+        dirpath: Where to. Default: ``adapter`` in the logger's directory.
+        monitor: A metric of validation, such as ``val/loss``. The adapter is then written after each validation that
+            improves it, and not at the end: what stays is the best, on any number of devices. Only if there was no
+            validation is it that of the last step. A resumed run goes on with the best of its checkpoint where it
+            writes to the same directory.
+        mode: Whether the best is the ``min`` or the ``max`` of the metric.
+
+    Raises:
+        PaCAError: If the directory cannot be written or belongs to two of these callbacks, no layer is trained by PaCA,
+            the metric is not logged, or an averaging callback makes another model than the one that is validated.
+    """
+
+    def __init__(
+        self, dirpath: str | None = None, monitor: str | None = None, mode: Literal["min", "max"] = "min"
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise PaCAError(f"AdapterCheckpoint: mode must be 'min' or 'max', not {mode!r}.")
+        self.dirpath = dirpath
+        self.monitor = monitor
+        self.mode = mode
+        self.best: float | None = None
+        self._best_sha256: str | None = None
+        self._directory: Path | None = None
+        self._trained = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Of each of several such callbacks its own."""
+        return self._generate_state_key(dirpath=self.dirpath, monitor=self.monitor, mode=self.mode)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find an unusable directory before training, not after."""
+        if stage != "fit":
+            return
+        self.best, self._trained = None, False
+        self._directory = self._find_directory(trainer)
+        check_writable(self._directory, "AdapterCheckpoint(dirpath=...)")
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            another = isinstance(other, AdapterCheckpoint) and other is not self
+            if another and other._find_directory(trainer) == self._directory:
+                raise PaCAError(f"Two AdapterCheckpoints write to {str(self._directory)!r}. Give one a `dirpath`.")
+            if isinstance(other, Averaging) and self.monitor is not None:
+                raise PaCAError(
+                    f"AdapterCheckpoint(monitor=...) writes the weights of the moment, and {type(other).__name__} "
+                    "makes a model of averages. Leave `monitor` out: the adapter at the end is of the averages."
+                )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find that there is no adapter to write before training, not after."""
+        if not any(paca_layers(pl_module)):
+            raise PaCAError("AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy.")
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note that this run trains; one that does not only unpacks the adapter of a checkpoint."""
+        self._trained = True
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter if it is the best so far."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise PaCAError(
+                f"AdapterCheckpoint(monitor={self.monitor!r}): no such metric is logged. There are {sorted(metrics)}."
+            )
+        value = float(metrics[self.monitor])
+        sign = 1 if self.mode == "min" else -1
+        better = not math.isnan(value) and (self.best is None or sign * value < sign * self.best)
+        if trainer.strategy.reduce_boolean_decision(better):  # of one mind: ranks gather their shards together
+            self._save(trainer, pl_module)
+            self.best = value
+            if is_first_rank():  # which wrote it, and whose state a checkpoint has
+                self._best_sha256 = _sha256(self._directory)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the adapter, unless the best one is there."""
+        if self.best is not None and self._trained:
+            rank_zero_info(f"Adapter with the best {self.monitor} ({self.best:.4g}): {self._directory}")
+            return
+        if self.monitor is not None and self._trained:
+            rank_zero_warn(f"No validation gave {self.monitor!r} a value: the adapter is that of the last step.")
+        self._save(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the adapter as it stands when the user stops the run, unless the best one is there."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0 and self.best is None:
+            self._save(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The best value, and its adapter: where it is, and what it holds."""
+        if self.best is None:
+            return {}
+        return {"best": self.best, "directory": str(self._directory), "sha256": self._best_sha256}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best value if its adapter is still there, and no later one."""
+        if state_dict["directory"] == str(self._directory) and state_dict["sha256"] == _sha256(self._directory):
+            self.best, self._best_sha256 = state_dict["best"], state_dict["sha256"]
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._directory is not None
+        save_adapter(pl_module, self._directory)
+        tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
+            with written_aside(self._directory) as scratch:  # after the adapter, which shall not be lost to a tokenizer
+                tokenizer.save_pretrained(scratch)
+        if self.monitor is None or not self._trained:
+            rank_zero_info(f"Adapter: {self._directory}")
+
+    def _find_directory(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
+
+
+def _sha256(directory: Path | None) -> str | None:
+    """SHA-256 of an adapter's tensors; None if there are none."""
+    if directory is None or not (directory / TENSORS).is_file():
+        return None
+    with (directory / TENSORS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""Weight averaging beside PaCA: averaged copies of a model whose weights stay in step with their averaged deltas."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
+from paca_lightning.core.dtensor import local
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.base import paca_layers
+from paca_lightning.layers.nf4_linear import QPaCALinear
+
+Averaging = (WeightAveraging, StochasticWeightAveraging)
+
+
+def check_order(trainer: Trainer, callback: Callback) -> None:
+    """Raise if an averaging callback would copy the model before ``callback`` converts it."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    before = callbacks[: callbacks.index(callback)]
+    for other in before:
+        if isinstance(other, Averaging):
+            raise PaCAError(
+                f"{type(other).__name__} is listed before {type(callback).__name__}, so it would average a copy made "
+                f"before the conversion. List {type(callback).__name__} first."
+            )
+
+
+def copies_without_asking(trainer: Trainer) -> bool:
+    """Whether a callback copies the module in its ``setup`` without calling ``configure_model`` before."""
+    return any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def check_bases(trainer: Trainer, model: nn.Module) -> None:
+    """Raise if an averaging callback would average the packed bytes of quantized layers."""
+    averaging = [c for c in trainer.callbacks if isinstance(c, Averaging)]  # type: ignore[attr-defined]
+    quantized = [path for path, layer in paca_layers(model) if isinstance(layer, QPaCALinear)]
+    if averaging and quantized:
+        raise PaCAError(
+            f"{type(averaging[0]).__name__} averages all tensors of a model, and the packed NF4 weights of "
+            f"{quantized[0]!r} have no mean. Leave the callback out, or use a base that is not quantized."
+        )
+
+
+@torch.no_grad()
+def settle_averages(trainer: Trainer, model: nn.Module) -> None:
+    """Bring every averaged copy of a converted model in line with its averaged deltas.
+
+    Averaging treats all tensors alike. The mean of rounded weights is not the rounded mean, and the mean of integer
+    indices may be truncated to a neighbour; so both are set from what they are derived from.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None) if isinstance(callback, Averaging) else None
+        if average is None:
+            continue
+        copies = [layer for _, layer in paca_layers(average)]
+        originals = [layer for _, layer in paca_layers(model)]
+        for copy, original in zip(copies, originals, strict=True):
+            copy.paca_indices.copy_(original.paca_indices)
+            # Data may have moved the columns since the copy was made; they are frozen, so their mean is themselves.
+            local(copy.paca_base_columns).copy_(local(original.paca_base_columns))
+            copy.write_columns()

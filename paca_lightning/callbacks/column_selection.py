@@ -1,0 +1,107 @@
+"""Choosing columns by the first batches of a run's own training data."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torchmetrics import Metric
+
+from paca_lightning.conversion.convert import select_columns
+from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.errors import PaCAError
+
+BATCHES = 8
+
+
+def select_on_training_data(
+    trainer: Trainer, pl_module: LightningModule, config: PaCAConfig, undecided: set[str]
+) -> None:
+    """Move layers to the columns that the first training batches favour, the same on every rank.
+
+    Runs ``training_step`` on up to 8 batches of each rank's loader, without logging and without an optimizer step.
+    Afterwards the random state, that of the loader's generators, and the position of a loader with ``state_dict`` are
+    as before; metrics of the module are reset.
+
+    Raises:
+        PaCAError: If the module steps its optimizers itself, or has several train loaders.
+    """
+    if not pl_module.automatic_optimization:
+        raise PaCAError(
+            f"selection={config.selection!r} runs training_step on some batches, which would step the optimizers of a "
+            "module with manual optimization. Call apply_paca(model, config, calibration=batches) in __init__ instead."
+        )
+
+    if isinstance(trainer.train_dataloader, (dict, list, tuple)):
+        raise PaCAError(
+            f"selection={config.selection!r} looks at the batches of one train loader, and this run has several. Call "
+            "apply_paca(model, config, calibration=batches) in __init__ instead."
+        )
+
+    numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+
+    def step(batch: Any) -> Any:
+        batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+        batch = trainer.strategy.batch_to_device(batch)
+        with trainer.precision_plugin.train_step_context():
+            return pl_module.training_step(batch, 0) if numbered else pl_module.training_step(batch)
+
+    with isolate_rng(), _unlogged(pl_module), _unsynchronised(trainer), _rewound(trainer) as loader:
+        select_columns(
+            pl_module,
+            config,
+            islice(loader, BATCHES),
+            undecided,
+            step=step,
+            reduce=lambda score: _summed(trainer, score),
+        )
+    for module in pl_module.modules():
+        if isinstance(module, Metric):
+            module.reset()
+
+
+def _summed(trainer: Trainer, score: Tensor) -> Tensor:
+    result = trainer.strategy.reduce(score, reduce_op="sum")
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _unsynchronised(trainer: Trainer) -> AbstractContextManager[None]:
+    """These backwards pass DDP's wrapper by: its gradient hooks must not wait for other ranks.
+
+    FSDP2's must run: without, it would keep the gradients and add them to those of the first step.
+    """
+    strategy = trainer.strategy
+    return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
+
+
+@contextmanager
+def _rewound(trainer: Trainer) -> Iterator[Any]:
+    loader: Any = trainer.train_dataloader
+    state = loader.state_dict() if hasattr(loader, "state_dict") else None
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    randomness = [(generator, generator.get_state()) for generator in generators if generator is not None]
+    try:
+        yield loader
+    finally:
+        if state is not None:
+            loader.load_state_dict(state)
+        for generator, before in randomness:
+            generator.set_state(before)
+
+
+@contextmanager
+def _unlogged(pl_module: LightningModule) -> Iterator[None]:
+    """Make ``self.log`` and ``self.log_dict`` do nothing: these batches are no part of training."""
+    pl_module.log = pl_module.log_dict = lambda *_, **__: None  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del pl_module.log, pl_module.log_dict

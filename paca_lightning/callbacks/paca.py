@@ -1,0 +1,268 @@
+"""PaCAStrategy: the callback that brings PaCA to any LightningModule."""
+
+from typing import Any, NoReturn
+
+import rich
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from paca_lightning.adapters.adapter import adapter_indices, load_adapter
+from paca_lightning.adapters.base_check import KEY, check_base, remember_base
+from paca_lightning.adapters.files import adapter_config
+from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
+from paca_lightning.callbacks.averaging import check_bases, check_order, copies_without_asking, settle_averages
+from paca_lightning.callbacks.column_selection import select_on_training_data
+from paca_lightning.callbacks.method_hooks import Followers
+from paca_lightning.callbacks.run_checks import check_optimizers, check_outputs, check_strategy, learning_rate
+from paca_lightning.conversion.convert import convert, quantize_layers
+from paca_lightning.conversion.report import ConversionReport
+from paca_lightning.conversion.write_back import attach, layers_stepped_by
+from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
+from paca_lightning.layers.base import paca_layers
+
+LOADED = "_paca_adapter"
+"""Attribute of a module: the adapter that was loaded into it, which later runs go on from."""
+
+
+class PaCAStrategy(Callback):
+    """Train some input columns of each frozen weight instead of the whole model (PaCA, arXiv 2503.01905).
+
+    Add it to a Trainer's callbacks, with any LightningModule whose optimizer takes
+    ``[p for p in self.parameters() if p.requires_grad]``. It converts the target layers when a run starts, writes the
+    trained columns back after every optimizer step, logs ``paca/scaled_lr``, and keeps frozen weights out of
+    checkpoints.
+
+    It is a *callback*, a strategy of fine-tuning: it goes to ``Trainer(callbacks=...)``, not to
+    ``Trainer(strategy=...)``, and works beside the strategies that distribute a run.
+
+    Args:
+        config: What to train. Default: 16 columns of every linear layer but the output head.
+        adapter: Directory of a trained adapter to start from, or to evaluate. With the default ``config`` its
+            settings are used.
+        full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+
+    Attributes:
+        report: What was converted, once a run has started.
+    """
+
+    def __init__(
+        self,
+        config: PaCAConfig = PaCAConfig(),  # noqa: B008  (frozen)
+        *,
+        adapter: str | None = None,
+        full_checkpoints: bool = False,
+    ) -> None:
+        self.config = adapter_config(adapter) if adapter is not None and config == PaCAConfig() else config
+        self.adapter = adapter
+        self.full_checkpoints = full_checkpoints
+        self.report: ConversionReport | None = None
+        self._undecided: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._saved_base: dict[str, list[float]] | None = None
+        self._selected = False  # by the run that is resumed
+        self._followers = Followers()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the run, and convert now or as soon as the model exists."""
+        check_strategy(trainer)
+        check_order(trainer, self)
+        if stage == "fit":
+            check_outputs(trainer)
+        # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
+        # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
+        self._followers.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
+        self._followers.add(pl_module, "on_load_checkpoint", self._note_base)
+        if stage == "fit":
+            # Not later: a learning rate finder trains before this callback's on_fit_start.
+            self._followers.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
+            if copies_without_asking(trainer):
+                pl_module.configure_model()
+
+    def _note_base(self, checkpoint: dict[str, Any]) -> None:
+        self._saved_base = checkpoint.get(KEY)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_optimizers(trainer, pl_module)
+        for optimizer in trainer.optimizers:
+            if layers_stepped_by(optimizer, pl_module):
+                self._handles.append(attach(optimizer, pl_module))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take back what was hung onto the module and the optimizers; the conversion stays."""
+        self._let_go()
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not self.full_checkpoints:
+            # Spawned workers send their state to the module of the main process, which is not converted. With the
+            # whole state it becomes the merged model; with the adapter alone it would silently stay untrained.
+            keep_everything(pl_module)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take back the same after an error, when there is no teardown."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._followers.remove()
+        self._saved_base, self._selected = None, False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _convert(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+            # It would replace PaCA layers later: let it quantize first, and convert what it leaves.
+            trainer.precision_plugin.convert_module(pl_module)
+        fresh = not any(paca_layers(pl_module))
+        if fresh:
+            vars(pl_module).pop(LOADED, None)
+        # Known before a quantized base forgets what the columns started from.
+        indices = adapter_indices(self.adapter) if self.adapter is not None and fresh else None
+        self.report, undecided = convert(pl_module, self.config, indices, data_follows=True)
+        self._undecided |= undecided
+        check_bases(trainer, pl_module)
+        if self.full_checkpoints:
+            keep_everything(pl_module)
+        else:
+            keep_trained_state(pl_module)
+            pl_module.strict_loading = False
+        self._load_adapter(pl_module)
+
+    def _load_adapter(self, pl_module: LightningModule) -> None:
+        """Load the adapter to start from, once into a module, and as soon as its weights are there."""
+        on_meta = any(layer.base.is_meta for _, layer in paca_layers(pl_module))
+        if self.adapter is not None and not on_meta and vars(pl_module).get(LOADED) != self.adapter:
+            load_adapter(pl_module, self.adapter)
+            vars(pl_module)[LOADED] = self.adapter
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What evaluation needs that conversion could not do yet: weights may have come after it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        self._check_base(pl_module)
+        if trainer.ckpt_path is None:
+            self._load_adapter(pl_module)
+        if not self._undecided:
+            return
+        if trainer.ckpt_path is not None:  # which has told the columns
+            if self.config.quantize is not None:
+                with torch.inference_mode(False):  # as Lightning evaluates, weights could never be trained again
+                    quantize_layers(pl_module, self.config)
+            self._undecided = set()
+        elif self.config.quantize is not None:
+            raise PaCAError(
+                f"selection={self.config.selection!r} chooses the columns by training data before the model is "
+                "quantized, so there is nothing to evaluate yet. Give a checkpoint or an adapter."
+            )
+
+    def _check_base(self, pl_module: LightningModule) -> None:
+        if self._saved_base is not None:
+            check_base(self._saved_base, pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the base model with the checkpoint's, load an adapter that had to wait, and print the summary."""
+        self._check_base(pl_module)
+        self._load_adapter(pl_module)
+        self._print_report(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the columns by the first training batches, if the selection looks at data."""
+        if not self._undecided:
+            return
+        if self._selected:
+            # The columns came with the checkpoint, before the weights were cast. When chosen, they were read after.
+            for path, layer in paca_layers(pl_module):
+                if clean_path(path) in self._undecided:
+                    layer.reread_columns()
+        elif self.adapter is None:
+            select_on_training_data(trainer, pl_module, self.config, self._undecided)
+        quantize_layers(pl_module, self.config)  # which waited for the columns, chosen or loaded
+        if not self.full_checkpoints:
+            keep_trained_state(pl_module)
+        self._undecided = set()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log ``scaling * lr``, Adam's step on a column, where LearningRateMonitor logs the learning rate."""
+        if trainer.loggers and trainer._logger_connector.should_update_logs:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            for logger in trainer.loggers:
+                logger.log_metrics({"paca/scaled_lr": self._scaled_lr(trainer)}, step=step)
+
+    def _scaled_lr(self, trainer: Trainer) -> float:
+        assert self.report is not None
+        return learning_rate(trainer, "lr") * max(layer.scaling for layer in self.report.layers)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load an adapter that had to wait, and put averaged models right before they are swapped in."""
+        self._settle(trainer, pl_module)
+        settle_averages(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load an adapter that had to wait."""
+        self._settle(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load an adapter that had to wait."""
+        self._settle(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put averaged models right before they are taken over."""
+        settle_averages(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put averaged models right before they are saved, and tell which base model they are of."""
+        settle_averages(trainer, pl_module)
+        if not self.full_checkpoints:
+            remember_base(checkpoint, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint of deltas alone does not tell: each layer's scaling, and whether columns were chosen."""
+        scaling = {} if self.report is None else {layer.path: layer.scaling for layer in self.report.layers}
+        return {"scaling": scaling, "selected": not self._undecided}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose deltas would enter the weights with another scaling."""
+        self._selected = state_dict.get("selected", True)
+        here = self.state_dict()["scaling"]
+        for path, scaling in state_dict["scaling"].items():
+            if here.get(path, scaling) != scaling:
+                raise PaCAError(
+                    f"The checkpoint trained {path!r} with scaling {scaling:g} (alpha / r), and this run has "
+                    f"{here[path]:g}: the deltas would mean other weights. Use the alpha it was trained with."
+                )
+
+    @rank_zero_only
+    def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.report is not None
+        self.report.learning_rate = learning_rate(trainer, "initial_lr")
+        rich.print(self.report)
+
+
+def _explain(**_: Any) -> NoReturn:
+    raise PaCAError(
+        "PaCAStrategy is a callback, not a Lightning strategy. Pass Trainer(callbacks=[PaCAStrategy()]); strategy= "
+        "says how a run is distributed: 'auto', 'ddp', 'paca_fsdp2', ..."
+    )
+
+
+# Whoever takes the name at its word, Trainer(strategy="PaCAStrategy"), is told.
+StrategyRegistry.register("pacastrategy", _explain, description="A callback: explains where PaCAStrategy goes.")

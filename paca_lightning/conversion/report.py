@@ -1,0 +1,142 @@
+"""What a conversion did, to be printed: layers, parameters, bytes, and what was left alone."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.table import Table
+from torch import nn
+
+from paca_lightning.conversion.targets import Resolution
+from paca_lightning.core.config import PaCAConfig
+from paca_lightning.layers.base import paca_layers
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One converted layer."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+    r: int
+    scaling: float
+    delta_bytes: int
+
+    @property
+    def trainable(self) -> int:
+        """Parameters trained in this layer."""
+        return self.out_features * self.r
+
+
+@dataclass
+class ConversionReport:
+    """What ``apply_paca`` converted, and what it left alone and why.
+
+    Attributes:
+        config: The settings.
+        layers: The converted layers.
+        skipped: Reason by path of each linear layer that was left alone.
+        saved: Paths of the modules that are trained whole.
+        trainable_parameters: Of the deltas and the modules trained whole.
+        total_parameters: Of the base model and the deltas.
+        learning_rate: Once known, the optimizer's; ``scaling * learning_rate`` is Adam's step on a column.
+        optimizer_bytes: Of Adam's state, two fp32 values a trained parameter.
+    """
+
+    config: PaCAConfig
+    layers: list[LayerRecord]
+    skipped: dict[str, str] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    learning_rate: float | None = None
+
+    @property
+    def delta_bytes(self) -> int:
+        """Bytes of all deltas."""
+        return sum(layer.delta_bytes for layer in self.layers)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of Adam's two moments for everything that is trained."""
+        return 2 * 4 * self.trainable_parameters
+
+    def __rich__(self) -> Group:
+        """Table of the layers by kind, with totals and notes below."""
+        table = Table(title="PaCA", title_justify="left", title_style="bold")
+        table.add_column("layers")
+        for name in ("count", "shape", "r", "scaling", "trained"):
+            table.add_column(name, justify="right")
+        kinds = Counter((lr.kind, lr.in_features, lr.out_features, lr.r, lr.scaling) for lr in self.layers)
+        for (kind, inputs, outputs, r, scaling), count in kinds.items():
+            trained = count * outputs * r
+            table.add_row(kind, str(count), f"{inputs} -> {outputs}", str(r), f"{scaling:g}", f"{trained:,}")
+        return Group(table, *self._notes())
+
+    def _notes(self) -> list[str]:
+        share = self.trainable_parameters / max(self.total_parameters, 1)
+        notes = [
+            f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}); "
+            f"deltas {_size(self.delta_bytes)}, Adam's state {_size(self.optimizer_bytes)}."
+        ]
+        if self.learning_rate is not None:
+            scalings = sorted({layer.scaling for layer in self.layers})
+            steps = ", ".join(f"{scaling * self.learning_rate:.3g}" for scaling in scalings)
+            notes.append(f"Adam's step on a column, scaling * lr: {steps}.")
+        if self.saved:
+            notes.append(f"Trained whole: {', '.join(self.saved)}.")
+        for reason, count in Counter(self.skipped.values()).items():
+            example = next(path for path, why in self.skipped.items() if why == reason)
+            more = f" and {count - 1} more" if count > 1 else ""
+            notes.append(f"Left alone: {example}{more}: {reason}.")
+        return notes
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def report_on(model: nn.Module, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
+    """The report of a model that has just been converted."""
+    layers = [
+        LayerRecord(
+            path=path,
+            kind=path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else type(layer).__name__,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            r=layer.r,
+            scaling=layer.scaling,
+            delta_bytes=layer.paca_delta.numel() * layer.paca_delta.element_size(),
+        )
+        for path, layer in paca_layers(model)
+    ]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in _outside_paca_layers(model) if not p.requires_grad)
+    return ConversionReport(
+        config=config,
+        layers=layers,
+        skipped=resolution.skipped,
+        saved=list(resolution.saved),
+        trainable_parameters=trainable,
+        total_parameters=trainable + frozen + sum(layer.in_features * layer.out_features for layer in layers),
+    )
+
+
+def _outside_paca_layers(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Each parameter but the PaCA layers' deltas and weights, in whatever form these are stored."""
+    inside = {id(p) for _, layer in paca_layers(model) for name, p in layer.named_parameters() if name != "bias"}
+    return (parameter for parameter in model.parameters() if id(parameter) not in inside)
+
+
+def _size(number: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            break
+        number /= 1024
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"

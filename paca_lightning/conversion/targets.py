@@ -1,0 +1,249 @@
+"""Which modules a configuration means: names to layers, and why the others are left alone."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import base_model_prefix, by_path, clean_path, matches, relative_path
+from paca_lightning.layers.base import PaCALayer, paca_layers
+from paca_lightning.layers.linear import PaCAConv1D, PaCALinear
+from paca_lightning.layers.nf4 import linear4bit_class, linear4bit_obstacle
+from paca_lightning.layers.nf4_linear import QPaCALinear
+
+# Attribute names of output heads outside Hugging Face's get_output_embeddings (classifiers, other libraries).
+HEADS = {"lm_head", "head", "classifier", "score"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer to convert, with its settings."""
+
+    path: str
+    module: nn.Module
+    layer_class: type[PaCALayer]
+    r: int
+    alpha: float
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the delta."""
+        return self.alpha / self.r
+
+
+@dataclass
+class Resolution:
+    """What a configuration means in one model: each dictionary by module path."""
+
+    targets: list[Target] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def base_class_of(module: nn.Module) -> type[nn.Module] | None:
+    """The linear class of a module: ``nn.Linear``, bitsandbytes' ``Linear4bit``, Hugging Face's ``Conv1D``, or None."""
+    return next((base for base in _layer_classes() if isinstance(module, base)), None)
+
+
+def _layer_classes() -> dict[type[nn.Module], type[PaCALayer]]:
+    # A model holds Hugging Face's Conv1D only after transformers was imported: no need to import it here.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    linear4bit = linear4bit_class()
+    # Linear4bit is a subclass of nn.Linear, so it comes first.
+    classes: dict[type[nn.Module] | None, type[PaCALayer]] = {
+        linear4bit: QPaCALinear,
+        nn.Linear: PaCALinear,
+        conv1d: PaCAConv1D,
+    }
+    return {base: layer_class for base, layer_class in classes.items() if base is not None}
+
+
+def in_features_of(module: nn.Module) -> int:
+    """Size of the input of a linear layer; Hugging Face's ``Conv1D`` calls it ``nx``."""
+    size: int = module.in_features if hasattr(module, "in_features") else module.nx  # type: ignore[assignment]
+    return size
+
+
+def resolve(model: nn.Module, config: PaCAConfig) -> Resolution:
+    """Find the layers that a configuration names.
+
+    Args:
+        model: Any module. Layers that are PaCA layers already count as linear layers.
+        config: The settings.
+
+    Returns:
+        The layers to convert, the linear layers left alone with their reasons, and the modules trained whole.
+
+    Raises:
+        PaCAError: If a name matches nothing, or names a layer that cannot be converted.
+    """
+    prefix = base_model_prefix(model)
+    paths = _paths(model)
+    names = {module: {*paths_, *(relative_path(path, prefix) for path in paths_)} for module, paths_ in paths.items()}
+    linears = {module: names[module] for module in names if isinstance(module, PaCALayer) or base_class_of(module)}
+    result = Resolution(saved=_saved_modules(config, names, paths))
+    inside_saved = {id(child) for module in result.saved.values() for child in module.modules()}
+    obstacles = _obstacles(model)
+
+    chosen = _chosen(config, linears)
+    excluded = _matched_by(config.exclude_modules, linears, "exclude_modules")
+    for module in linears:
+        path = paths[module][0]
+        obstacle = obstacles.get(id(module)) or _own_obstacle(module)
+        if module in excluded:
+            result.skipped[path] = "excluded by exclude_modules"
+        elif id(module) in inside_saved:
+            result.skipped[path] = "trained whole (modules_to_save)"
+        elif module not in chosen:
+            result.skipped[path] = "not in target_modules"
+        elif obstacle is None:
+            result.targets.append(_target(path, module, names[module], config))
+        elif config.target_modules == ALL_LINEAR:
+            result.skipped[path] = obstacle
+        elif not obstacle.startswith("output head"):  # a head may be trained when it is asked for
+            raise PaCAError(
+                f"target_modules names {path!r}, which cannot be converted: {obstacle}. List it in exclude_modules."
+            )
+        else:
+            result.targets.append(_target(path, module, names[module], config))
+    _check_patterns_used(config, result.targets, names)
+    if not result.targets:
+        raise PaCAError(_nothing_matched(config, linears, result.skipped))
+    return result
+
+
+def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All paths of each module, the first of which names it."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path:
+            paths.setdefault(module, []).append(clean_path(path))
+    return paths
+
+
+def _chosen(config: PaCAConfig, linears: dict[nn.Module, set[str]]) -> set[nn.Module]:
+    patterns = config.target_modules
+    if patterns == ALL_LINEAR:
+        return set(linears)
+    if isinstance(patterns, str):
+        return {module for module, names in linears.items() if any(re.fullmatch(patterns, name) for name in names)}
+    return _matched_by(patterns, linears, "target_modules")
+
+
+def _matched_by(patterns: Iterable[str], modules: dict[nn.Module, set[str]], setting: str) -> set[nn.Module]:
+    found: set[nn.Module] = set()
+    for pattern in patterns:
+        hits = {module for module, names in modules.items() if any(matches(pattern, name) for name in names)}
+        if not hits:
+            raise PaCAError(_no_match(setting, pattern, modules))
+        found |= hits
+    return found
+
+
+def _saved_modules(
+    config: PaCAConfig, names: dict[nn.Module, set[str]], paths: dict[nn.Module, list[str]]
+) -> dict[str, nn.Module]:
+    with_parameters = {m: n for m, n in names.items() if next(m.parameters(), None) is not None}
+    found = _matched_by(config.modules_to_save, with_parameters, "modules_to_save")
+    return {paths[module][0]: module for module in names if module in found}
+
+
+def _target(path: str, module: nn.Module, names: set[str], config: PaCAConfig) -> Target:
+    def key_of(patterns: Iterable[str]) -> str | None:
+        return next((key for key in patterns if any(matches(key, name) for name in names)), None)
+
+    base_class = base_class_of(module)
+    layer_class = type(module) if isinstance(module, PaCALayer) else _layer_classes()[base_class]  # type: ignore[index]
+    in_features = in_features_of(module)
+    r = config.rank_of(key_of(config.rank_pattern))
+    if r > in_features:
+        raise PaCAError(
+            f"r={r} is more than the {in_features} input columns of {path!r}. Lower r, or use rank_pattern."
+        )
+    return Target(path, module, layer_class, r, config.alpha_of(key_of(config.alpha_pattern), r))
+
+
+def _obstacles(model: nn.Module) -> dict[int, str]:
+    """Reasons that lie in a layer's surroundings, by module id."""
+    found: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in HEADS and base_class_of(module):
+            found[id(module)] = "output head"
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        if isinstance(head, nn.Module):
+            found[id(head)] = "output head"
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{clean_path(path)}.{name}".lstrip("."))
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        others = [] if weight is None else [o for o in owners[id(weight)] if o != f"{clean_path(path)}.weight"]
+        if others:
+            found[id(module)] = f"weight tied to {others[0]}"
+        if isinstance(module, nn.MultiheadAttention):
+            reason = "nn.MultiheadAttention reads its weight without calling it"
+            found.update((id(child), reason) for child in module.modules())
+    return found
+
+
+def _own_obstacle(module: nn.Module) -> str | None:
+    """Reason in the layer itself for which its class cannot be swapped, if any."""
+    if isinstance(module, PaCALayer):
+        return None
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is parametrized"
+    base_class = base_class_of(module)
+    assert base_class is not None
+    if type(module).forward is not base_class.forward or "forward" in vars(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if base_class is linear4bit_class():
+        return linear4bit_obstacle(module)
+    dtype = module.get_parameter("weight").dtype
+    return None if dtype in DTYPES else f"its weight is {dtype}"
+
+
+def _check_patterns_used(config: PaCAConfig, targets: list[Target], names: dict[nn.Module, set[str]]) -> None:
+    converted = {target.module: names[target.module] for target in targets}
+    if converted:
+        _matched_by(config.rank_pattern, converted, "rank_pattern")
+        _matched_by(config.alpha_pattern, converted, "alpha_pattern")
+
+
+def _suffixes(modules: dict[nn.Module, set[str]]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for names in modules.values() for name in names})
+
+
+def _no_match(setting: str, pattern: str, modules: dict[nn.Module, set[str]]) -> str:
+    suffixes = _suffixes(modules)
+    kind = "no module" if setting == "modules_to_save" else "no linear layer"
+    close = difflib.get_close_matches(pattern, suffixes, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{setting}: {pattern!r} matched {kind}; suffixes present: {suffixes}.{hint}"
+
+
+def _nothing_matched(config: PaCAConfig, linears: dict[nn.Module, set[str]], skipped: dict[str, str]) -> str:
+    if not linears:
+        return "The model has no linear layers, so there is nothing for PaCA to train."
+    reasons = "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:5])
+    hint = " A string is one regular expression of the whole path; pass a list for names." * (
+        isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
+    )
+    return (
+        f"target_modules={config.target_modules!r} matched no linear layer that can be converted; suffixes present: "
+        f"{_suffixes(linears)}. Fix the name or pass {ALL_LINEAR!r}.{hint} Left alone: {reasons}."
+    )
+
+
+def layers_by_path(model: nn.Module) -> dict[str, PaCALayer]:
+    """The PaCA layers of a model by their path from the base model, as adapter files have them."""
+    prefix = base_model_prefix(model)
+    return by_path((relative_path(clean_path(path), prefix), layer) for path, layer in paca_layers(model))

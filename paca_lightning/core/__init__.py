@@ -1,0 +1,1 @@
+"""Errors, configuration, files, module paths, DTensor helpers."""

@@ -1,0 +1,152 @@
+"""What to train: the settings of a PaCA conversion, checked when they are built (standard library only)."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from paca_lightning.core.errors import PaCAError
+
+ALL_LINEAR = "all-linear"
+SELECTIONS = ("random", "weight_norm", "activation_norm", "gradient_norm", "quant_error")
+CALIBRATED = ("activation_norm", "gradient_norm")
+QUANTIZATIONS = ("nf4",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaCAConfig:
+    """Settings of Partial Connection Adaptation (arXiv 2503.01905).
+
+    Names match whole dotted suffixes of a module's path: ``q_proj`` or ``self_attn.q_proj``, never ``proj``. A
+    pattern that matches nothing is an error, so that no typing mistake goes unnoticed.
+
+    Args:
+        r: Rank: how many input columns of each weight are trained. Trainable parameters grow with it.
+        alpha: Numerator of the scaling ``alpha / r``. Default: ``r``, a scaling of 1. Adam moves a column by about
+            ``scaling * lr`` each step.
+        target_modules: ``"all-linear"`` (all linear layers but the output head), a list of names
+            (``["q_proj", "v_proj"]``), or one regular expression that must match the whole path.
+        exclude_modules: Names or regular expressions of modules to leave alone.
+        rank_pattern: Ranks that differ from ``r``, by name or regular expression.
+        alpha_pattern: Alphas that differ from ``alpha``, by name or regular expression.
+        selection: How columns are chosen. ``random`` (the paper's choice) needs nothing; ``weight_norm`` takes those
+            of the largest norm; ``activation_norm`` and ``gradient_norm`` look at some training batches first;
+            ``quant_error`` takes those that quantization hurts most.
+        seed: Seed of the random selection. Each layer's draw depends on this and on its path alone.
+        quantize: ``nf4`` stores the frozen weights in 4 bits. Default: as they are.
+        modules_to_save: Names of modules that are trained whole and saved with the adapter, such as a new head.
+
+    Raises:
+        PaCAError: If a value is outside its range or a regular expression does not compile.
+    """
+
+    r: int = 16
+    alpha: float | None = None
+    target_modules: str | list[str] = ALL_LINEAR
+    exclude_modules: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    selection: str = "random"
+    seed: int = 0
+    quantize: str | None = None
+    modules_to_save: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        _check_rank("r", self.r)
+        for pattern, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        _check_choice("selection", self.selection, SELECTIONS)
+        if self.quantize is not None:
+            _check_choice("quantize", self.quantize, QUANTIZATIONS)
+        if self.selection == "quant_error" and self.quantize is None:
+            raise PaCAError("selection='quant_error' needs a quantized base. Set quantize='nf4' or another selection.")
+        if not _is_integer(self.seed):
+            raise PaCAError(f"seed must be an integer, not {self.seed!r}.")
+        self._check_names()
+
+    def _check_types(self) -> None:
+        for name in ("exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise PaCAError(f"{name} must be a list of names, such as [{value!r}].")
+            if not isinstance(value, (list, tuple)):
+                raise PaCAError(f"{name} must be a list of names, not {value!r}.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise PaCAError(f"{name} must map names to values, not {getattr(self, name)!r}.")
+        if self.target_modules and not isinstance(self.target_modules, (str, list, tuple)):
+            raise PaCAError(f"target_modules must be a string or a list of names, not {self.target_modules!r}.")
+
+    def _check_names(self) -> None:
+        if not self.target_modules:
+            raise PaCAError(f"target_modules is empty: nothing would be trained. Name some layers, or {ALL_LINEAR!r}.")
+        for name, patterns in (
+            ("target_modules", [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules),
+            ("exclude_modules", self.exclude_modules),
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+            ("modules_to_save", self.modules_to_save),
+        ):
+            _check_patterns(name, patterns)
+
+    def rank_of(self, matched: str | None) -> int:
+        """Rank under the ``rank_pattern`` key that a layer matched, or the common rank."""
+        return self.r if matched is None else self.rank_pattern[matched]
+
+    def alpha_of(self, matched: str | None, rank: int) -> float:
+        """Alpha under the ``alpha_pattern`` key that a layer matched, the common alpha, or the layer's own rank."""
+        if matched is not None:
+            return float(self.alpha_pattern[matched])
+        return float(rank if self.alpha is None else self.alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values that JSON and YAML can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PaCAConfig":
+        """The settings from plain values.
+
+        Raises:
+            PaCAError: If a name is not a setting, or a value is outside its range.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise PaCAError(f"Unknown PaCA settings {unknown}. Known: {sorted(known)}.")
+        return cls(**values)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not _is_integer(value) or value <= 0:  # type: ignore[operator]
+        raise PaCAError(f"{name} must be a positive integer, not {value!r}.")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
+        raise PaCAError(f"{name} must be a positive number, not {value!r}.")
+
+
+def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise PaCAError(f"{name}={value!r} is unknown. Choose one of {list(choices)}.")
+
+
+def _check_patterns(name: str, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise PaCAError(f"{name} holds {pattern!r}, which is not a module name.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise PaCAError(f"{name}={pattern!r} is not a regular expression: {error}.") from error

@@ -1,0 +1,36 @@
+"""Tensors that may be sharded: this rank's rows, the whole, and which rank writes files."""
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor's rows lie on several ranks."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def copy_into(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded: each rank takes its rows, without communication."""
+    if hasattr(tensor, "to_local"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(tensor, DTensor)
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor in host memory, gathered if it is sharded (then call it on every rank)."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().cpu()
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes files: the first of several, or the only one."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0

@@ -1,0 +1,1 @@
+"""What computes: the tap, PaCA layers, NF4."""

@@ -1,0 +1,225 @@
+"""What all PaCA layers share."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from paca_lightning.core.dtensor import local
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.autograd import tapped
+from paca_lightning.layers.columns import check_indices
+
+PENDING_SELECTION = "_paca_pending_selection"
+"""Attribute of a layer converted on meta: by which scores of its weight its columns have yet to be chosen."""
+
+
+class PaCALayer(nn.Module):
+    """What all PaCA layers share: the delta, its base columns and indices, and how they live with the weight.
+
+    Outside ``disable_paca``, the selected columns of the weight are ``base columns + scaling * delta``, cast to the
+    weight's dtype. Only ``write_columns`` makes it so, once after each optimizer step; a forward never writes.
+
+    Attributes:
+        paca_delta: Trainable update, shape (out_features, r), fp32 (fp64 for an fp64 weight), zero at the start.
+        paca_base_columns: The columns before training, shape (out_features, r), a frozen parameter so that it is
+            sharded like the weight.
+        paca_indices: The selected columns, shape (r,), int64, sorted and unique.
+        r: Rank.
+        scaling: ``alpha / r``.
+    """
+
+    base_name: ClassVar[str] = "weight"  # of the parameter that holds the base weight
+    weight: Tensor
+    in_features: int
+    out_features: int
+    paca_delta: nn.Parameter
+    paca_base_columns: nn.Parameter
+    paca_indices: Tensor
+    r: int
+    scaling: float
+    paca_enabled: bool
+    paca_base_class: type[nn.Module]
+
+    @property
+    def base(self) -> Tensor:
+        """The frozen parameter that holds the base weight."""
+        return getattr(self, self.base_name)
+
+    @classmethod
+    def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
+        """Turn a linear layer into one of this class, in place.
+
+        The object stays the same, so that its hooks, its weight and every reference to it go on working. Swapping the
+        class is what ``torch.nn.utils.parametrize`` and ``fully_shard`` do, too.
+
+        Args:
+            module: The layer.
+            indices: Columns to train, shape (r,).
+            scaling: ``alpha / r``.
+        """
+        base_class = type(module)
+        module.__class__ = cls
+        module._add_columns(indices, scaling, base_class)  # type: ignore[operator]
+
+    def _add_columns(self, indices: Tensor, scaling: float, base_class: type[nn.Module]) -> None:
+        self.r, self.scaling = len(indices), scaling
+        self.paca_enabled, self.paca_base_class = True, base_class
+        self.base.requires_grad_(False)
+        # On a meta model the indices are known all the same: whoever fills its weights reads them.
+        self.register_buffer("paca_indices", indices.cpu() if self.base.is_meta else indices.to(self.base.device))
+        self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
+        dtype = torch.promote_types(self.paca_base_columns.dtype, torch.float32)
+        shape = (self.out_features, self.r)
+        self.paca_delta = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.base.device))
+
+    def release(self, *, trained: bool) -> None:
+        """Turn back into the layer it was made from.
+
+        Args:
+            trained: Whether its weight then has the trained columns or the base columns.
+        """
+        if trained:
+            self.write_columns()
+        else:
+            self.restore_columns()
+        del self.paca_delta, self.paca_base_columns, self.paca_indices
+        base_class = self.paca_base_class
+        for name in ("r", "scaling", "paca_enabled", "paca_base_class"):
+            delattr(self, name)
+        self.__class__ = base_class  # type: ignore[assignment]
+
+    def _read_columns(self) -> Tensor:
+        """Selected columns of this rank's rows of the weight, shape (rows, r)."""
+        weight = local(self.weight).detach()
+        return weight.index_select(1, self.paca_indices.to(weight.device))
+
+    def _put_columns(self, columns: Tensor) -> None:
+        """Overwrite the selected columns of this rank's rows of the weight, shape (rows, r)."""
+        weight = local(self.weight)
+        weight.index_copy_(1, self.paca_indices.to(weight.device), columns.to(weight.dtype))
+
+    @torch.no_grad()
+    def write_columns(self) -> None:
+        """Bring the weight up to date with the delta. Sharded alike, both are local: no communication."""
+        if self.paca_enabled:
+            self._put_columns(torch.add(local(self.paca_base_columns), local(self.paca_delta), alpha=self.scaling))
+
+    @torch.no_grad()
+    def restore_columns(self) -> None:
+        """Put the base columns back: the weight is bitwise the one before the conversion."""
+        self._put_columns(local(self.paca_base_columns))
+
+    @torch.no_grad()
+    def move_to_columns(self, indices: Tensor) -> None:
+        """Train other columns from here on, with the delta as it stands. The columns left are restored.
+
+        Args:
+            indices: The new columns, shape (r,).
+        """
+        if torch.equal(indices, self.paca_indices):
+            return  # the base columns may be more precise than the weight is now
+        self.restore_columns()
+        self.paca_indices.copy_(indices)
+        self._begin_here()
+
+    @torch.no_grad()
+    def reread_columns(self) -> None:
+        """Take the base columns from the base weight as precise as it is now."""
+        self.restore_columns()
+        self._begin_here()
+
+    def _begin_here(self) -> None:
+        """Take the base columns from a weight that holds no delta, and write the delta into it."""
+        local(self.paca_base_columns).copy_(self._read_columns())
+        self.write_columns()
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        """The base layer's own computation on an input of shape (..., in_features)."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base layer's output, shape (..., out_features)."""
+        if self.paca_enabled and torch.is_grad_enabled() and self.paca_delta.requires_grad:
+            return tapped(self._base_forward, input, self.paca_delta, self.paca_indices, self.scaling)
+        return self._base_forward(input)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PaCALayer":
+        """Move or cast the layer, but never narrow the delta and the base columns, nor lose what is known.
+
+        ``bf16-true`` casts every parameter of a model; small updates of the delta would be rounded away. And
+        ``to_empty`` leaves garbage, where the indices are still known and the delta is zero at the start.
+        """
+        widened = (self.paca_delta, self.paca_base_columns, self.paca_delta.grad)
+        fixed = self._uncast()
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if any(tensor is one for one in widened):
+                if tensor.is_meta and not result.is_meta:
+                    return torch.zeros_like(result)
+                return tensor.to(device=result.device, dtype=torch.promote_types(result.dtype, tensor.dtype))
+            if any(tensor is one for one in fixed) and result.dtype != tensor.dtype:
+                return tensor.to(device=result.device)
+            return result
+
+        indices, dtype = self.paca_indices, self.base.dtype
+        super()._apply(keep_precision, recurse)
+        if not indices.is_meta:
+            self.paca_indices = indices.to(self.paca_indices.device)
+        if self.base.dtype != dtype and not self.base.is_meta:
+            self.write_columns()  # in a wider dtype, the weight holds more of the delta
+        return self
+
+    def _uncast(self) -> tuple[Tensor, ...]:
+        """Tensors that keep their dtype whatever the model is cast to."""
+        return ()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load any mix of base weight, indices and delta, and leave the weight in step with them."""
+        path = prefix.removesuffix(".")
+        self._check_loaded(state_dict, prefix, path)
+        indices = state_dict.get(prefix + "paca_indices")
+        has_base = prefix + self.base_name in state_dict
+        with torch.no_grad():
+            if indices is not None and not self.base.is_meta and not has_base:
+                self.move_to_columns(local(indices).to(self.paca_indices.device))
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            if self.base.is_meta:
+                return
+            if self.paca_delta.is_meta and not hasattr(self.base, "to_local"):
+                self._follow_from_meta()
+            if has_base and prefix + "paca_base_columns" not in state_dict:
+                local(self.paca_base_columns).copy_(self._read_columns())
+            self.write_columns()
+
+    def _follow_from_meta(self) -> None:
+        """Make what ``load_state_dict(assign=True)`` left on meta beside a base weight that is real now."""
+        device, trained = self.base.device, self.paca_delta.requires_grad
+        self.paca_delta = nn.Parameter(torch.zeros_like(self.paca_delta, device=device), requires_grad=trained)
+        self.paca_indices = self.paca_indices.to(device)
+        self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
+
+    def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
+        delta, indices = (state_dict.get(prefix + name) for name in ("paca_delta", "paca_indices"))
+        if (delta is None) != (indices is None):
+            present, missing = ("paca_delta", "paca_indices") if indices is None else ("paca_indices", "paca_delta")
+            raise PaCAError(f"The checkpoint has {present} of {path!r} but not its {missing}. It is incomplete.")
+        if delta is not None and tuple(delta.shape) != (self.out_features, self.r):
+            raise PaCAError(
+                f"The delta of {path!r} has shape {tuple(delta.shape)} in the checkpoint and "
+                f"{(self.out_features, self.r)} in the model. Use the rank and the base model it was trained with."
+            )
+        if indices is not None and not indices.is_meta:
+            check_indices(local(indices), self.in_features, self.r, path=path)
+
+    def _describe(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}"
+
+
+def paca_layers(model: nn.Module) -> Iterator[tuple[str, PaCALayer]]:
+    """Path and layer of each PaCA layer in a model, each layer once."""
+    for path, module in model.named_modules():
+        if isinstance(module, PaCALayer):
+            yield path, module

@@ -1,0 +1,60 @@
+"""Which columns to train: pure functions from seeds and scores to indices."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from paca_lightning.core.errors import PaCAError
+
+
+def random_indices(in_features: int, r: int, *, seed: int, path: str) -> Tensor:
+    """Columns drawn at random from the seed and the layer's path alone.
+
+    The draw owes nothing to the global random state, so it is the same on every rank, machine and run.
+
+    Args:
+        in_features: Columns to choose from.
+        r: Columns to choose.
+        seed: Seed of the whole conversion.
+        path: Path of the layer, which makes the draws of two layers differ.
+
+    Returns:
+        Sorted, unique indices, shape (r,), int64, on the CPU.
+    """
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.randperm(in_features, generator=generator, device="cpu")[:r].sort().values
+
+
+def largest_indices(scores: Tensor, r: int) -> Tensor:
+    """Columns of the ``r`` largest scores; of equal scores the earlier column wins, on every device.
+
+    Args:
+        scores: A score for each column, shape (in_features,).
+        r: Columns to choose.
+
+    Returns:
+        Sorted, unique indices, shape (r,), int64, on the CPU.
+    """
+    order = torch.sort(scores.detach().cpu(), descending=True, stable=True).indices
+    return order[:r].sort().values
+
+
+def check_indices(indices: Tensor, in_features: int, r: int, *, path: str) -> None:
+    """Raise unless the indices are ``r`` sorted, unique columns of a layer.
+
+    Raises:
+        PaCAError: Naming the layer and what is wrong with its indices.
+    """
+    problem = None
+    if indices.dtype != torch.int64:
+        problem = f"are {indices.dtype}, not torch.int64"
+    elif tuple(indices.shape) != (r,):
+        problem = f"have shape {tuple(indices.shape)}, not ({r},)"
+    elif int(indices.min()) < 0 or int(indices.max()) >= in_features:
+        problem = f"reach from {int(indices.min())} to {int(indices.max())}, outside the {in_features} input columns"
+    elif bool((indices[1:] <= indices[:-1]).any()):
+        problem = "are not sorted and unique"
+    if problem:
+        raise PaCAError(f"The column indices of {path!r} {problem}. Were they made for this model?")

@@ -1,0 +1,97 @@
+"""Linear layers that train some input columns of their own frozen weight, in place."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.columns import check_indices, random_indices
+
+
+class PaCALinear(PaCALayer, nn.Linear):
+    """Linear layer ``y = x W^T + b`` of which ``r`` input columns of ``W`` are trained (arXiv 2503.01905).
+
+    The forward is the base layer's own single GEMM on an ordinary weight. The backward keeps ``x[..., indices]`` and
+    nothing else of the input.
+
+    Args:
+        in_features: Size of the input's last dimension.
+        out_features: Size of the output's last dimension.
+        bias: Whether there is a (frozen) bias.
+        device: Where the weight lives.
+        dtype: Of the weight. The delta is fp32.
+        r: Rank.
+        alpha: Numerator of the scaling ``alpha / r``. Default: ``r``.
+        indices: Columns to train, shape (r,). Default: drawn from seed 0.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+
+    Raises:
+        PaCAError: If the rank or the indices do not fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 16,
+        alpha: float | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        if not 0 < r <= in_features:
+            raise PaCAError(f"r={r} must lie between 1 and in_features={in_features}.")
+        if indices is None:
+            indices = random_indices(in_features, r, seed=0, path="")
+        check_indices(indices, in_features, r, path=type(self).__name__)
+        self.requires_grad_(False)
+        self._add_columns(indices, (r if alpha is None else alpha) / r, nn.Linear)
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape, rank and scaling."""
+        return f"{nn.Linear.extra_repr(self)}, {self._describe()}"
+
+
+class PaCAConv1D(PaCALayer):
+    """Hugging Face's transposed linear layer (GPT-2) ``y = x W + b``, ``W`` of shape (in_features, out_features).
+
+    Input columns are rows of this weight. It keeps its layout, so that base checkpoints go on loading.
+    """
+
+    nx: int
+    nf: int
+    bias: nn.Parameter
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        """Size of the input's last dimension."""
+        return self.nx
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        """Size of the output's last dimension."""
+        return self.nf
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        output = torch.addmm(self.bias, input.view(-1, input.shape[-1]), self.weight)
+        return output if input.dim() == 2 else output.view(*input.shape[:-1], self.nf)
+
+    def _read_columns(self) -> Tensor:
+        return self.weight.detach().index_select(0, self.paca_indices.to(self.weight.device)).t().contiguous()
+
+    def _put_columns(self, columns: Tensor) -> None:
+        weight = self.weight
+        weight.index_copy_(0, self.paca_indices.to(weight.device), columns.t().to(weight.dtype))
+
+    def extra_repr(self) -> str:
+        """Shape, rank and scaling."""
+        return f"in_features={self.nx}, out_features={self.nf}, {self._describe()}"

@@ -1,0 +1,106 @@
+"""A linear map by an NF4 weight with trained columns, which exists only while it is used."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from paca_lightning.layers.autograd import portable
+from paca_lightning.layers.nf4 import Scales, dequantize_rows
+
+
+def dequantized_linear(
+    input: Tensor,
+    bias: Tensor | None,
+    packed: Tensor,
+    scales: Scales,
+    in_features: int,
+    columns: Tensor,
+    delta: Tensor | None,
+    indices: Tensor,
+    scaling: float,
+) -> Tensor:
+    """``input @ W.T + bias``, W dequantized in the forward and, if the input needs a gradient, again in the backward.
+
+    Keeps no activation, and gives the delta no gradient: that is the tap's.
+
+    Args:
+        input: Shape (..., in_features), in the dtype to compute in.
+        bias: Shape (out_features,).
+        packed: NF4 weight, shape (out_features, padded in_features / 2), uint8.
+        scales: Of its blocks.
+        in_features: Columns of the weight without padding.
+        columns: Base columns, shape (out_features, r).
+        delta: Update of the columns, shape (out_features, r). None: the plain NF4 base.
+        indices: Selected columns, shape (r,), int64.
+        scaling: ``alpha / r``.
+
+    Returns:
+        Shape (..., out_features).
+    """
+    factor = portable(scaling, columns)
+    output: Tensor = _DequantizedLinear.apply(
+        input, bias, packed, in_features, columns, delta, indices, factor, *scales
+    )
+    return output
+
+
+def merged_weight(
+    packed: Tensor,
+    scales: Scales,
+    in_features: int,
+    dtype: torch.dtype,
+    columns: Tensor,
+    delta: Tensor | None,
+    indices: Tensor,
+    scaling: float | Tensor,
+    *,
+    anew: bool = False,
+) -> Tensor:
+    """The weight to compute with: the NF4 base, and in the selected columns what was trained unless delta is None."""
+    weight = dequantize_rows(packed, scales, in_features, dtype, anew=anew)
+    if delta is not None:
+        trained = columns + delta * scaling if isinstance(scaling, Tensor) else columns.add(delta, alpha=scaling)
+        weight.index_copy_(1, indices, trained.to(dtype))
+    return weight
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    """Linear map by a frozen weight that exists only during its GEMM; keeps no activation."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        input: Tensor,
+        bias: Tensor | None,
+        packed: Tensor,
+        in_features: int,
+        columns: Tensor,
+        delta: Tensor | None,
+        indices: Tensor,
+        scaling: float | Tensor,
+        *scales: Tensor,
+    ) -> Tensor:
+        weight = merged_weight(packed, scales, in_features, input.dtype, columns, delta, indices, scaling)
+        # All of these are parameters and buffers of the layer: keeping them copies nothing.
+        compiled = isinstance(scaling, Tensor)
+        ctx.save_for_backward(packed, columns, delta, indices, *scales, *([scaling] if compiled else []))  # type: ignore[arg-type]
+        ctx.in_features, ctx.scaling = in_features, None if compiled else scaling  # type: ignore[attr-defined]
+        return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        packed, columns, delta, indices, *scales = ctx.saved_tensors
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            scaling = scales.pop() if ctx.scaling is None else ctx.scaling
+            settings = (columns, delta, indices, scaling)
+            grad_input = grad_output @ merged_weight(
+                packed, tuple(scales), ctx.in_features, grad_output.dtype, *settings, anew=True
+            )
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+        return grad_input, grad_bias, *[None] * (len(ctx.needs_input_grad) - 2)

@@ -1,0 +1,256 @@
+"""Linear layers with an NF4 base of which some input columns are trained in full precision."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from paca_lightning.core.dtensor import local
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.linear import PaCALinear
+from paca_lightning.layers.nf4 import Scales, dequantize_rows, from_linear4bit, quantize_rows
+from paca_lightning.layers.nf4_autograd import dequantized_linear, merged_weight
+
+LINEAR4BIT_ATTRIBUTES = (
+    "compute_dtype",
+    "compute_type_is_set",
+    "quant_state",
+    "quant_storage",
+    "support_avx512bf16_for_cpu",
+)
+
+
+class QPaCALinear(PaCALayer):
+    """Linear layer ``y = x W^T + b`` with ``W`` in NF4, but for ``r`` input columns that are trained.
+
+    Each forward and backward dequantizes the weight into a temporary, puts ``base columns + scaling * delta`` into it
+    and runs one GEMM, in the input's dtype (autocast's, where it is on). The backward keeps ``x[..., indices]`` and
+    nothing else of the input. There is no weight to write back to.
+
+    ``disable_paca`` gives the plain NF4 base. Released, it is an ``nn.Linear`` of the dequantized weight with the
+    trained columns (``merge``) or the base columns (``unload``) exact: what it knows best; nothing is quantized again.
+
+    Built like an ``nn.Linear``, whose random weight it quantizes; on ``meta`` only the shapes are made. Existing layers
+    become one in place by ``quantize`` and ``adopt``.
+
+    Args:
+        in_features: Size of the input's last dimension. Rows are padded to whole blocks of 64.
+        out_features: Size of the output's last dimension.
+        bias: Whether there is a (frozen) bias.
+        device: Where it lives.
+        dtype: Of the weight that is quantized, of the base columns and of the bias. The delta is fp32.
+        r: Rank.
+        alpha: Numerator of the scaling ``alpha / r``. Default: ``r``.
+        indices: Columns to train, shape (r,). Default: drawn from seed 0.
+
+    Attributes:
+        packed: Shape (out_features, padded in_features / 2), uint8: two weights a byte. Frozen, as all below.
+        absmax: Scales, shape (out_features, blocks), bf16; of an adopted layer fp32, or uint8 if they were nested.
+        absmax_scale: Of nested scales, shape (out_features, runs), fp32. Otherwise None, as all below.
+        absmax_phase: Where each row begins in its first run of 256 scales, shape (out_features, 1), uint8.
+        absmax_code: Values of the 256 codes of the scales.
+        absmax_offset: Mean of the scales.
+        weight_dtype: Dtype of the weight before quantization, and when released.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+
+    Raises:
+        PaCAError: If the rank or the indices do not fit.
+    """
+
+    base_name: ClassVar[str] = "packed"
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    absmax_scale: nn.Parameter | None
+    absmax_phase: nn.Parameter | None
+    absmax_code: Tensor | None
+    absmax_offset: Tensor | None
+    bias: nn.Parameter | None
+    weight_dtype: torch.dtype
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 16,
+        alpha: float | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        dense = PaCALinear(in_features, out_features, bias, device, dtype, r=r, alpha=alpha, indices=indices)
+        type(self).quantize(dense)
+        vars(self).update(vars(dense))
+
+    @classmethod
+    def quantize(cls, layer: PaCALayer, path: str = "") -> None:
+        """Turn a dense PaCA layer into one of this class, in place: same indices, base columns and delta objects.
+
+        Args:
+            layer: The layer, whose base columns stay as precise as they are.
+            path: Names it in the error.
+
+        Raises:
+            PaCAError: If its weight is not finite.
+        """
+        layer.restore_columns()
+        weight = layer.weight.detach()
+        packed, absmax = quantize_rows(weight if isinstance(layer, PaCALinear) else weight.t(), path)
+        shape = (layer.in_features, layer.out_features)
+        del layer.weight
+        layer.__class__ = cls
+        layer.in_features, layer.out_features = shape
+        layer._hold(packed, (absmax,), weight.dtype)  # type: ignore[operator]
+
+    @classmethod
+    def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
+        """Turn a ``bitsandbytes.nn.Linear4bit`` into one of this class, in place, and keep its bits.
+
+        The columns start from its quantized values, or from the full-precision weight if it still holds that.
+        """
+        weight: Any = module.weight
+        whole = weight.detach() if weight.quant_state is None else None
+        packed, scales, dtype = from_linear4bit(module)
+        del module.weight
+        for name in LINEAR4BIT_ATTRIBUTES:
+            vars(module).pop(name, None)
+        # Subclasses of Linear4bit (Lightning's) quantize what is loaded into them.
+        module._load_state_dict_pre_hooks.clear()
+        module._load_state_dict_post_hooks.clear()
+        module.__class__ = cls
+        module._hold(packed, scales, dtype)  # type: ignore[operator]
+        module._add_columns(indices, scaling, nn.Linear)  # type: ignore[operator]
+        if whole is not None:
+            columns = whole.index_select(1, indices.to(whole.device))
+            module.paca_base_columns = nn.Parameter(columns, requires_grad=False)
+
+    def _hold(self, packed: Tensor, scales: Scales, dtype: torch.dtype) -> None:
+        absmax, scale, phase, code, offset = scales if len(scales) > 1 else (*scales, None, None, None, None)
+        for name, rows in (("packed", packed), ("absmax", absmax), ("absmax_scale", scale), ("absmax_phase", phase)):
+            self.register_parameter(name, None if rows is None else nn.Parameter(rows, requires_grad=False))
+        self.register_buffer("absmax_code", code, persistent=False)  # one and the same everywhere
+        self.register_buffer("absmax_offset", offset)
+        self.weight_dtype = dtype
+
+    @property
+    def scales(self) -> Scales:
+        """What ``nf4.dequantize_rows`` takes beside the packed weight."""
+        nested = (self.absmax_scale, self.absmax_phase, self.absmax_code, self.absmax_offset)
+        return (self.absmax, *(tensor for tensor in nested if tensor is not None))
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight with its trained columns, dequantized anew: for models that look at it, such as T5."""
+        return self.dequantize()
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None, *, trained: bool = True) -> Tensor:
+        """This rank's rows of the weight with its full-precision columns in, shape (rows, in_features).
+
+        Args:
+            dtype: Default: that of the weight before quantization.
+            trained: Whether the columns are the trained ones or the base columns.
+        """
+        columns, delta = local(self.paca_base_columns), local(self.paca_delta)
+        return merged_weight(
+            local(self.packed),
+            tuple(map(local, self.scales)),
+            self.in_features,
+            dtype or self.weight_dtype,
+            columns,
+            delta if trained else torch.zeros_like(delta),
+            self.paca_indices,
+            self.scaling,
+        )
+
+    def release(self, *, trained: bool) -> None:
+        """Turn into a dense layer: the dequantized weight with the trained or the base columns."""
+        weight = self.dequantize(trained=trained)
+        del self.packed, self.absmax, self.absmax_scale, self.absmax_phase, self.absmax_code, self.absmax_offset
+        del self.weight_dtype
+        super().release(trained=trained)
+        weight = weight if isinstance(self, nn.Linear) else weight.t()
+        self.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
+
+    def _read_columns(self) -> Tensor:
+        """The quantized values of the selected columns of this rank's rows."""
+        if self.packed.is_meta:
+            return torch.empty(self.out_features, self.r, device="meta")
+        weight = dequantize_rows(local(self.packed), tuple(map(local, self.scales)), self.in_features, torch.float32)
+        return weight.index_select(1, self.paca_indices)
+
+    def write_columns(self) -> None:
+        """Do nothing: every forward takes the delta as it is."""
+
+    def restore_columns(self) -> None:
+        """Do nothing: the packed weight never changes."""
+
+    def reread_columns(self) -> None:
+        """Do nothing: a cast leaves the packed weight as it is, and the base columns may know more."""
+
+    @torch.no_grad()
+    def move_to_columns(self, indices: Tensor) -> None:
+        """Train other columns from here on, starting from their quantized values.
+
+        Raises:
+            PaCAError: If the present columns started from the unquantized weight: others would silently start worse.
+        """
+        if torch.equal(indices, self.paca_indices):
+            return
+        if not self._starts_quantized():
+            raise PaCAError(_other_columns(repr(self)))
+        self.paca_indices.copy_(indices)
+        local(self.paca_base_columns).copy_(self._read_columns())
+
+    def _starts_quantized(self) -> bool:
+        return torch.equal(local(self.paca_base_columns).float(), self._read_columns())
+
+    def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
+        super()._check_loaded(state_dict, prefix, path)
+        indices = state_dict.get(prefix + "paca_indices")
+        if indices is None or self.packed.is_meta or prefix + self.base_name in state_dict:
+            return
+        if not torch.equal(indices.to(self.paca_indices.device), self.paca_indices) and not self._starts_quantized():
+            raise PaCAError(_other_columns(repr(path)))
+
+    def _uncast(self) -> tuple[Tensor, ...]:
+        return self.scales
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QPaCALinear":
+        super()._apply(fn, recurse)
+        # Cast with the model, the layer stays as precise as it is, but is released to fit beside the others.
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
+        return self
+
+    def _base_forward(self, input: Tensor) -> Tensor:
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        delta = self.paca_delta.detach() if self.paca_enabled else None
+        return dequantized_linear(
+            input.to(dtype),
+            self.bias,
+            self.packed,
+            self.scales,
+            self.in_features,
+            self.paca_base_columns,
+            delta,
+            self.paca_indices,
+            self.scaling,
+        )
+
+    def extra_repr(self) -> str:
+        """Shape, rank and scaling."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {self._describe()}"
+
+
+def _other_columns(layer: str) -> str:
+    return (
+        f"The columns of {layer} started from the unquantized weight, which is gone, so it cannot train others. Pass "
+        "indices= to apply_paca (load_adapter does so for a fresh base model), or choose them before quantizing."
+    )

@@ -1,0 +1,93 @@
+"""Giving a sharded model on the meta device its memory and its values."""
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from paca_lightning.core.dtensor import local
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.base import paca_layers
+from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.strategies.fsdp2.streaming import stream
+
+SOURCE = "checkpoint_directory"
+"""Attribute of a module on meta: where its values come from, in a checkpoint that names them as the module does."""
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Allocate what is on meta, and fill it: from checkpoints where modules name one, else as modules initialise.
+
+    Modules with buffers that no checkpoint holds (rotary frequencies) compute them by Hugging Face's
+    ``_init_weights`` or by ``reset_parameters``.
+
+    Args:
+        model: Sharded, so that each rank allocates its rows only.
+        device: Where to.
+        cpu_offload: Parameters stay in host memory.
+
+    Raises:
+        PaCAError: If a module does not know how to initialise, or a checkpoint does not fit.
+    """
+    on_meta = {module: _meta_tensors(module) for module in model.modules()}
+    if not any(on_meta.values()):
+        return
+    sources = [module for module in model.modules() if getattr(module, SOURCE, None) is not None]
+    _allocate(model, device, cpu_offload)
+    loaded = {child for source in sources for child in source.modules()}
+    initialisers = _initialisers(model)
+    for path, module in model.named_modules():
+        computed = module._non_persistent_buffers_set if module in loaded else on_meta[module]
+        if on_meta[module].intersection(computed):
+            _initialise(module, initialisers.get(module), path)
+    for path, layer in paca_layers(model):
+        if on_meta[layer] and layer not in loaded:
+            if isinstance(layer, QPaCALinear):
+                raise PaCAError(f"{path!r} is quantized but has no weights: set {SOURCE} on the model.")
+            local(layer.paca_delta).zero_()
+            local(layer.paca_base_columns).copy_(layer._read_columns())
+    for source in sources:
+        stream(source, getattr(source, SOURCE))
+
+
+def _meta_tensors(module: nn.Module) -> set[str]:
+    tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return {name for name, tensor in tensors if tensor.is_meta}
+
+
+def _allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None:
+    """Memory of any content for every tensor on meta. Modules that share a parameter go on sharing it."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append((module, name))
+
+    def allocate(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor
+        return torch.empty_like(tensor, device="cpu" if cpu_offload and isinstance(tensor, DTensor) else device)
+
+    model._apply(allocate)
+    for (first, first_name), *others in owners.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, first_name))
+
+
+def _initialisers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For each module, the innermost Hugging Face model that it is a part of."""
+    outer_first = [module for module in model.modules() if hasattr(module, "_init_weights")]
+    return {child: owner for owner in outer_first for child in owner.modules()}
+
+
+def _initialise(module: nn.Module, owner: nn.Module | None, path: str) -> None:
+    if owner is not None:
+        owner._init_weights(module)  # type: ignore[operator]
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+    else:
+        raise PaCAError(
+            f"{path!r} ({type(module).__name__}) is on the meta device and cannot be initialised: give it a "
+            f"reset_parameters method, build it on a real device, or set {SOURCE} on the model."
+        )

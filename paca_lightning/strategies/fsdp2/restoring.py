@@ -1,0 +1,176 @@
+"""Restoring a sharded model and its optimizers from checkpoints written on any number of ranks."""
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.strategies.fsdp2.sharding import local_rows
+
+METADATA = "meta.pt"  # Lightning's name for what is not sharded: loops, callbacks, ...
+
+
+def load_directory(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool) -> dict[str, Any]:
+    """Restore from a directory that the ranks wrote together; each reads its rows.
+
+    Args:
+        path: The directory.
+        model: Sharded. Its state dict says what is looked for.
+        optimizers: Built for it.
+        strict: Whether everything that the model has must be there, and nothing else.
+
+    Returns:
+        The rest of the checkpoint.
+
+    Raises:
+        PaCAError: If the checkpoint is of another model, or damaged.
+    """
+    # Copies: read in place, new indices would replace the old ones before the old columns are put back.
+    state = {name: _copy(tensor) for name, tensor in get_model_state_dict(model).items()}
+    _read({"state_dict": state}, path)
+    model.load_state_dict(state, strict=strict)
+    for index, optimizer in enumerate(optimizers):
+        optimizer_state = {f"optimizer_{index}": get_optimizer_state_dict(model, optimizer)}
+        _read(optimizer_state, path)
+        set_optimizer_state_dict(model, optimizer, optim_state_dict=optimizer_state[f"optimizer_{index}"])
+    return _torch_load(path / METADATA)
+
+
+def load_file(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool) -> dict[str, Any]:
+    """Restore from a single file, such as one of a run on one device; each rank keeps its rows.
+
+    Args:
+        path: The file, which every rank can read.
+        model: Sharded or not.
+        optimizers: Built for it, in the order in which they were saved.
+        strict: Whether everything that the model has must be there, and nothing else.
+
+    Returns:
+        The rest of the checkpoint.
+
+    Raises:
+        PaCAError: If the checkpoint is of another model, or damaged.
+    """
+    checkpoint = _torch_load(path)
+    named: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    state = {name: _like(tensor, named.get(name), name) for name, tensor in checkpoint.pop("state_dict").items()}
+    model.load_state_dict(state, strict=strict)
+    states = checkpoint.get("optimizer_states", [])
+    if optimizers and len(states) != len(optimizers):
+        raise PaCAError(
+            f"{str(path)!r} holds the states of {len(states)} optimizers and this run has {len(optimizers)}, so it "
+            "cannot resume. Files saved with save_weights_only hold none."
+        )
+    for optimizer, optimizer_state in zip(optimizers, states, strict=False):  # an evaluation has no optimizers
+        if not optimizer_state["state"]:  # SGD's: nothing to shard, which PyTorch (2.13) asserts there is
+            optimizer.load_state_dict(optimizer_state)
+            continue
+        set_optimizer_state_dict(
+            model,
+            optimizer,
+            optim_state_dict=_by_name(optimizer_state, model, optimizer),
+            options=StateDictOptions(full_state_dict=True),
+        )
+    return checkpoint
+
+
+def by_position(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state as PyTorch saves it, parameters numbered in the optimizer's order.
+
+    Args:
+        state: With parameters by name. Empty on ranks other than the first.
+    """
+    if not state:
+        return {}
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    number = {name: index for index, name in enumerate(names)}
+    return {
+        "state": {number[name]: values for name, values in state["state"].items()},
+        "param_groups": [
+            group | {"params": [number[name] for name in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def _by_name(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The inverse of ``by_position``, for an optimizer that has the same parameters in the same order."""
+    saved = [number for group in state["param_groups"] for number in group["params"]]
+    current: Mapping[str, Any] = get_optimizer_state_dict(model, optimizer)
+    names = [name for group in current["param_groups"] for name in group["params"]]
+    if len(saved) != len(names):
+        raise PaCAError(
+            f"The checkpoint's optimizer has {len(saved)} parameters and this run's {len(names)}. Resume with the "
+            "settings it was trained with."
+        )
+    name_of = dict(zip(saved, names, strict=True))
+    return {
+        "state": {name_of[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            group | {"params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _like(saved: Any, current: Tensor | None, name: str) -> Any:
+    """A saved tensor, sharded like the model's."""
+    if not isinstance(current, DTensor) or not isinstance(saved, Tensor):
+        return saved
+    if saved.shape != current.shape:
+        raise PaCAError(
+            f"{name!r} has shape {tuple(saved.shape)} in the checkpoint and {tuple(current.shape)} in the model. Use "
+            "the rank and the base model it was trained with."
+        )
+    rows = saved[local_rows(current)].to(current.to_local().device)
+    return DTensor.from_local(
+        rows, current.device_mesh, current.placements, run_check=False, shape=current.shape, stride=current.stride()
+    )
+
+
+def _read(state: dict[str, Any], path: Path) -> None:
+    try:
+        load(state, checkpoint_id=path)
+    except (CheckpointException, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise PaCAError(
+            f"The checkpoint {str(path)!r} does not fit this model and optimizer, or is damaged: {_first_cause(error)}"
+        ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {cause}"
+    return str(error)
+
+
+def _torch_load(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error)
+        if found := re.search(r"GLOBAL (\S+)", reason):
+            # Lightning (2.6) does not pass weights_only=False on to strategies that restore after their setup.
+            reason = (
+                f"it holds an object of {found[1]} (of the hyperparameters, or a callback's). Allow the classes that "
+                "you trust, with torch.serialization.add_safe_globals([...]), before the run."
+            )
+        raise PaCAError(f"The checkpoint {str(path)!r} cannot be read: {reason}") from error
+    return checkpoint

@@ -1,0 +1,94 @@
+"""Reading some rows of the tensors of a Hugging Face checkpoint, and nothing else of it."""
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from paca_lightning.core.errors import PaCAError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+
+
+class RowReader:
+    """The tensors of a safetensors checkpoint, one file or several with an index, by rows.
+
+    Files are mapped into memory: rows that are not asked for are not read, and those that are need no memory of the
+    process until they are copied.
+
+    Args:
+        directory: Has ``model.safetensors``, or ``model.safetensors.index.json`` and what it lists.
+
+    Attributes:
+        bytes_read: By this reader so far.
+
+    Raises:
+        PaCAError: If a file is missing, truncated, or lacks a tensor that the index promises.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.bytes_read = 0
+        self._slices: dict[str, Any] = {}
+        self._file_of = self._weight_map()
+        for file in sorted(set(self._file_of.values())):
+            self._open(file)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, file by file."""
+        return list(self._slices)
+
+    def file_of(self, name: str) -> Path:
+        """The file that a tensor lies in."""
+        return self.directory / self._file_of[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self._slices[name].get_shape())
+
+    def size(self, name: str, rows: slice) -> int:
+        """Bytes of some rows of a tensor; of all of a scalar."""
+        shape = self.shape(name)
+        numbers = prod(shape[1:]) * (rows.stop - rows.start) if shape else 1
+        return numbers * BITS.get(self._slices[name].get_dtype(), 8) // 8
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor, as a view of the file; a scalar as it is."""
+        self.bytes_read += self.size(name, rows)
+        tensor = self._slices[name]
+        return tensor[rows] if self.shape(name) else tensor[...]
+
+    def _weight_map(self) -> dict[str, str]:
+        index = self.directory / INDEX
+        if not index.is_file():
+            if not (self.directory / SINGLE).is_file():
+                raise PaCAError(f"{str(self.directory)!r} has neither {INDEX} nor {SINGLE}: no weights to load.")
+            return dict.fromkeys(self._handle(SINGLE, "every tensor").keys(), SINGLE)
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PaCAError(f"{str(index)!r} is not an index of safetensors files: {error!r}.") from error
+        return {str(name): str(file) for name, file in weight_map.items()}
+
+    def _open(self, file: str) -> None:
+        names = [name for name, its_file in self._file_of.items() if its_file == file]
+        handle = self._handle(file, repr(names[0]))
+        present = set(handle.keys())
+        if lost := [name for name in names if name not in present]:
+            raise PaCAError(f"{str(self.directory / file)!r} lacks {lost[0]!r}, which {INDEX} says it holds.")
+        self._slices |= {name: handle.get_slice(name) for name in names}
+
+    def _handle(self, file: str, tensor: str) -> Any:
+        path = self.directory / file
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise PaCAError(
+                f"{str(path)!r}, which holds {tensor}, is missing or truncated ({error}). Download it again."
+            ) from error

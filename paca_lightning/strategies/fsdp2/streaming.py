@@ -1,0 +1,207 @@
+"""Filling a sharded model from a safetensors checkpoint, of which each rank reads its rows only."""
+
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from paca_lightning.core.dtensor import local
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
+from paca_lightning.layers.base import PENDING_SELECTION, PaCALayer
+from paca_lightning.layers.columns import largest_indices
+from paca_lightning.layers.nf4 import CHUNK, quantize_rows, squared_errors
+from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.strategies.fsdp2.rows import RowReader
+from paca_lightning.strategies.fsdp2.sharding import local_rows
+
+
+@dataclass
+class _Destination:
+    """What a tensor of a checkpoint fills: a parameter, a buffer, or the base of a PaCA layer."""
+
+    tensor: Tensor
+    layer: PaCALayer | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.layer is None:
+            return tuple(self.tensor.shape)
+        return self.layer.out_features, self.layer.in_features
+
+    @property
+    def rows(self) -> slice:
+        return local_rows(self.tensor) if self.tensor.dim() else slice(0, 1)
+
+    @torch.no_grad()
+    def fill(self, rows: Tensor, name: str) -> None:
+        """Take this rank's rows. Raises PaCAError if they cannot be quantized."""
+        tensor = local(self.tensor)
+        if self.layer is None:
+            tensor.copy_(rows)
+            return
+        rows = rows.to(tensor.device)
+        _select(self.layer, rows, name)
+        if isinstance(self.layer, QPaCALinear):
+            packed, absmax = quantize_rows(rows, name)
+            tensor.copy_(packed)
+            local(self.layer.absmax).copy_(absmax)
+        else:
+            tensor.copy_(rows)
+        # From what was read, which is more than a quantized or narrower weight knows.
+        local(self.layer.paca_base_columns).copy_(rows.index_select(1, self.layer.paca_indices.to(rows.device)))
+        local(self.layer.paca_delta).zero_()
+
+
+def stream(model: nn.Module, directory: str | Path) -> RowReader:
+    """Fill a model from a checkpoint: its parameters, persistent buffers, and the bases of its PaCA layers.
+
+    Rows are quantized as they come; the trained columns are taken from the rows as they were. Progress is shown on the
+    first rank.
+
+    Args:
+        model: Sharded or not, its tensors allocated. Tensors are named in the checkpoint as in this module before its
+            conversion.
+        directory: With ``model.safetensors``, or several files and their index.
+
+    Returns:
+        The reader, which knows how much this rank has read.
+
+    Raises:
+        PaCAError: On every rank, if the checkpoint of any is damaged or another model's.
+    """
+    reader: RowReader | None = None
+    destinations: dict[str, _Destination] = {}
+    failure: PaCAError | None = None
+    try:
+        reader = RowReader(directory)
+        destinations = _matched(model, reader)
+    except PaCAError as error:
+        failure = error
+    _agree(failure)
+    assert reader is not None
+    _agree(_fill(reader, destinations))
+    return reader
+
+
+def _fill(reader: RowReader, destinations: dict[str, _Destination]) -> PaCAError | None:
+    """Fill all destinations in the order of the files; the first failure, if any."""
+    failure: PaCAError | None = None
+    total = sum(reader.size(name, destination.rows) for name, destination in destinations.items())
+    with _progress() as progress:
+        task = progress.add_task("Loading", total=total) if progress else None
+        for name, destination in destinations.items():
+            try:
+                destination.fill(reader.read(name, destination.rows), name)
+            except PaCAError as error:
+                # Others may wait for this rank's scores further on: finish, then tell.
+                failure = failure or PaCAError(f"{reader.file_of(name)}: {error}")
+            if progress and task is not None:
+                progress.update(task, completed=reader.bytes_read)
+    return failure
+
+
+def _matched(model: nn.Module, reader: RowReader) -> dict[str, _Destination]:
+    """Destinations by name, in the order of the files.
+
+    Raises:
+        PaCAError: If tensors are missing, too many, or of other shapes.
+    """
+    wanted = dict(_destinations(model))
+    found = {name: wanted[name] for name in reader.names if name in wanted}
+    for name, destination in found.items():
+        if reader.shape(name) != destination.shape:
+            raise PaCAError(
+                f"{name!r} has shape {reader.shape(name)} in {str(reader.file_of(name))!r} and {destination.shape} in "
+                "the model. The checkpoint is of another architecture."
+            )
+    filled = {id(destination.tensor) for destination in found.values()}
+    if missing := [name for name, destination in wanted.items() if id(destination.tensor) not in filled]:
+        raise PaCAError(
+            f"{str(reader.directory)!r} has no tensor {missing[0]!r} ({len(missing)} are missing). It is incomplete or "
+            "of another architecture."
+        )
+    if unexpected := [name for name in reader.names if name not in wanted and not _ignored(model, name)]:
+        raise PaCAError(
+            f"{str(reader.file_of(unexpected[0]))!r} has a tensor {unexpected[0]!r} that the model lacks "
+            f"({len(unexpected)} such). The checkpoint is of another architecture."
+        )
+    return found
+
+
+def _destinations(model: nn.Module) -> Iterator[tuple[str, _Destination]]:
+    """All that a checkpoint fills, by each of its names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{clean_path(path)}." if path else ""
+        if isinstance(module, PaCALayer):
+            if not issubclass(module.paca_base_class, nn.Linear):
+                raise PaCAError(
+                    f"{path!r} was a {module.paca_base_class.__name__}, whose weight is transposed: it cannot be read "
+                    "by rows. Load the model whole, or exclude the layer with exclude_modules."
+                )
+            yield f"{prefix}weight", _Destination(module.base, module)
+            if isinstance(module.bias, Tensor):
+                yield f"{prefix}bias", _Destination(module.bias)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            yield prefix + name, _Destination(parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield prefix + name, _Destination(buffer)
+
+
+def _ignored(model: nn.Module, name: str) -> bool:
+    """Whether a tensor that the model has no place for may be passed over: a buffer it computes, or as it declares."""
+    patterns = [p for m in model.modules() for p in getattr(m, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
+
+
+def _select(layer: PaCALayer, rows: Tensor, name: str) -> None:
+    """Choose the columns of a layer that was converted before its weight was known, by the rows of all ranks."""
+    selection = vars(layer).pop(PENDING_SELECTION, None)
+    if selection is None:
+        return
+    failure: PaCAError | None = None
+    scores = torch.zeros(layer.in_features, device=rows.device)
+    try:
+        scores += squared_errors(rows, name) if selection == "quant_error" else _squares(rows)
+    except PaCAError as error:
+        failure = error
+    if isinstance(layer.base, DTensor):
+        mesh = layer.base.device_mesh
+        dist.all_reduce(scores, group=mesh.get_group(mesh.ndim - 1))
+    if failure:
+        raise failure
+    layer.paca_indices.copy_(largest_indices(scores, layer.r))
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Squared norm of each column, a few rows at a time."""
+    chunks = rows.split(max(1, CHUNK // rows.shape[1]))
+    return sum((c.float().square().sum(0) for c in chunks), torch.zeros(rows.shape[1], device=rows.device))
+
+
+def _agree(failure: PaCAError | None) -> None:
+    """Raise a failure of any rank on all of them, so that none waits for another."""
+    if not dist.is_initialized():
+        failures = [failure and str(failure)]
+    else:
+        failures = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure and str(failure))
+    if first := next((message for message in failures if message), None):
+        raise PaCAError(first) from failure
+
+
+def _progress() -> AbstractContextManager[Progress | None]:
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return nullcontext()
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    )

@@ -1,0 +1,212 @@
+"""``paca-lightning bench``: what PaCA and other methods cost in time and memory on a given model, measured."""
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.tools.bench.measure import WARM_UP, Timing, time_methods
+from paca_lightning.tools.bench.methods import Method, parse_methods
+from paca_lightning.tools.bench.peak import check_budget, is_measurable, longest_sequence, peak_bytes
+from paca_lightning.tools.bench.processes import in_fresh_processes
+from paca_lightning.tools.bench.results import Row, open_output, print_table, write_results
+from paca_lightning.tools.bench.workload import Workload
+from paca_lightning.tools.provenance import provenance
+
+
+def bench(
+    model: str | None = None,
+    preset: str | None = None,
+    layers: int | None = None,
+    methods: list[str] | str = "floor,paca,lora",
+    r: list[int] | int | str = 16,
+    match: str = "both",
+    batch: int = 2,
+    tokens: int = 512,
+    dtype: str = "bf16",
+    steps: int = 20,
+    accumulate: int = 1,
+    checkpointing: bool | Literal["selective"] = False,
+    compile: bool = False,
+    device: str = "auto",
+    devices: int = 1,
+    threads: int | None = None,
+    max_length: str | None = None,
+    output: str | None = None,
+) -> list[Row]:
+    """Measure the time and memory of fine-tuning methods on one model, side by side.
+
+    Every method trains the same layers of the same model on the same random tokens with the same attention and loss.
+    They take their steps in turns in one process. The floor, a model in which nothing trains but gradients flow to the
+    first layer's input, is always among them: it is the least that such a step can cost. Methods on a quantized base
+    are compared with qfloor, the same on bitsandbytes' frozen NF4 layers, and qfloor with the floor.
+
+    Args:
+        model: Hugging Face model to measure: a local directory or a hub id. Give this or --preset.
+        preset: Known shape with random weights: small, llama3-8b or llama3.1-70b.
+        layers: Use only the first so many layers.
+        methods: Which, with commas between them: floor, paca, full, PEFT's lora and dora (no dropout, adapters in fp32
+            as PEFT has them by itself), lora-narrow (adapters in --dtype). On a base in NF4: qfloor, qpaca and qlora,
+            whose ratios are to qfloor. A method may have a rank of its own, and checkpointing of its own: paca:16,
+            lora:8, paca:16+selective, floor+blocks.
+        r: Rank or ranks, with commas between them, of the methods without one of their own.
+        match: What LoRA and DoRA have in common with PaCA: rank, parameters (as many trainable ones), or both, in two
+            rows.
+        batch: Sequences in a micro-batch.
+        tokens: Length of a sequence.
+        dtype: bf16, fp16 or fp32, of weights and computation.
+        steps: Timed steps of each method, after a warm-up.
+        accumulate: Micro-batches in an optimizer step.
+        checkpointing: Recompute each block in the backward, with every method; selective: all of it but the outputs
+            of matrix products and of attention.
+        compile: Compile the models' blocks with torch.compile.
+        device: cpu, cuda, ...; auto takes the accelerator if there is one.
+        devices: How many devices (on the CPU: processes) train together, with DDP. Figures are rank 0's, tokens per
+            second those of all.
+        threads: CPU threads of each process. Default: as PyTorch chooses.
+        max_length: Memory of one device, such as 24GiB: also find the longest sequence that fits it, by trying.
+        output: Directory for bench.json, bench.csv and bench.png.
+
+    Returns:
+        One row of figures for each method, as in bench.json.
+
+    Raises:
+        PaCAError: If an argument is outside its range, a method needs a package that is not installed, or a method
+            needs more memory than there is.
+    """
+    if threads is not None and threads >= 1:
+        torch.set_num_threads(threads)
+    workload = Workload(
+        model=model,
+        preset=preset,
+        layers=layers,
+        dtype=dtype,
+        batch=batch,
+        tokens=tokens,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
+        compile=compile,
+        device=_find_device(device, devices),
+        ranks=devices,
+        threads=torch.get_num_threads() if threads is None else threads,
+    )
+    if steps < 1:
+        raise PaCAError(f"steps must be at least 1, not {steps}.")
+    skeleton = workload.skeleton()
+    chosen = parse_methods(_entries(methods), _ranks(r), match, skeleton)
+    for method in chosen:
+        method.apply(skeleton)  # a rank too large or a missing package comes out here
+    if max_length is not None:
+        check_budget(workload, max_length)
+    directory = None if output is None else open_output(output)
+
+    console = Console(stderr=True)
+    with console.status("") as status:
+        # Memory first: the processes that measure it want the machine's memory for themselves.
+        peaks = {method: _peak(workload, method, lambda text: status.update(text)) for method in chosen}
+        lengths = {}
+        if max_length is not None:
+            for method in chosen:
+                status.update(f"{method.label}: longest sequence in {max_length}")
+                lengths[method] = longest_sequence(workload, method, max_length)
+        if devices == 1:
+            timings = time_methods(workload, chosen, steps, status.update)
+        else:
+            status.update(f"{devices} processes take {steps} steps with each method")
+            timings = in_fresh_processes(time_methods, workload, chosen, steps, ranks=devices, device=workload.device)
+    rows = [_row(method, timings[method], peaks[method]) for method in chosen]
+    for method, row in zip(chosen, rows, strict=True):
+        if method in lengths:
+            row["max_tokens"] = lengths[method]
+    setup = _setup(workload, steps, max_length, rows)
+    print_table(rows, setup["title"])
+    if directory is not None:
+        for path in write_results(rows, setup, directory):
+            print(path)
+    return rows
+
+
+def _peak(workload: Workload, method: Method, progress: Any) -> int | None:
+    if not is_measurable(workload):
+        return None
+    progress(f"{method.label}: peak memory in a fresh process")
+    peak = peak_bytes(workload, method)
+    if peak == float("inf"):
+        raise PaCAError(
+            f"{method.label} needs more memory than there is at {workload.batch} x {workload.tokens} tokens. Leave it "
+            "out, or use fewer tokens, layers or --checkpointing."
+        )
+    return int(peak)
+
+
+def _row(method: Method, timing: Timing, peak: int | None) -> Row:
+    figures = asdict(timing) | {"peak_bytes": peak, "noisy": timing.noisy}
+    return {"method": method.title, "r": method.r, "floor": method.floor, **figures}
+
+
+def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Row]) -> dict[str, Any]:
+    name = workload.preset or Path(str(workload.model)).name
+    config = workload.config
+    shape = f"{name}, {config.num_hidden_layers} layers, {workload.dtype}, {workload.batch} x {workload.tokens} tokens"
+    options = [
+        f"{workload.accumulate} micro-batches" if workload.accumulate > 1 else "",
+        {True: "checkpointing", "selective": "selective checkpointing"}.get(workload.checkpointing, ""),
+        "compiled" if workload.compile else "",
+        f"{workload.ranks} ranks" if workload.ranks > 1 else "",
+    ]
+    return provenance() | {
+        "title": ", ".join([shape, *filter(None, options), _device_name(workload)]),
+        "command": shlex.join(sys.argv),
+        "workload": asdict(workload),
+        "attention": config._attn_implementation or "sdpa",
+        "steps": steps,
+        "warm_up_steps": WARM_UP,
+        "max_length": max_length,
+        "noisy": any(row["noisy"] for row in rows),
+        "peak_memory_of": "allocator" if workload.device != "cpu" else "process, less what it held before the model",
+    }
+
+
+def _device_name(workload: Workload) -> str:
+    if workload.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{workload.threads} CPU threads" if workload.device == "cpu" else workload.device
+
+
+def _find_device(device: str, count: int) -> str:
+    accelerator = torch.accelerator.current_accelerator()
+    available = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    if device == "auto":
+        device = available[-1]
+    if device not in available:
+        raise PaCAError(f"device={device!r} is not available here. Available: {', '.join(available)}.")
+    if device != "cpu" and count > torch.accelerator.device_count():
+        raise PaCAError(f"devices={count} is more than the {torch.accelerator.device_count()} there are.")
+    return device
+
+
+def _entries(values: list[str] | str) -> list[str]:
+    entries = values.split(",") if isinstance(values, str) else values
+    return [entry.strip() for entry in entries]
+
+
+def _ranks(values: list[int] | int | str) -> list[int]:
+    entries = values.split(",") if isinstance(values, str) else values if isinstance(values, list) else [values]
+    try:
+        ranks = [int(entry) for entry in entries]
+    except ValueError as error:
+        raise PaCAError(f"r={values!r} is not a rank or a list of ranks such as 8,16.") from error
+    if not ranks or min(ranks) < 1:
+        raise PaCAError(f"r={values!r}: ranks must be positive.")
+    return ranks
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(bench)

@@ -1,0 +1,239 @@
+"""The ways of fine-tuning that are compared, each as a change to the same base model."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
+from paca_lightning.conversion.convert import apply_paca
+from paca_lightning.conversion.targets import Target, resolve
+from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.linear import PaCAConv1D
+from paca_lightning.layers.nf4 import linear4bit
+from paca_lightning.strategies.fsdp2.sharding import find_blocks
+
+FLOOR = "floor"
+QFLOOR = "qfloor"
+QUANTIZED = (QFLOOR, "qpaca", "qlora")
+
+
+RECOMPUTATIONS = ("selective", "blocks")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning, its rank where it has one, and what its backward recomputes.
+
+    Attributes:
+        name: As in :func:`parse_methods`.
+        r: Rank.
+        recompute: ``selective`` (all but products and attention), ``blocks`` (everything) or nothing, apart from what
+            the workload says for all methods.
+    """
+
+    name: str
+    r: int | None = None
+    recompute: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Name, and what is recomputed."""
+        return self.name if self.recompute is None else f"{self.name}+{self.recompute}"
+
+    @property
+    def label(self) -> str:
+        """Title and rank, as tables and plots show them."""
+        return self.title if self.r is None else f"{self.title} r={self.r}"
+
+    @property
+    def floor(self) -> str:
+        """Name of the floor to compare with: that of the same base. The quantized floor is compared with the floor."""
+        return QFLOOR if self.name in QUANTIZED and self.name != QFLOOR else FLOOR
+
+    def apply(self, base: nn.Module) -> nn.Module:
+        """A model trained by this method, made from a base model that is left as it is.
+
+        Weights that the method does not change are shared with the base, so that several methods fit side by side.
+
+        Args:
+            base: The model as built.
+
+        Returns:
+            The model with just the method's parameters requiring gradients.
+
+        Raises:
+            PaCAError: If the method needs a package that is not installed.
+        """
+        targets = resolve(base, PaCAConfig()).targets
+        written = {
+            "none": set(),
+            "targets": {id(target.module.weight) for target in targets},
+            "all": {id(parameter) for parameter in base.parameters()},
+        }[_WRITES.get(self.name, "none")]
+        shared = {id(parameter): parameter for parameter in base.parameters() if id(parameter) not in written}
+        model = _APPLY[self.name](copy.deepcopy(base, memo=dict(shared)), self.r or 0, targets)
+        if self.recompute is not None:
+            checkpoint_blocks(find_blocks(model), selective=self.recompute == "selective")
+        return model
+
+
+def train_nothing(model: nn.Module) -> nn.Module:
+    """Freeze a model, but let gradients flow to the input of its first layer: the least that any such step can cost."""
+
+    def ask_for_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(ask_for_gradient)  # type: ignore[operator]
+    return model
+
+
+def lora_rank(r: int, inputs: int, outputs: int) -> int:
+    """Rank at which LoRA has about as many parameters as PaCA at rank ``r``: r * outputs against r * both."""
+    return max(1, round(r * outputs / (inputs + outputs)))
+
+
+def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return train_nothing(model)
+
+
+def _qfloor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    """The floor on the base of QLoRA: bitsandbytes' NF4 layers."""
+    return train_nothing(_quantize(model, targets))
+
+
+def _paca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    apply_paca(model, PaCAConfig(r=r))
+    return model
+
+
+def _qpaca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    apply_paca(model, PaCAConfig(r=r, quantize="nf4"))
+    return model
+
+
+def _full(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _lora(
+    model: nn.Module, r: int, targets: list[Target], *, use_dora: bool = False, fp32_adapters: bool = True
+) -> nn.Module:
+    """PEFT's adapters on the layers that PaCA would train, scaling 1, no dropout. PEFT keeps them in fp32 by itself."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise PaCAError(
+            "LoRA and DoRA are measured with PEFT, which is not installed: pip install 'paca-lightning[bench]'."
+        ) from error
+    names = [target.path for target in targets]
+    config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=names, use_dora=use_dora)
+    return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+
+
+def _qlora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return _lora(_quantize(model, targets), r, targets)
+
+
+def _quantize(model: nn.Module, targets: list[Target]) -> nn.Module:
+    """Put bitsandbytes' NF4 layers for the targets."""
+    for target in targets:
+        weight = target.module.get_parameter("weight")
+        layer = linear4bit(
+            weight.t() if target.layer_class is PaCAConv1D else weight, target.module._parameters["bias"]
+        ).train(model.training)
+        model.set_submodule(target.path, layer)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT then takes its layers for NF4
+    return model
+
+
+def _dora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return _lora(model, r, targets, use_dora=True)
+
+
+def _narrow_lora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return _lora(model, r, targets, fp32_adapters=False)
+
+
+_APPLY: dict[str, Callable[[nn.Module, int, list[Target]], nn.Module]] = {
+    FLOOR: _floor,
+    "paca": _paca,
+    "lora": _lora,
+    "lora-narrow": _narrow_lora,
+    "dora": _dora,
+    "full": _full,
+    QFLOOR: _qfloor,
+    "qpaca": _qpaca,
+    "qlora": _qlora,
+}
+_WRITES = {"paca": "targets", "qpaca": "targets", "full": "all"}
+_UNRANKED = (FLOOR, QFLOOR, "full")
+_BASELINES = ("lora", "lora-narrow", "dora", "qlora")
+
+
+def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Module) -> list[Method]:
+    """The methods that a user asks for, the floor first, and next the quantized one where a method has such a base.
+
+    Args:
+        names: Names such as ``paca``, with a rank of their own (``lora:8``), and with what to recompute
+            (``paca:16+selective``).
+        ranks: Ranks of the methods without one of their own.
+        match: What LoRA and DoRA have in common with PaCA: the ``rank``, the number of trainable ``parameters`` (about;
+            ranks are whole), or ``both``, one after the other.
+        base: The model, on any device, which says how many parameters a rank takes.
+
+    Returns:
+        Each method once.
+
+    Raises:
+        PaCAError: If a name, ``match`` or what to recompute is unknown, or a rank is not a positive number.
+    """
+    if match not in ("rank", "parameters", "both"):
+        raise PaCAError(f"match={match!r} is unknown. Choose rank, parameters or both.")
+    quantized = any(re.split("[:+]", entry.strip())[0] in QUANTIZED for entry in names)
+    methods = [Method(FLOOR), *([Method(QFLOOR)] if quantized else [])]
+    for entry in names:
+        entry, plus, recompute = entry.strip().partition("+")
+        name, colon, own = entry.partition(":")
+        if name not in _APPLY:
+            raise PaCAError(f"There is no method {name!r}. Choose from {', '.join(_APPLY)}.")
+        if plus and recompute not in RECOMPUTATIONS:
+            raise PaCAError(f"{name}+{recompute}: choose what to recompute from {', '.join(RECOMPUTATIONS)}.")
+        if name in _UNRANKED and colon:
+            raise PaCAError(f"Method {name!r} has no rank; {entry!r} gives it one.")
+        ranked = _ranked(name, [_parse_rank(own)] if colon else ranks, "rank" if colon else match, base)
+        methods += [replace(method, recompute=recompute or None) for method in ranked]
+    return list(dict.fromkeys(methods))
+
+
+def _ranked(name: str, ranks: list[int], match: str, base: nn.Module) -> list[Method]:
+    if name in _UNRANKED:
+        return [Method(name)]
+    same_rank = [Method(name, r) for r in ranks] if match != "parameters" or name not in _BASELINES else []
+    same_size = (
+        [Method(name, lora_rank(r, *_features(base))) for r in ranks] if match != "rank" and name in _BASELINES else []
+    )
+    return same_rank + same_size
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of all layers that PaCA would train."""
+    inputs = outputs = 0
+    for target in resolve(base, PaCAConfig()).targets:
+        rows, columns = target.module.get_parameter("weight").shape
+        transposed = target.layer_class is PaCAConv1D
+        inputs += rows if transposed else columns
+        outputs += columns if transposed else rows
+    return inputs, outputs
+
+
+def _parse_rank(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise PaCAError(f"{text!r} is not a rank: it must be a positive whole number.")
+    return int(text)

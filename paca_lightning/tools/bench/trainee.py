@@ -1,0 +1,90 @@
+"""A model under one method, ready to take training steps whose phases are timed."""
+
+import contextlib
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from paca_lightning.conversion.write_back import attach
+from paca_lightning.layers.base import paca_layers
+from paca_lightning.strategies.fsdp2.sharding import find_blocks
+from paca_lightning.tools.bench.methods import Method
+from paca_lightning.tools.bench.workload import Workload
+
+
+class StepTime(NamedTuple):
+    """Seconds of one optimizer step."""
+
+    forward: float
+    backward: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all three phases."""
+        return sum(self)
+
+
+class Trainee:
+    """A model trained by one method, with AdamW for what the method trains.
+
+    Args:
+        method: How it is trained.
+        base: The model as built; left as it is.
+        workload: How a step runs.
+
+    Attributes:
+        method: How it is trained.
+        trainable_parameters: How many numbers the method trains.
+        resident: All parameters and buffers: what lives anyway, whatever a backward needs.
+        compiled: Whether its blocks are compiled.
+    """
+
+    def __init__(self, method: Method, base: nn.Module, workload: Workload) -> None:
+        self.method = method
+        model = method.apply(base)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainable_parameters = sum(parameter.numel() for parameter in trained)
+        self.resident: list[Tensor] = [*model.parameters(), *model.buffers()]
+        self.compiled = workload.compile
+        self._optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+        if self._optimizer is not None and any(True for _ in paca_layers(model)):
+            attach(self._optimizer, model)
+        if workload.compile:
+            # Block by block, as runs do it: equal blocks share one compilation.
+            for block in find_blocks(model):
+                block.compile()
+        if workload.ranks > 1 and trained:  # the floor has nothing to exchange, which DDP refuses
+            model = DistributedDataParallel(model, broadcast_buffers=False)
+        self._ranks, self._accelerated = workload.ranks, workload.device != "cpu"
+        self._model: Any = model
+        self.forward: Any = model
+
+    def step(self, micro_batches: list[dict[str, Tensor]]) -> StepTime:
+        """One optimizer step over some micro-batches, each of shape (batch, tokens)."""
+        if self._ranks > 1:
+            dist.barrier()
+        forward = backward = 0.0
+        start = self._now()
+        for number, batch in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            distributed = isinstance(self._model, DistributedDataParallel)
+            with contextlib.nullcontext() if last or not distributed else self._model.no_sync():
+                loss = self.forward(**batch).loss / len(micro_batches)
+                middle = self._now()
+                loss.backward()
+            end = self._now()
+            forward, backward, start = forward + middle - start, backward + end - middle, end
+        if self._optimizer is not None:
+            self._optimizer.step()  # and, for PaCA, the write-back
+            self._optimizer.zero_grad()
+        return StepTime(forward, backward, self._now() - start)
+
+    def _now(self) -> float:
+        if self._accelerated:
+            torch.accelerator.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,123 @@
+"""What is measured: a model, a batch of random tokens, and how a training step runs on them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.strategies.fsdp2.sharding import find_blocks
+from paca_lightning.tools.presets import preset_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A training step, the same for every method. Plain values, so that a fresh process can repeat it.
+
+    Args:
+        model: Hub id or local directory of a causal language model. Give this or ``preset``.
+        preset: Name of a known shape, with random weights.
+        layers: Use only so many layers. Default: all.
+        dtype: Of the weights and the computation: bf16, fp16 or fp32.
+        batch: Sequences in a micro-batch, on each rank.
+        tokens: Length of a sequence.
+        accumulate: Micro-batches in an optimizer step.
+        checkpointing: Recompute each block in the backward instead of keeping its activations; selective: all but the
+            outputs of products and attention.
+        compile: Compile each block with ``torch.compile``.
+        device: Type of device: cpu, cuda, ...
+        ranks: Processes that train together, each on its own device, with DDP.
+        threads: CPU threads of each process.
+        seed: Of the random weights and tokens.
+
+    Raises:
+        PaCAError: If a value is outside its range, or neither or both of model and preset are given.
+    """
+
+    model: str | None = None
+    preset: str | None = None
+    layers: int | None = None
+    dtype: str = "bf16"
+    batch: int = 1
+    tokens: int = 512
+    accumulate: int = 1
+    checkpointing: bool | Literal["selective"] = False
+    compile: bool = False
+    device: str = "cpu"
+    ranks: int = 1
+    threads: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.preset is None):
+            raise PaCAError("Give either a model (hub id or directory) or a preset to measure.")
+        if self.dtype not in DTYPES:
+            raise PaCAError(f"dtype={self.dtype!r} is unknown. Choose one of {', '.join(DTYPES)}.")
+        for name in ("layers", "batch", "tokens", "accumulate", "ranks", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PaCAError(f"{name} must be at least 1, not {value}.")
+        if self.tokens > self.longest:
+            raise PaCAError(f"tokens={self.tokens} is more than the model's {self.longest} positions.")
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, with as many layers as are asked for.
+
+        Raises:
+            PaCAError: If there is no such model or preset, or it has fewer layers.
+        """
+        config = _read_config(self.model) if self.model is not None else preset_config(str(self.preset))
+        if self.layers is not None:
+            if self.layers > config.num_hidden_layers:
+                raise PaCAError(f"layers={self.layers} is more than the model's {config.num_hidden_layers}.")
+            config.num_hidden_layers = self.layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[: self.layers]
+        config.use_cache = False
+        return config
+
+    @property
+    def longest(self) -> float:
+        """Most tokens that the model can take: bounded only by learned positions, not by rotary ones."""
+        config = self.config
+        return float("inf") if getattr(config, "rope_parameters", None) else config.max_position_embeddings
+
+    def build(self) -> nn.Module:
+        """The model on the device, in train mode, with nothing frozen yet."""
+        torch.manual_seed(self.seed)
+        config, dtype = self.config, DTYPES[self.dtype]
+        if self.model is None:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self.model, config=config, dtype=dtype)
+            for parameter in model.parameters():
+                # Out of the mapped file, whose pages would count as this process' memory as long as one is in use.
+                parameter.data = parameter.data.clone()
+        if self.checkpointing:
+            checkpoint_blocks(find_blocks(model), selective=self.checkpointing == "selective")
+        return model.train().to(self.device)
+
+    def skeleton(self) -> nn.Module:
+        """The model without its weights, on the meta device."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, dtype=DTYPES[self.dtype])
+
+    def micro_batch(self, number: int) -> dict[str, Tensor]:
+        """Random tokens, the same for a number in every method and run, shape (batch, tokens)."""
+        generator = torch.Generator().manual_seed(self.seed + number)
+        shape = (self.batch, self.tokens)
+        ids = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
+        return {"input_ids": ids, "labels": ids}
+
+
+def _read_config(model: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise PaCAError(f"No model can be read from {model!r}: {error}") from error

@@ -1,0 +1,151 @@
+"""From a LightningCLI config to what determines the memory of its run."""
+
+import atexit
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from paca_lightning.callbacks.paca import PaCAStrategy
+from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
+from paca_lightning.tools.memory.baselines import FULL, PACA, Baseline
+from paca_lightning.tools.memory.traced_step import TracedRun
+from paca_lightning.tools.presets import preset_config
+from paca_lightning.tools.run_config import lightning_cli
+
+ESTIMATED = (SingleDeviceStrategy, DDPStrategy)
+NOT_ESTIMATED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
+"""Subclasses of those, which keep the model in other ways."""
+
+
+class _Config(LightningCLI):
+    """A config's module, data module and settings of the trainer, which may name devices that are not here."""
+
+    def instantiate_trainer(self, **_: Any) -> Any:
+        return self._get(self.config_init, "trainer")
+
+
+def read_config(arguments: list[str], preset: str | None = None) -> tuple[LightningModule, LightningDataModule, Any]:
+    """The module, the data module and the trainer's settings of a config; nothing is loaded.
+
+    Args:
+        arguments: As those of ``fit``: ``--config FILE``, and what it shall override.
+        preset: A known shape to give the module instead of its ``model``.
+
+    Raises:
+        PaCAError: If there is no such preset.
+    """
+    if preset is not None:
+        directory = tempfile.TemporaryDirectory(prefix="paca-preset-")
+        atexit.register(directory.cleanup)  # the module reads it when it is built
+        preset_config(preset).save_pretrained(directory.name)
+        arguments = [*arguments, "--model.init_args.model", directory.name]
+    cli = lightning_cli(arguments, run=False, cli_class=_Config, prog="paca-lightning estimate")
+    return cli.model, cli.datamodule, cli.trainer
+
+
+def traced_run(
+    module: LightningModule, datamodule: Any, trainer: Any, tokens: int | None = None, batch: int | None = None
+) -> tuple[TracedRun, PaCAConfig | None]:
+    """A run as a config describes it, to be traced.
+
+    Args:
+        module: Makes its model in ``configure_model``.
+        datamodule: Says how long and how many sequences are, by ``max_length`` and ``batch_size``.
+        trainer: Namespace of the trainer's settings.
+        tokens: Length of a sequence instead of the data module's.
+        batch: Sequences of a micro-batch instead of the data module's.
+
+    Returns:
+        The run, and the PaCA configuration if it has one.
+
+    Raises:
+        PaCAError: If something of it cannot be traced, or is not said.
+    """
+    if not is_overridden("configure_model", module):
+        raise PaCAError(
+            f"{type(module).__name__} does not build its model in configure_model, so it cannot be built without its "
+            "weights. Move the building there, or use CausalLMModule."
+        )
+    data = dict(getattr(datamodule, "hparams", {}))
+    tokens, batch = tokens or data.get("max_length"), batch or data.get("batch_size")
+    if tokens is None or batch is None:
+        raise PaCAError(
+            f"{type(datamodule).__name__} does not say how long its sequences are: give --tokens and --batch."
+        )
+    configs = [callback.config for callback in trainer.callbacks or [] if isinstance(callback, PaCAStrategy)]
+    config = configs[0] if configs else None
+    ranks = _devices(trainer.devices) * trainer.num_nodes
+    strategy, copied = _strategy(trainer.strategy, ranks)
+    run = TracedRun(
+        module=module,
+        convert=converter(PACA if config else FULL, config),
+        strategy=strategy,
+        ranks=ranks if strategy else 1,
+        shard_size=strategy.shard_size if strategy else None,
+        gradient_buckets=copied,
+        precision=str(trainer.precision or "32-true"),
+        batch_size=batch,
+        tokens=tokens,
+        packed=bool(data.get("packing")),
+        accumulate=trainer.accumulate_grad_batches,
+        accelerator=trainer.accelerator != "cpu",
+    )
+    return run, config
+
+
+def converter(baseline: Baseline, config: PaCAConfig | None) -> Callable[[LightningModule], None]:
+    """A way of fine-tuning applied to the layers that a configuration means."""
+    return lambda module: baseline.convert(module, config or PaCAConfig())
+
+
+def _devices(devices: Any) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    try:
+        number = int(devices)
+    except ValueError:
+        number = -1
+    if number < 1:
+        raise PaCAError(f"devices={devices!r} depends on the machine. Give their number: --trainer.devices 8.")
+    return number
+
+
+def _strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
+    """The strategy that shards the model, if one does; otherwise whether gradients are copied to be exchanged."""
+    kind = _class_of(strategy)
+    if issubclass(kind, FSDP2Strategy):
+        strategy = strategy if isinstance(strategy, FSDP2Strategy) else FSDP2Strategy()
+        size = strategy.shard_size or ranks
+        if ranks % size:
+            raise PaCAError(f"shard_size={size} does not divide {ranks} ranks.")
+        return strategy, False
+    if issubclass(kind, ESTIMATED) and not issubclass(kind, NOT_ESTIMATED):
+        return None, ranks > 1
+    name = strategy if isinstance(strategy, str) else kind.__name__
+    raise PaCAError(f"strategy={name!r} is not estimated. Use auto, ddp or paca_fsdp2.")
+
+
+def _class_of(strategy: Any) -> type:
+    """Class of a strategy that is given as it is, or by its name."""
+    if strategy == "auto":
+        return SingleDeviceStrategy
+    if isinstance(strategy, str):
+        known = StrategyRegistry[strategy]["strategy"] if strategy in StrategyRegistry else None
+        return known if isinstance(known, type) else object
+    return type(strategy)

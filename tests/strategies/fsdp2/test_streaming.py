@@ -1,0 +1,267 @@
+"""A safetensors checkpoint fills a model on the meta device, each rank reading and keeping its rows only."""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
+from paca_lightning.core.dtensor import local
+from paca_lightning.layers.base import PENDING_SELECTION
+from paca_lightning.layers.columns import largest_indices
+from paca_lightning.layers.nf4 import quantize_rows, squared_errors
+from paca_lightning.strategies.fsdp2 import materializing
+from paca_lightning.strategies.fsdp2.materializing import materialize
+from paca_lightning.strategies.fsdp2.rows import RowReader
+from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, find_blocks, shard
+from paca_lightning.strategies.fsdp2.streaming import stream
+from tests.distributed_launch import launch
+from tests.distributed_training import Run, train, train_all
+from tests.tiny import tiny_llama
+
+DENSE, NF4 = PaCAConfig(r=4), PaCAConfig(r=4, quantize="nf4")
+IDS = torch.arange(32).view(2, 16)
+
+
+def meta_model(directory: Path) -> nn.Module:
+    """The model of a directory without its weights, which are to come from there."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).train()
+    model.checkpoint_directory = directory
+    return model
+
+
+def checkpoint(path: Path, *, shard_size: str = "100KB", **overrides: Any) -> Path:
+    """A tiny Llama with odd sizes on disk, in several files."""
+    settings = {"intermediate_size": 97, "vocab_size": 383} | overrides
+    tiny_llama(**settings).save_pretrained(path, max_shard_size=shard_size)
+    return path
+
+
+def streamed(directory: Path, config: PaCAConfig | None) -> nn.Module:
+    """A model on this process, sharded if there are several."""
+    model = meta_model(directory)
+    if config:
+        apply_paca(model, config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        shard(model, init_device_mesh("cpu", (world_size,)), find_blocks(model), ShardingOptions())
+    materialize(model, torch.device("cpu"))
+    return model
+
+
+@torch.no_grad()
+def rows_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole tensors of a model, gathered, buffers included."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def loaded(directory: Path, config: PaCAConfig | None) -> nn.Module:
+    """The same model without streaming."""
+    model = AutoModelForCausalLM.from_pretrained(directory).train()
+    if config:
+        apply_paca(model, config)
+    return model
+
+
+def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        name: rows_of(streamed(directory, config))
+        for name, directory in directories.items()
+        for config in [{"dense": DENSE, "tied": DENSE, "NF4": NF4}[name]]
+    }
+    result["loss"] = streamed(directories["dense"], DENSE)(input_ids=IDS, labels=IDS).loss.item()
+    result["columns"] = {
+        selection: chosen(directories["dense"], selection) for selection in ("weight_norm", "quant_error")
+    }
+    return result
+
+
+def chosen(directory: Path, selection: str) -> dict[str, torch.Tensor]:
+    """Columns that are chosen while the weights come in."""
+    model = meta_model(directory)
+    apply_paca(model, NF4)
+    for _, layer in paca_layers(model):
+        vars(layer)[PENDING_SELECTION] = selection
+    shard(model, init_device_mesh("cpu", (2,)), find_blocks(model), ShardingOptions())
+    materialize(model, torch.device("cpu"))
+    return {path: layer.paca_indices for path, layer in paca_layers(model)}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("models")
+    odd = checkpoint(base / "odd")
+    return {"dense": odd, "NF4": odd, "tied": checkpoint(base / "tied", tie_word_embeddings=True, shard_size="1GB")}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(directories: dict[str, Path]) -> list[dict[str, Any]]:
+    return launch(on_two_ranks, 2, directories)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "config"), [("dense", DENSE), ("tied", DENSE), ("NF4", NF4)])
+def test_streamed_rows_are_those_of_the_whole_model(
+    directories: dict[str, Path], two_ranks: list[dict[str, Any]], name: str, config: PaCAConfig
+) -> None:
+    expected = rows_of(loaded(directories[name], config))
+    assert expected.keys() == two_ranks[0][name].keys()
+    for tensor, value in expected.items():  # rotary frequencies, which no file holds, among them
+        assert torch.equal(two_ranks[0][name][tensor], value), tensor
+
+
+@pytest.mark.distributed
+def test_a_streamed_model_computes(directories: dict[str, Path], two_ranks: list[dict[str, Any]]) -> None:
+    expected = loaded(directories["dense"], DENSE)(input_ids=IDS, labels=IDS).loss.item()
+    assert two_ranks[0]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.distributed
+def test_a_run_streams_the_model_that_its_module_builds_on_meta(directories: dict[str, Path]) -> None:
+    runs = {
+        "dense": Run(strategy={}, steps=3, module={"directory": directories["dense"]}),
+        "NF4": Run(strategy={}, steps=3, module={"directory": directories["NF4"]}, config=NF4),
+        "bf16-true, offloaded": Run(
+            strategy={"cpu_offload": True},
+            steps=3,
+            module={"directory": directories["tied"]},
+            trainer={"precision": "bf16-true"},
+        ),
+    }
+    for name, result in launch(train_all, 2, runs)[0].items():
+        one = train(dataclasses.replace(runs[name], strategy=None, ranks_of_one=2))
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-6)
+        for path, delta in one["deltas"].items():
+            torch.testing.assert_close(result["deltas"][path], delta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("selection", ["weight_norm", "quant_error"])
+def test_scores_are_summed_over_ranks(
+    directories: dict[str, Path], two_ranks: list[dict[str, Any]], selection: str
+) -> None:
+    model = loaded(directories["dense"], None)
+    for path, columns in two_ranks[0]["columns"][selection].items():
+        weight = model.get_submodule(path).weight.detach()
+        scores = squared_errors(weight) if selection == "quant_error" else weight.square().sum(0)
+        assert torch.equal(columns, largest_indices(scores, 4)), path
+        assert torch.equal(columns, two_ranks[1]["columns"][selection][path])
+
+
+def measured(directory: Path, config: PaCAConfig) -> dict[str, Any]:
+    """Bytes that this rank reads and keeps to load a model, and that it allocates at the peak."""
+    model = meta_model(directory)
+    apply_paca(model, config)
+    shard(model, init_device_mesh("cpu", (2,)), find_blocks(model), ShardingOptions())
+    quantize_rows(torch.ones(2, 64))  # imports the kernels
+    readers: list[RowReader] = []
+    materializing.stream = lambda *arguments: readers.append(stream(*arguments))  # type: ignore[assignment]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        materialize(model, torch.device("cpu"))
+    allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    mapped = {file.stat().st_size for file in directory.glob("*.safetensors")}  # address space, not memory
+    in_time = sorted(allocations, key=lambda event: event.start_ns())
+    return {
+        "read": readers[0].bytes_read,
+        "kept": sum(local(parameter).untyped_storage().nbytes() for parameter in model.parameters()),
+        "peak": max(itertools.accumulate(event.nbytes() for event in in_time if abs(event.nbytes()) not in mapped)),
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", [DENSE, NF4])
+def test_a_rank_reads_and_needs_little_more_than_its_share(tmp_path: Path, config: PaCAConfig) -> None:
+    directory = checkpoint(tmp_path, hidden_size=256, intermediate_size=700, vocab_size=4000, shard_size="3MB")
+    files = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    weights = [tensor for file in directory.glob("*.safetensors") for tensor in load_file(file).values()]
+    largest = sorted(tensor.nbytes // 2 for tensor in weights)[-2:]
+    for rank in launch(measured, 2, directory, config):
+        assert rank["read"] <= 1.1 * files / 2
+        assert rank["peak"] <= rank["kept"] + sum(largest)
+
+
+def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite a checkpoint of one file."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(K_PROJ), rf"has no tensor '{K_PROJ}' \(1 are missing\)"),
+        (
+            lambda tensors: tensors.update({K_PROJ: torch.zeros(32, 60)}),
+            rf"'{K_PROJ}' has shape \(32, 60\) in '.*model.safetensors' and \(32, 64\) in the model",
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.2.mlp.weight": torch.zeros(2, 2)}),
+            "has a tensor 'model.layers.2.mlp.weight' that the model lacks",
+        ),
+        (lambda tensors: tensors[K_PROJ].fill_(float("nan")), f"model.safetensors: The weight of '{K_PROJ}' holds NaN"),
+    ],
+)
+def test_another_models_checkpoint_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    directory = checkpoint(tmp_path, shard_size="1GB")
+    edit(directory, change)
+    with pytest.raises(PaCAError, match=message):
+        streamed(directory, NF4)
+
+
+def test_a_truncated_or_missing_file_is_named_with_a_tensor_in_it(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path)
+    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    file = directory / weight_map[K_PROJ]
+    tensor = next(name for name, its_file in weight_map.items() if its_file == file.name)
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(PaCAError, match=f"{file.name}', which holds '{tensor}', is missing or truncated"):
+        streamed(directory, DENSE)
+    file.unlink()
+    with pytest.raises(PaCAError, match=f"{file.name}', which holds '{tensor}', is missing or truncated"):
+        streamed(directory, DENSE)
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PaCAError, match=r"has neither model.safetensors.index.json nor model.safetensors"):
+        RowReader(tmp_path)
+
+
+def test_a_meta_model_without_a_checkpoint_initialises_itself() -> None:
+    with torch.device("meta"):
+        model = tiny_llama()
+    apply_paca(model, DENSE)
+    materialize(model, torch.device("cpu"))
+    expected = tiny_llama().model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)
+    for _, layer in paca_layers(model):
+        assert not layer.paca_delta.any()
+        assert torch.equal(layer.weight[:, layer.paca_indices], layer.paca_base_columns)
+    assert model(input_ids=IDS, labels=IDS).loss.isfinite()
+
+
+def test_a_module_that_cannot_initialise_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.table = nn.Module()
+    model.table.register_parameter("values", nn.Parameter(torch.zeros(2, 2, device="meta")))
+    with pytest.raises(PaCAError, match=r"'table' \(Module\) is on the meta device and cannot be initialised"):
+        materialize(model, torch.device("cpu"))

@@ -1,0 +1,42 @@
+import matplotlib.image
+import pytest
+
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks import plots
+from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.heldout import HeldOutLoss
+from paca_lightning.tasks.plots import LossPlot
+from tests.tasks.test_causal_lm import batches, trainer
+from tests.tiny import tiny_model_directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(tiny_model_directory(tmp_path_factory.mktemp("tiny") / "model"))
+
+
+def test_the_losses_of_a_run_are_drawn(directory, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(plots, "rank_zero_info", said.append)
+    run = trainer(tmp_path, callbacks=[LossPlot(), HeldOutLoss()], max_epochs=2)
+    run.fit(CausalLMModule(directory), batches(3), batches(2))
+
+    curves = plots._curves(tmp_path / "metrics.csv", ["train/loss", "val/loss"])
+    assert curves["train/loss"][0] == [0, 1, 2, 3, 4, 5]
+    assert curves["val/loss"][0] == [0, 2, 5]  # before the first step, and at the end of each epoch
+
+    assert matplotlib.image.imread(tmp_path / "loss.png").shape == (600, 1050, 4)
+    assert said == [f"Metrics: {tmp_path / 'metrics.csv'}\nLoss plot: {tmp_path / 'loss.png'}"]
+    assert not list(tmp_path.glob(".loss.png*"))
+
+
+def test_a_run_too_short_to_log_says_so(directory, tmp_path):
+    run = trainer(tmp_path, callbacks=[LossPlot()], log_every_n_steps=100)
+    with pytest.warns(UserWarning, match="nothing to draw"):
+        run.fit(CausalLMModule(directory), batches(1))
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_trainer_without_a_csv_logger_is_refused_before_training(directory, tmp_path):
+    with pytest.raises(PaCAError, match="CSVLogger"):
+        trainer(tmp_path, callbacks=[LossPlot()], logger=False).fit(CausalLMModule(directory), batches(1))

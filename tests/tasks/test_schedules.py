@@ -1,0 +1,113 @@
+import pytest
+import torch
+import transformers
+
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
+
+
+def optimizer(lr=0.1):
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def rates(scheduler, steps):
+    seen = []
+    for _ in range(steps):
+        seen.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (LinearSchedule, transformers.get_linear_schedule_with_warmup),
+        (CosineSchedule, transformers.get_cosine_schedule_with_warmup),
+    ],
+)
+def test_schedules_are_those_of_hugging_face(ours, theirs, warmup):
+    ours = ours(optimizer(), warmup_steps=warmup, total_steps=10)
+    assert rates(ours, 10) == pytest.approx(rates(theirs(optimizer(), warmup, 10), 10))
+
+
+def test_constant_schedule_is_that_of_hugging_face():
+    theirs = transformers.get_constant_schedule_with_warmup(optimizer(), 4)
+    assert rates(ConstantSchedule(optimizer(), warmup_steps=4, total_steps=8), 8) == pytest.approx(rates(theirs, 8))
+
+
+def test_a_constant_rate_after_warm_up_steps_needs_no_length():
+    endless = ConstantSchedule(optimizer(), warmup_steps=4)
+    assert rates(endless, 8) == rates(ConstantSchedule(optimizer(), warmup_steps=4, total_steps=8), 8)
+    with pytest.raises(PaCAError, match="no total_steps"):
+        rates(ConstantSchedule(optimizer(), warmup_ratio=0.5), 2)
+
+
+@pytest.mark.parametrize("schedule", [LinearSchedule, CosineSchedule])
+def test_a_schedule_falls_to_a_share_of_the_full_rate(schedule):
+    floored = rates(schedule(optimizer(), warmup_steps=3, total_steps=10, min_ratio=0.1), 13)
+    assert floored[:4] == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert floored[10:] == pytest.approx([0.01] * 3)
+    assert floored == sorted(floored[:3]) + sorted(floored[3:], reverse=True)
+
+
+def test_the_floor_of_a_cosine_is_that_of_hugging_face():
+    ours = CosineSchedule(optimizer(), warmup_steps=2, total_steps=10, min_ratio=0.2)
+    theirs = transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer(), 2, 10, min_lr_rate=0.2)
+    assert rates(ours, 10) == pytest.approx(rates(theirs, 10))
+
+
+def test_a_floor_out_of_range_is_refused():
+    with pytest.raises(PaCAError, match="min_ratio must lie between 0 and 1"):
+        CosineSchedule(optimizer(), total_steps=10, min_ratio=10)
+
+
+def test_a_ratio_is_a_share_of_all_steps_rounded_up():
+    by_ratio = LinearSchedule(optimizer(), warmup_ratio=0.1, total_steps=25)
+    by_steps = LinearSchedule(optimizer(), warmup_steps=3, total_steps=25)
+    assert rates(by_ratio, 25) == rates(by_steps, 25)
+
+
+def test_the_length_of_the_run_can_be_told_later():
+    told_later = CosineSchedule(optimizer(), warmup_ratio=0.2)
+    told_later.plan(10)
+    assert rates(told_later, 10) == rates(CosineSchedule(optimizer(), warmup_ratio=0.2, total_steps=10), 10)
+
+
+def test_a_schedule_goes_on_where_its_state_was_saved():
+    whole = CosineSchedule(optimizer(), warmup_ratio=0.2, total_steps=10)
+    rates(whole, 6)
+    resumed = CosineSchedule(optimizer(), warmup_ratio=0.2, total_steps=10)
+    resumed.load_state_dict(whole.state_dict())
+    assert rates(resumed, 4) == rates(whole, 4)
+
+
+def test_a_resumed_run_may_be_longer():
+    first = LinearSchedule(optimizer(), total_steps=10)
+    rates(first, 10)
+    longer = LinearSchedule(optimizer(), total_steps=20)
+    longer.load_state_dict(first.state_dict())
+    longer.plan(20)
+    assert longer.get_last_lr() == [0.05]
+
+
+def test_a_schedule_without_a_length_stops_at_the_second_step():
+    scheduler = LinearSchedule(optimizer())
+    scheduler.optimizer.step()
+    with pytest.raises(PaCAError, match="no total_steps"):
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"warmup_ratio": 100}, "between 0 and 1"),
+        ({"warmup_ratio": -0.1}, "between 0 and 1"),
+        ({"warmup_steps": -1}, "must not be negative"),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "not both"),
+    ],
+)
+def test_a_warm_up_out_of_range_is_refused(arguments, message):
+    with pytest.raises(PaCAError, match=message):
+        ConstantSchedule(optimizer(), total_steps=10, **arguments)

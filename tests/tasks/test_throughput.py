@@ -1,0 +1,125 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.data.collate import Documents, PadCollator
+from paca_lightning.tasks.throughput import TokenThroughput, count_tokens, flops_per_token
+from tests.tasks.test_causal_lm import batches, trainer
+from tests.tiny import tiny_llama, tiny_model_directory
+
+
+def test_flops_are_those_that_the_operations_add_up_to():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    length = 32
+    model = tiny_llama(attn_implementation="eager")
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    # Rotary embedding is a small product that the formula leaves out.
+    assert counter.get_total_flops() == pytest.approx(length * flops_per_token(model, length), rel=0.01)
+
+
+def test_flops_of_frozen_weights_are_four_each():
+    model = tiny_llama().requires_grad_(False)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert flops_per_token(model, 0) == 4 * weights
+    model.lm_head.requires_grad_(True)
+    assert flops_per_token(model, 0) == 4 * weights + 2 * model.lm_head.weight.numel()
+
+
+def test_flops_of_gpt2s_transposed_layers_count():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).requires_grad_(False)
+    assert flops_per_token(model, 0) == 4 * (8 * 24 + 8 * 8 + 2 * 8 * 32 + 8 * 16)
+
+
+def test_flops_of_attention_are_those_of_the_first_hugging_face_config():
+    outer = torch.nn.Module()
+    outer.config, outer.model = {"a": 1}, tiny_llama()
+    assert flops_per_token(outer, 32) == flops_per_token(outer.model, 32)
+    del outer.model
+    assert flops_per_token(outer, 32) == 0
+
+
+@pytest.mark.parametrize("per_row", [[1, 1, 1], [2, 1], [3]])
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_does_not_count_however_batches_are_made(per_row, packed):
+    lengths = np.array([5, 3, 6])
+    trained = np.arange(14) % 3 == 1  # of each document, one at least
+    documents = Documents(np.arange(14) + 1, trained, lengths, np.array(per_row))
+    batch = PadCollator(0, pad_to_multiple_of=7, packed=packed)(documents)
+    assert batch["input_ids"].numel() >= 14
+    assert count_tokens(batch) == 14
+
+
+class Slow(Callback):
+    """Takes a second before training, 20 ms over each training batch and a second over validation."""
+
+    def on_train_start(self, *args):
+        time.sleep(1.0)
+
+    def on_train_batch_start(self, *args):
+        time.sleep(0.02)
+
+    def on_validation_batch_start(self, *args):
+        time.sleep(1.0)
+
+
+def test_logs_tokens_per_second_without_padding_and_what_is_not_training(tmp_path):
+    directory = str(tiny_model_directory(tmp_path / "model"))
+    run = trainer(
+        tmp_path,
+        callbacks=[TokenThroughput(peak_flops=1e9), Slow()],
+        log_every_n_steps=6,
+        val_check_interval=3,
+        limit_val_batches=1,
+        num_sanity_val_steps=1,
+    )
+    module = CausalLMModule(directory)
+    run.fit(module, batches(6), batches(1))
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches(6))
+    speed = float(run.callback_metrics["train/tokens_per_second"])
+    assert tokens / 1.0 < speed < tokens / 0.12  # at least 6 x 20 ms, and neither second of other work
+
+    flops = sum(
+        int(batch["attention_mask"].sum()) * flops_per_token(module, batch["input_ids"].shape[1])
+        for batch in batches(6)
+    )
+    assert float(run.callback_metrics["train/mfu"]) == pytest.approx(flops / tokens * speed / 1e9, rel=1e-5)
+
+
+def test_no_mfu_where_the_peak_is_unknown(tmp_path):
+    run = trainer(tmp_path, callbacks=[TokenThroughput()])
+    run.fit(CausalLMModule(str(tiny_model_directory(tmp_path / "model"))), batches(2))
+    assert "train/tokens_per_second" in run.callback_metrics
+    assert "train/mfu" not in run.callback_metrics
+
+
+class Counting(LightningModule):
+    """Trains on batches of any kind."""
+
+    def training_step(self, batch):
+        raise AssertionError("training has begun")
+
+    def configure_optimizers(self):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"), [(torch.ones(3), "a Tensor"), ({"x": torch.ones(3)}, "the keys \\['x'\\]")]
+)
+def test_batches_without_token_ids_are_refused(batch, found, tmp_path):
+    with pytest.raises(PaCAError, match=f"`input_ids` .*, and there is {found}"):
+        trainer(tmp_path, callbacks=[TokenThroughput()]).fit(Counting(), DataLoader([batch], batch_size=None))
+
+
+def test_a_peak_that_is_none_is_refused():
+    with pytest.raises(PaCAError, match="peak_flops"):
+        TokenThroughput(peak_flops=0)
