@@ -1,14 +1,20 @@
-"""What to fine-tune and on what: causal language models, instruction data, MMLU, and the callbacks around them."""
+"""Fine-tuning tasks: a causal language model, instruction data, MMLU, schedules and the callbacks around them.
 
+Configs name the classes exported here (``paca_lightning.tasks.CausalLMModule``). `causal_lm` trains, `instruction` and
+`data` make batches, `mmlu` trains on and evaluates MMLU, `callbacks` measures and shows.
+May import `core`, `activation_checkpointing` and `strategies`; knows nothing of PaCA, which a callback adds.
+Limits: text only, one optimizer, models from Hugging Face transformers.
+"""
+
+from paca_lightning.tasks.callbacks.held_out_loss import HeldOutLoss
+from paca_lightning.tasks.callbacks.loss_plot import LossPlot
+from paca_lightning.tasks.callbacks.row_losses import RowLosses
+from paca_lightning.tasks.callbacks.sample_answers import SampleAnswers
+from paca_lightning.tasks.callbacks.throughput import TokenThroughput
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from paca_lightning.tasks.heldout import HeldOutLoss
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule, MMLUEvaluation
-from paca_lightning.tasks.plots import LossPlot
-from paca_lightning.tasks.row_losses import RowLosses
-from paca_lightning.tasks.samples import SampleAnswers
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
-from paca_lightning.tasks.throughput import TokenThroughput
 
 __all__ = [
     "CausalLMModule",

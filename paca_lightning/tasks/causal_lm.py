@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data_check import check_data
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
 from paca_lightning.tasks.schedules import planned
+from paca_lightning.tasks.tokenizer_check import check_data
 
 Batch = dict[str, Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -43,9 +43,9 @@ class CausalLMModule(LightningModule):
     gradients are averaged over micro-batches, so that a token in a short batch weighs more. Logged, at the trainer's
     ``log_every_n_steps``: ``train/loss``, the mean over all tokens since it was last logged, ``train/perplexity`` and
     ``train/grad_norm`` (before clipping); after each validation ``val/loss`` and ``val/perplexity``, exact over all
-    tokens and processes, and ``test/`` likewise. Lightning's ``LearningRateMonitor`` logs the learning rate,
-    :class:`~paca_lightning.tasks.throughput.TokenThroughput` the speed. ``predict`` gives the loss of each row, which
-    :class:`~paca_lightning.tasks.row_losses.RowLosses` writes to a file.
+    tokens and processes, and ``test/`` likewise. Lightning's ``LearningRateMonitor`` logs the learning rate, and
+    :class:`~paca_lightning.tasks.TokenThroughput` the speed. ``predict`` gives the loss of each row, which
+    :class:`~paca_lightning.tasks.RowLosses` writes to a file.
 
     Args:
         model: Hugging Face directory or hub id.

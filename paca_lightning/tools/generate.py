@@ -12,8 +12,8 @@ from paca_lightning.adapters.adapter import load_adapter
 from paca_lightning.adapters.files import adapter_config
 from paca_lightning.conversion.revert import merge
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.answer import answer
 from paca_lightning.tasks.data.tokenizer import load_tokenizer
+from paca_lightning.tasks.generation import answer
 from paca_lightning.tasks.pretrained import build_causal_lm
 
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.callbacks.language_model import language_model
+from paca_lightning.tasks.callbacks.run_directory import run_directory
 from paca_lightning.tasks.data.tokenizer import load_tokenizer
-from paca_lightning.tasks.language_model import language_model
 from paca_lightning.tasks.mmlu.evaluator import MMLUEvaluator
 from paca_lightning.tasks.mmlu.prompts import MAX_SHOTS, Method
 from paca_lightning.tasks.mmlu.questions import sample

@@ -16,7 +16,7 @@ from paca_lightning.tasks.mmlu.callback import MMLUEvaluation
 from paca_lightning.tasks.mmlu.questions import Question, sample
 from paca_lightning.tasks.mmlu.sources import SPLITS, read_file, read_split
 from paca_lightning.tasks.mmlu.subjects import check_subjects
-from paca_lightning.tasks.mmlu.training import LossOn, Overlong, TrainingSamples, training_samples
+from paca_lightning.tasks.mmlu.training_samples import LossOn, Overlong, TrainingSamples, training_samples
 
 
 class MMLUDataModule(LightningDataModule):

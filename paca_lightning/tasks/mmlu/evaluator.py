@@ -8,11 +8,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.mmlu.accuracy import Score, score_groups
+from paca_lightning.tasks.mmlu.likelihood import cache_serves, deal, plan_batches, score
 from paca_lightning.tasks.mmlu.metrics import MMLUAccuracy
 from paca_lightning.tasks.mmlu.prompts import MAX_SHOTS, Method, Prompt, build_prompt
 from paca_lightning.tasks.mmlu.questions import Question
-from paca_lightning.tasks.mmlu.scores import Score, score_groups
-from paca_lightning.tasks.mmlu.scoring import cache_serves, deal, plan_batches, score
 
 
 class MMLUEvaluator:

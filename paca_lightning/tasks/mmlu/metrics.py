@@ -38,7 +38,7 @@ class MMLUAccuracy(Metric):
         self.choices[torch.as_tensor(rows, device=self.choices.device)] = choices.to(self.choices)
 
     def compute(self) -> dict[str, Tensor]:
-        """Counts of the questions answered so far, for :func:`~paca_lightning.tasks.mmlu.scores.score_groups`.
+        """Counts of the questions answered so far, for :func:`~paca_lightning.tasks.mmlu.accuracy.score_groups`.
 
         Returns:
             ``correct`` and ``questions`` by subject, int64 of shape (57,), as ``SUBJECTS``.

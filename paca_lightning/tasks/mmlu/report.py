@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from paca_lightning.core.files import written_aside
+from paca_lightning.tasks.mmlu.accuracy import Score
 from paca_lightning.tasks.mmlu.prompts import Method
-from paca_lightning.tasks.mmlu.scores import Score
 
 Results = Mapping[Method, Sequence[Score]]
 

@@ -25,11 +25,11 @@ from transformers import (
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.mmlu import MMLUDataModule, MMLUEvaluation
+from paca_lightning.tasks.mmlu.accuracy import score_groups, wilson_interval
 from paca_lightning.tasks.mmlu.evaluator import MMLUEvaluator
+from paca_lightning.tasks.mmlu.likelihood import cache_serves, deal, plan_batches, score
 from paca_lightning.tasks.mmlu.metrics import MMLUAccuracy
 from paca_lightning.tasks.mmlu.prompts import build_prompt
-from paca_lightning.tasks.mmlu.scores import score_groups, wilson_interval
-from paca_lightning.tasks.mmlu.scoring import cache_serves, deal, plan_batches, score
 from paca_lightning.tasks.mmlu.sources import read_split
 from tests.distributed_launch import launch
 from tests.mmlu_files import CHOSEN, SIZES, question, write_csv_folders

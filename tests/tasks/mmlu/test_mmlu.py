@@ -12,7 +12,7 @@ from paca_lightning.tasks.mmlu.prompts import build_prompt, prompt_text
 from paca_lightning.tasks.mmlu.questions import Question, sample
 from paca_lightning.tasks.mmlu.sources import read_file, read_split
 from paca_lightning.tasks.mmlu.subjects import CATEGORIES, CATEGORY_OF, SUBJECTS
-from paca_lightning.tasks.mmlu.training import training_samples
+from paca_lightning.tasks.mmlu.training_samples import training_samples
 from tests.mmlu_files import CHOSEN, FORMS, SIZES, all_rows, question, write_csv_folders
 from tests.tiny import tiny_tokenizer
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import replacing
-from paca_lightning.tasks.answer import answer
-from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.callbacks.language_model import language_model
+from paca_lightning.tasks.callbacks.run_directory import run_directory
 from paca_lightning.tasks.data.tokenizer import load_tokenizer
-from paca_lightning.tasks.language_model import language_model
+from paca_lightning.tasks.generation import answer
 
 FILE_NAME = "answers.json"
 

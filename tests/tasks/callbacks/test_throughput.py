@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.callbacks.throughput import TokenThroughput, count_tokens, flops_per_token
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.collate import Documents, PadCollator
-from paca_lightning.tasks.throughput import TokenThroughput, count_tokens, flops_per_token
 from tests.tasks.test_causal_lm import batches, trainer
 from tests.tiny import tiny_llama, tiny_model_directory
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import replacing
-from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.callbacks.run_directory import run_directory
 
 Curve = tuple[list[int], list[float]]
 
@@ -45,7 +45,7 @@ class LossPlot(Callback):
         logger = next(logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
         logger.save()
         metrics = Path(logger.log_dir) / "metrics.csv"
-        curves = _curves(metrics, list(self.labels)) if metrics.is_file() else {}
+        curves = read_curves(metrics, list(self.labels)) if metrics.is_file() else {}
         if not any(steps for steps, _ in curves.values()):
             rank_zero_warn(f"LossPlot: {list(self.labels)} were never logged, so there is nothing to draw.")
             return
@@ -70,7 +70,7 @@ class LossPlot(Callback):
             figure.savefig(temporary, dpi=150)
 
 
-def _curves(metrics: Path, names: list[str]) -> dict[str, Curve]:
+def read_curves(metrics: Path, names: list[str]) -> dict[str, Curve]:
     """Steps and values of some columns, where a row has a value."""
     curves: dict[str, Curve] = {name: ([], []) for name in names}
     with metrics.open(newline="") as file:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import replacing
-from paca_lightning.tasks.artifacts import run_directory
+from paca_lightning.tasks.callbacks.run_directory import run_directory
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.sampler import Batch

@@ -2,10 +2,10 @@ import matplotlib.image
 import pytest
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks import plots
+from paca_lightning.tasks.callbacks import loss_plot
+from paca_lightning.tasks.callbacks.held_out_loss import HeldOutLoss
+from paca_lightning.tasks.callbacks.loss_plot import LossPlot
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from paca_lightning.tasks.heldout import HeldOutLoss
-from paca_lightning.tasks.plots import LossPlot
 from tests.tasks.test_causal_lm import batches, trainer
 from tests.tiny import tiny_model_directory
 
@@ -17,11 +17,11 @@ def directory(tmp_path_factory):
 
 def test_the_losses_of_a_run_are_drawn(directory, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(plots, "rank_zero_info", said.append)
+    monkeypatch.setattr(loss_plot, "rank_zero_info", said.append)
     run = trainer(tmp_path, callbacks=[LossPlot(), HeldOutLoss()], max_epochs=2)
     run.fit(CausalLMModule(directory), batches(3), batches(2))
 
-    curves = plots._curves(tmp_path / "metrics.csv", ["train/loss", "val/loss"])
+    curves = loss_plot.read_curves(tmp_path / "metrics.csv", ["train/loss", "val/loss"])
     assert curves["train/loss"][0] == [0, 1, 2, 3, 4, 5]
     assert curves["val/loss"][0] == [0, 2, 5]  # before the first step, and at the end of each epoch
 

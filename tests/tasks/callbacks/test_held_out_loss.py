@@ -1,9 +1,9 @@
 import pytest
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks import heldout
+from paca_lightning.tasks.callbacks import held_out_loss
+from paca_lightning.tasks.callbacks.held_out_loss import HeldOutLoss
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from paca_lightning.tasks.heldout import HeldOutLoss
 from tests.tasks.test_causal_lm import adamw, batches, trainer
 from tests.tiny import tiny_model_directory
 
@@ -16,7 +16,7 @@ def directory(tmp_path_factory):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(heldout, "rank_zero_info", lines.append)
+    monkeypatch.setattr(held_out_loss, "rank_zero_info", lines.append)
     return lines
 
 

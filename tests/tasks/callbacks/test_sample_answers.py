@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.callbacks.sample_answers import SampleAnswers
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from paca_lightning.tasks.samples import SampleAnswers
 from tests.tasks.test_causal_lm import Metrics, adamw, trainer
 from tests.tiny import tiny_model_directory, tiny_tokenizer
 
