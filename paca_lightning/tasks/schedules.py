@@ -1,7 +1,8 @@
-"""Learning-rate schedules with warm-up, planned over the optimizer steps of a run.
+"""Learning-rate schedules with a warm-up, planned over the optimizer steps of a run.
 
-A schedule for ``CausalLMModule(lr_scheduler=...)`` does not say how long the run is: the module tells it from the
-trainer. The factors are those of Hugging Face's schedules of the same names.
+A config names a schedule without the length of the run, which :func:`planned` takes from the trainer. The curves equal
+those of the Hugging Face schedules of the same names; docs/decisions/0014-learning-rate-schedules.md says why they are
+computed here.
 """
 
 import math
@@ -24,10 +25,11 @@ class WarmupSchedule(LRScheduler):
         optimizer: The optimizer whose learning rates are scaled.
         warmup_ratio: Length of the warm-up as a fraction of all optimizer steps, rounded up.
         warmup_steps: Length of the warm-up in optimizer steps. Give this or the ratio, not both.
-        total_steps: Optimizer steps of the run. Default: as :meth:`plan` says later, where it matters.
+        total_steps: Optimizer steps of the run. Default: what :meth:`plan` is told before training.
 
     Raises:
-        PaCAError: If the warm-up is given twice or is out of range, or if the second step comes without a plan.
+        PaCAError: If the warm-up is given twice or is out of range, or at the second step if the length of the run is
+            needed and unknown.
     """
 
     def __init__(
@@ -50,18 +52,18 @@ class WarmupSchedule(LRScheduler):
 
     @property
     def needs_length(self) -> bool:
-        """Whether the learning rates depend on how long the run is."""
+        """Whether the learning rates depend on the length of the run."""
         return True
 
     def plan(self, total_steps: int) -> None:
-        """Say how many optimizer steps the run has, before the first of them."""
+        """Set the number of optimizer steps of the run, before the first of them."""
         self.total_steps = total_steps
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the run. The settings are the constructor's, so that a longer run can be resumed."""
+        """The position in the run, without the constructor's settings, so that a resumed run may be longer."""
         settings = ("warmup_ratio", "warmup_steps", "total_steps", "min_ratio")
         return {name: value for name, value in super().state_dict().items() if name not in settings}
 
@@ -75,6 +77,7 @@ class WarmupSchedule(LRScheduler):
         return [base * factor for base in self.base_lrs]
 
     def _factor(self, step: int, total_steps: int) -> float:
+        """Learning rate at a step over the full one."""
         warmup = math.ceil(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
         if step < warmup:
             return step / warmup
@@ -85,32 +88,36 @@ class WarmupSchedule(LRScheduler):
         """Factor of the learning rate after the warm-up; progress runs from 0 to 1 at the end of the run."""
 
 
+class ConstantSchedule(WarmupSchedule):
+    """Warm-up, then the full learning rate. Only a warm-up by ratio needs the length of the run."""
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the warm-up is a fraction of the run."""
+        return self.warmup_ratio > 0
+
+    def decay(self, progress: float) -> float:
+        """Always 1."""
+        return 1.0
+
+
 class DecayingSchedule(WarmupSchedule):
-    """Warm-up, then down along a curve to a share of the full learning rate.
+    """Warm-up, then a curve down to a fraction of the full learning rate.
 
     Args:
-        optimizer: The optimizer whose learning rates are scaled.
-        warmup_ratio: Length of the warm-up as a fraction of all optimizer steps, rounded up.
-        warmup_steps: Length of the warm-up in optimizer steps. Give this or the ratio, not both.
-        total_steps: Optimizer steps of the run. Default: as :meth:`plan` says later.
+        *args: Parameters of :class:`WarmupSchedule`.
         min_ratio: Learning rate at the end of the run over the full one.
+        **kwargs: Parameters of :class:`WarmupSchedule`.
 
     Raises:
         PaCAError: As :class:`WarmupSchedule`, or if ``min_ratio`` is out of range.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_ratio: float = 0.0,
-        warmup_steps: int | None = None,
-        total_steps: int | None = None,
-        min_ratio: float = 0.0,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, *, min_ratio: float = 0.0, **kwargs: Any) -> None:
         if not 0 <= min_ratio <= 1:
             raise PaCAError(f"min_ratio must lie between 0 and 1, not {min_ratio!r}.")
         self.min_ratio = min_ratio
-        super().__init__(optimizer, warmup_ratio, warmup_steps, total_steps)
+        super().__init__(optimizer, **kwargs)
 
     def decay(self, progress: float) -> float:
         """1 at the end of the warm-up, ``min_ratio`` at the end of the run."""
@@ -137,28 +144,15 @@ class CosineSchedule(DecayingSchedule):
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class ConstantSchedule(WarmupSchedule):
-    """Warm-up, then the full learning rate. Only a warm-up by ratio needs the length of the run."""
-
-    @property
-    def needs_length(self) -> bool:
-        """Whether the warm-up is a share of the run."""
-        return self.warmup_ratio > 0
-
-    def decay(self, progress: float) -> float:
-        """Always 1."""
-        return 1.0
-
-
 def planned(scheduler: LRScheduler | ReduceLROnPlateau, trainer: Trainer) -> LRSchedulerConfigType:
-    """A schedule as Lightning takes it, told how long the run is.
+    """Lightning's configuration of a schedule; one of ours is told the length of the run.
 
     Args:
-        scheduler: Any. ``ReduceLROnPlateau`` follows ``val/loss``; the others step after each optimizer step.
-        trainer: Of the run.
+        scheduler: Any schedule. ``ReduceLROnPlateau`` follows ``val/loss``; others step after each optimizer step.
+        trainer: The trainer of the run.
 
     Raises:
-        PaCAError: If it needs the length of an endless run.
+        PaCAError: If the schedule needs the length of the run, and the run has no end.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "monitor": "val/loss"}

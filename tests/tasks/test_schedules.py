@@ -1,6 +1,10 @@
+import math
+
 import pytest
 import torch
 import transformers
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LRSchedulerCallable
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
@@ -111,3 +115,37 @@ def test_a_schedule_without_a_length_stops_at_the_second_step():
 def test_a_warm_up_out_of_range_is_refused(arguments, message):
     with pytest.raises(PaCAError, match=message):
         ConstantSchedule(optimizer(), total_steps=10, **arguments)
+
+
+def reference_factor(curve, step, warmup, total, floor):
+    """The formula of a schedule, written out."""
+    if step < warmup:
+        return step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    down = {"linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "constant": 1.0}[curve]
+    return down if curve == "constant" else floor + (1 - floor) * down
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("ratio", "warmup"), [(0.0, 0), (0.1, 2), (1.0, 11)])
+@pytest.mark.parametrize("curve", ["linear", "cosine", "constant"])
+def test_every_step_has_the_rate_of_the_formula(curve, ratio, warmup, floor):
+    schedule = {"linear": LinearSchedule, "cosine": CosineSchedule, "constant": ConstantSchedule}[curve]
+    settings = {} if curve == "constant" else {"min_ratio": floor}
+    seen = rates(schedule(optimizer(), warmup_ratio=ratio, total_steps=11, **settings), 14)
+    assert seen == [0.1 * reference_factor(curve, step, warmup, 11, floor) for step in range(14)]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("CosineSchedule", {"warmup_ratio": 0.1, "min_ratio": 0.2}),
+        ("LinearSchedule", {"warmup_steps": 3, "min_ratio": 0.2, "total_steps": 9}),
+        ("ConstantSchedule", {"warmup_ratio": 0.1}),
+    ],
+)
+def test_a_config_sets_every_parameter_of_a_schedule(name, settings):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--schedule", type=LRSchedulerCallable)
+    config = parser.parse_object({"schedule": {"class_path": f"paca_lightning.tasks.{name}", "init_args": settings}})
+    assert {key: config.schedule.init_args[key] for key in settings} == settings
