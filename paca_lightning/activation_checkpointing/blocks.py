@@ -1,4 +1,4 @@
-"""Activation checkpointing by block: activations are recomputed in the backward, from what little is kept."""
+"""Activation checkpointing by block: a block's activations are recomputed in the backward."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -18,17 +18,17 @@ CACHES = ("past_key_values", "past_key_value", "layer_past")
 def checkpoint_blocks(blocks: Iterable[nn.Module], *, offload: bool = False, selective: bool = False) -> None:
     """Recompute blocks in the backward instead of keeping their activations.
 
-    Each block's forward is replaced, not the block wrapped: module paths stay, and hooks run outside, so that FSDP2
-    gathers once for the recomputation and the backward.
+    The forward of each block is replaced; the block is not wrapped. Module paths stay the same, and hooks run outside
+    the replaced forward, so that FSDP2 gathers once for the recomputation and the backward.
 
     Args:
-        blocks: The blocks. Blocks that Hugging Face checkpoints already are left to it.
+        blocks: The blocks. Those that Hugging Face already checkpoints are left alone.
         offload: Keep the blocks' inputs in host memory.
-        selective: Besides these, keep the outputs of matrix products and of attention, and recompute the rest.
+        selective: Also keep the outputs of GEMMs and attention, and recompute the rest.
     """
     for block in blocks:
         if not getattr(block, "gradient_checkpointing", False) and "forward" not in vars(block):
-            # Not a closure: a copy of the block, such as a weight average, must compute with its own weights.
+            # A partial, because deepcopy follows its arguments: a copied block computes with its own weights.
             context_fn = contexts if selective else noop_context_fn
             block.forward = functools.partial(_forward, block, offload, context_fn)
 
@@ -37,14 +37,14 @@ def _forward(block: nn.Module, offload: bool, context_fn: Callable[[], Any], *ar
     forward = functools.partial(type(block).forward, block)
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args, **kwargs)
-    # A key-value cache would grow once more in the recomputation.
+    # The recomputation would append to a key-value cache a second time.
     kwargs |= {name: None for name in CACHES if name in kwargs}
     with _offloaded(args, kwargs) if offload else nullcontext():
         return checkpoint(forward, *args, use_reentrant=False, context_fn=context_fn, **kwargs)
 
 
 def _offloaded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-    """Inputs with a gradient wait in host memory. The others (masks, positions) are shared by all blocks: they stay."""
+    """Hooks that keep inputs with a gradient in host memory. Masks and positions are shared by all blocks and stay."""
     storages = {
         tensor.untyped_storage()._cdata
         for tensor in (*args, *kwargs.values())
@@ -70,5 +70,5 @@ def to_host(tensor: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor where it is needed."""
+    """A tensor on the given device."""
     return tensor.to(device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Selective activation checkpointing: keep a block's products and attention, recompute what is cheap between them.
+"""Selective activation checkpointing: keep the outputs of GEMMs and attention, recompute what is cheap between them.
 
-A linear layer whose weight is frozen needs no input for its backward, so in a decoder block only norms, rotary
-embeddings, activation functions and the like keep anything. All that can be computed again from the outputs of the
-block's matrix products and of its attention; only these are expensive.
+A linear layer with a frozen weight does not need its input in the backward, so in a decoder block only norms, rotary
+embeddings, activation functions and the like save tensors. All of these can be recomputed from the outputs of the
+block's GEMMs and of its attention, which are the only expensive operators.
 """
 
 import math
@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
+from paca_lightning.activation_checkpointing.generators import GeneratorStates
+
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.linear.default}
+_GEMMS = {_aten.mm.default, _aten.addmm.default, _aten.linear.default}
 _ATTENTION = re.compile("attention|attn|sdpa")
-# What has the same values in another shape or place; ...
+# Operators that only change the shape or the place of values.
 _MOVES = {
     _aten.alias.default,
     _aten.clone.default,
@@ -31,22 +33,23 @@ _MOVES = {
     _aten.view.default,
     _aten._unsafe_view.default,
 }
-# ... and what can be differentiated without a value of its inputs.
+# Operators whose backward uses no value of their inputs.
 _VALUELESS = {*_MOVES, _aten.add.Tensor}
 
 
 def contexts() -> tuple["_Forward", "_Recomputation"]:
-    """What ``torch.utils.checkpoint.checkpoint(context_fn=...)`` runs a block's forward and its recomputation in.
+    """The two contexts for ``torch.utils.checkpoint.checkpoint(context_fn=...)``: forward and recomputation.
 
-    The forward's products and attention are kept, and the recomputation takes them from there, except for
+    The outputs of GEMMs and attention in the forward are kept, and the recomputation reuses them. Exceptions:
 
-    * a product whose values no backward needs, such as that of a pre-norm block's last layer, which is only added to
-      something: neither kept nor recomputed;
-    * the product right behind attention, and products at most a quarter as wide as their input, such as the keys and
-      values of grouped-query attention: recomputed, as they take little time;
-    * a product that is changed in place: recomputed.
+    * A GEMM whose values no backward needs is neither kept nor recomputed. An example is the last layer of a pre-norm
+      block, whose output is only added to the residual stream.
+    * The GEMM right after attention, and GEMMs at most a quarter as wide as their input (keys and values in
+      grouped-query attention), are recomputed: they take little time.
+    * A GEMM whose output is changed in place is recomputed.
 
-    Gradients are bitwise those without checkpointing.
+    Gradients are bitwise those without checkpointing. Attention that draws random numbers (dropout) is kept together
+    with the state in which it left the generators, so that later dropout draws the same mask again.
     """
     calls: list[_Call] = []
     return _Forward(calls), _Recomputation(calls)
@@ -58,15 +61,17 @@ class _Call:
 
     Attributes:
         func: The operator.
-        output: What it returned; None to compute it again.
-        stand_in: Shape, dtype and device of a product.
-        needed: Whether anything is computed from its values but by operators whose backward uses none.
+        output: What it returned. None: recompute it.
+        stand_in: Shape, dtype and device of a GEMM's output.
+        needed: Whether an operator whose backward uses values reads the output.
+        generators: States of the generators after attention, which may draw random numbers. None for a GEMM.
     """
 
     func: Any
     output: Any
     stand_in: tuple[torch.Size, torch.dtype, torch.device] | None
     needed: bool
+    generators: GeneratorStates | None
 
 
 class _Forward(TorchDispatchMode):
@@ -75,18 +80,17 @@ class _Forward(TorchDispatchMode):
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()
         self._calls = calls
-        # By storage: the calls whose outputs it is a sum of; and the storages that hold attention's output.
-        self._summands: dict[int, set[_Call]] = {}
-        self._attended: set[int] = set()
+        self._summands: dict[int, set[_Call]] = {}  # by storage: the calls of whose outputs it is the sum
+        self._attended: set[int] = set()  # storages that hold the output of attention
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again, as operators on the local tensors
+            return NotImplemented  # the same operator follows on the local tensors
         output = func(*args, **(kwargs or {}))
         read, returned = _storages((args, kwargs)), _storages(output)
         if not returned and not func._schema.is_mutable:
-            return output  # a size, a device
+            return output  # a size or a device
         summands = {call for key in read for call in self._summands.get(key, ())}
         if func not in _VALUELESS:
             for call in summands:
@@ -96,15 +100,11 @@ class _Forward(TorchDispatchMode):
             self._recompute_what_is_written(func, args, kwargs or {})
         attends = _ATTENTION.search(func.name()) is not None
         attended = any(key in self._attended for key in read)
-        if attends or func in _PRODUCTS:
-            # Detached, or what is kept would hold the graph that leads to it, and so itself.
-            cheap = func in _PRODUCTS and (attended or 4 * output.shape[-1] <= _input(func, args).shape[-1])
-            kept = None if cheap else tree_map_only(Tensor, Tensor.detach, output)
-            stand_in = None if attends else (output.shape, output.dtype, output.device)
-            call = _Call(func, kept, stand_in, needed=attends)
+        if attends or func in _GEMMS:
+            call = _recorded(func, args, output, attends=attends, attended=attended)
             self._calls.append(call)
             summands = {call}
-        # Addresses are used again, so that every output says anew what it is.
+        # The allocator reuses addresses, so every output overwrites what its storage meant before.
         for key in returned:
             self._summands[key] = summands
             if attends or (attended and func in _MOVES):
@@ -153,21 +153,35 @@ class _Recomputation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
-        if func not in _PRODUCTS and _ATTENTION.search(func.name()) is None:
+        if func not in _GEMMS and _ATTENTION.search(func.name()) is None:
             return func(*args, **(kwargs or {}))
         if not self._calls or self._calls[0].func is not func:
             raise RuntimeError(f"A selectively checkpointed block called {func.name()} in its recomputation only.")
-        # Taken out, so that autograd decides how long it lives.
-        call = self._calls.pop(0)
+        call = self._calls.pop(0)  # autograd alone decides how long its output lives
         if not call.needed:
             shape, dtype, device = cast(tuple[torch.Size, torch.dtype, torch.device], call.stand_in)
-            # Takes no memory, and would not go unnoticed.
+            # Takes no memory, and NaN would be noticed if its values were used after all.
             return torch.full((), math.nan, dtype=dtype, device=device).expand(shape)
-        return func(*args, **(kwargs or {})) if call.output is None else call.output
+        if call.output is None:
+            return func(*args, **(kwargs or {}))
+        if call.generators is not None:
+            call.generators.restore()
+        return call.output
 
 
-def _input(func: Any, args: Any) -> Tensor:
-    """What a product multiplies its weight by."""
+def _recorded(func: Any, args: Any, output: Any, *, attends: bool, attended: bool) -> _Call:
+    """The record of a call: of attention, or of a GEMM whose input may come from attention (``attended``)."""
+    cheap = not attends and (attended or 4 * output.shape[-1] <= _gemm_input(func, args).shape[-1])
+    # Detached: the output itself would hold the graph that leads to it, and so itself.
+    kept = None if cheap else tree_map_only(Tensor, Tensor.detach, output)
+    if not attends:
+        return _Call(func, kept, (output.shape, output.dtype, output.device), needed=False, generators=None)
+    devices = {leaf.device for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
+    return _Call(func, kept, None, needed=True, generators=GeneratorStates(devices))
+
+
+def _gemm_input(func: Any, args: Any) -> Tensor:
+    """The activation that a GEMM multiplies by its weight."""
     return cast(Tensor, args[1 if func is _aten.addmm.default else 0])
 
 

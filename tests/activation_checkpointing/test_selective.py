@@ -175,6 +175,47 @@ def test_a_product_changed_in_place_is_recomputed() -> None:
     assert all(torch.equal(a, parameter.grad) for a, parameter in zip(expected, block.parameters(), strict=True))
 
 
+@torch.library.custom_op("paca_tests::attention_with_dropout", mutates_args=())
+def attention_with_dropout(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Dropout inside one operator that the policy keeps, as attention kernels on a GPU have it."""
+    mask = (torch.rand_like(hidden) > 0.5).to(hidden.dtype)
+    return hidden * mask, mask
+
+
+attention_with_dropout.register_autograd(
+    lambda ctx, grad, _: grad * ctx.saved_tensors[0],
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output[1]),
+)
+
+
+class DropoutAround(nn.Module):
+    """Dropout before, inside and behind attention, as in GPT-2 on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.dropout = nn.Linear(8, 16), nn.Linear(16, 8), nn.Dropout(0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        attended, _ = attention_with_dropout(self.up(self.dropout(hidden)))
+        return hidden + self.dropout(self.down(torch.tanh(self.dropout(attended))))
+
+
+def test_dropout_behind_kept_attention_that_drew_has_the_same_mask() -> None:
+    torch.manual_seed(0)
+    blocks, input = nn.Sequential(DropoutAround(), DropoutAround()), torch.randn(4, 8)
+    gradients, states = [], []
+    for selective in (False, True):
+        if selective:
+            checkpoint_blocks(blocks, selective=True)
+        blocks.zero_grad()
+        torch.manual_seed(1)
+        blocks(input).square().sum().backward()
+        gradients.append([parameter.grad for parameter in blocks.parameters()])
+        states.append(torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert torch.equal(*states)  # the recomputation leaves the generator as it found it
+
+
 def test_a_copy_computes_with_its_own_weights() -> None:
     """As averaged models are copies."""
     block = InPlace()
