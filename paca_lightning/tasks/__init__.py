@@ -8,6 +8,7 @@ Limits: text only, one optimizer, models from Hugging Face transformers.
 
 from paca_lightning.tasks.callbacks.held_out_loss import HeldOutLoss
 from paca_lightning.tasks.callbacks.loss_plot import LossPlot
+from paca_lightning.tasks.callbacks.progress_bar import EpochProgressBar
 from paca_lightning.tasks.callbacks.row_losses import RowLosses
 from paca_lightning.tasks.callbacks.sample_answers import SampleAnswers
 from paca_lightning.tasks.callbacks.throughput import TokenThroughput
@@ -20,6 +21,7 @@ __all__ = [
     "CausalLMModule",
     "ConstantSchedule",
     "CosineSchedule",
+    "EpochProgressBar",
     "HeldOutLoss",
     "InstructionDataModule",
     "LinearSchedule",

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningCLI
 
-import paca_lightning.tasks  # noqa: F401  (so that configs can name its classes without their module)
 from paca_lightning.callbacks.paca import PaCAStrategy
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable_if_local
+from paca_lightning.tasks import EpochProgressBar  # and with it the classes that configs name without their module
 
 KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
 """What Lightning looks up by itself."""
@@ -48,6 +49,9 @@ class RunCLI(LightningCLI):
         Raises:
             PaCAError: If Lightning refuses its settings, or a logger could not write.
         """
+        settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if settings.get("enable_progress_bar") is not False and not settings.get("barebones"):
+            kwargs["callbacks"] = with_progress_bar(settings.get("callbacks"))
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except PaCAError:
@@ -79,6 +83,12 @@ class RunCLI(LightningCLI):
         """End the ranks that this one started: below its message they would add that they have lost it."""
         if self.trainer.strategy.launcher is not None:
             self.trainer.strategy.launcher.kill(signal.SIGKILL)
+
+
+def with_progress_bar(callbacks: Callback | list[Callback] | None) -> list[Callback]:
+    """A trainer's callbacks, with our progress bar if there is none among them."""
+    given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks is not None else []
+    return given if any(isinstance(callback, ProgressBar) for callback in given) else [*given, EpochProgressBar()]
 
 
 def lightning_cli(
