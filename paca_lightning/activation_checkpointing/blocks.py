@@ -1,5 +1,6 @@
-"""Activation checkpointing by block: a block's activations are recomputed in the backward."""
+"""The blocks of a model, and their activation checkpointing: activations are recomputed in the backward."""
 
+import difflib
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,8 +12,36 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from paca_lightning.activation_checkpointing.selective import contexts
+from paca_lightning.core.errors import PaCAError
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def find_blocks(model: nn.Module, class_names: Iterable[str] | None = None) -> list[nn.Module]:
+    """The repeated blocks of a model, which are gathered and recomputed as a whole.
+
+    Args:
+        model: Any module.
+        class_names: Names of their classes. Default: those in ``_no_split_modules`` of the Hugging Face models in it.
+
+    Returns:
+        The outermost modules of these classes, in order. Empty for a model that declares none.
+
+    Raises:
+        PaCAError: If no module has a class of a given name.
+    """
+    if class_names is None:
+        wanted = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    else:
+        wanted = set(class_names)
+        _check_class_names(model, wanted)
+    blocks: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in inside and type(module).__name__ in wanted:
+            blocks.append(module)
+            inside.update(module.modules())
+    return blocks
 
 
 def checkpoint_blocks(blocks: Iterable[nn.Module], *, offload: bool = False, selective: bool = False) -> None:
@@ -31,6 +60,14 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], *, offload: bool = False, sel
             # A partial, because deepcopy follows its arguments: a copied block computes with its own weights.
             context_fn = contexts if selective else noop_context_fn
             block.forward = functools.partial(_forward, block, offload, context_fn)
+
+
+def _check_class_names(model: nn.Module, wanted: set[str]) -> None:
+    present = {type(module).__name__ for module in model.modules()}
+    for name in sorted(wanted - present):
+        close = difflib.get_close_matches(name, present, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise PaCAError(f"blocks: no module of the model is a {name!r}; its classes are {sorted(present)}.{hint}")
 
 
 def _forward(block: nn.Module, offload: bool, context_fn: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:

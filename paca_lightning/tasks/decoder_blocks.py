@@ -6,9 +6,8 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.strategies.fsdp2.sharding import find_blocks
 
 
 def checkpoint_activations(model: PreTrainedModel, how: bool | Literal["selective"]) -> None:

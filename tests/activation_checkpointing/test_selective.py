@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, disable_paca, paca_layers
-from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.activation_checkpointing.selective import contexts
-from paca_lightning.strategies.fsdp2.sharding import find_blocks
 from paca_lightning.tasks import CausalLMModule
 from paca_lightning.tools.memory.baselines import FLOOR, PACA, Baseline
 from paca_lightning.tools.memory.traced_run import TracedModel

@@ -1,6 +1,5 @@
 """Which modules FSDP2 gathers together, and sharding them."""
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -37,33 +36,6 @@ class _Unit:
 
     modules: list[nn.Module]
     reshard_after_forward: bool | int
-
-
-def find_blocks(model: nn.Module, class_names: Iterable[str] | None = None) -> list[nn.Module]:
-    """The repeated blocks of a model: each is gathered, and may be recomputed, as a whole.
-
-    Args:
-        model: Any module.
-        class_names: Names of their classes. Default: what Hugging Face models in it declare in ``_no_split_modules``.
-
-    Returns:
-        The outermost modules of these classes, in order. Empty for a model that declares none.
-
-    Raises:
-        PaCAError: If a given name is that of no module's class.
-    """
-    if class_names is None:
-        wanted = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    else:
-        wanted = set(class_names)
-        _check_class_names(model, wanted)
-    blocks: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if module not in inside and type(module).__name__ in wanted:
-            blocks.append(module)
-            inside.update(module.modules())
-    return blocks
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], options: ShardingOptions) -> None:
@@ -186,14 +158,6 @@ def _call(module: nn.Module, getter: str) -> object:
         return getattr(module, getter)()
     except NotImplementedError:  # how Hugging Face models say that they have none
         return None
-
-
-def _check_class_names(model: nn.Module, wanted: set[str]) -> None:
-    present = {type(module).__name__ for module in model.modules()}
-    for name in sorted(wanted - present):
-        close = difflib.get_close_matches(name, present, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise PaCAError(f"blocks: no module of the model is a {name!r}; its classes are {sorted(present)}.{hint}")
 
 
 def _check_parameters(model: nn.Module) -> None:

@@ -24,12 +24,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.fsdp2.materializing import materialize
 from paca_lightning.strategies.fsdp2.restoring import METADATA, by_position, load_directory, load_file
-from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, find_blocks, shard
+from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.conversion.convert import apply_paca
 from paca_lightning.conversion.targets import Target, resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.linear import PaCAConv1D
 from paca_lightning.layers.nf4 import linear4bit
-from paca_lightning.strategies.fsdp2.sharding import find_blocks
 
 FLOOR = "floor"
 QFLOOR = "qfloor"

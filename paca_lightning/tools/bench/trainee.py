@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.conversion.write_back import attach
 from paca_lightning.layers.base import paca_layers
-from paca_lightning.strategies.fsdp2.sharding import find_blocks
 from paca_lightning.tools.bench.methods import Method
 from paca_lightning.tools.bench.workload import Workload
 

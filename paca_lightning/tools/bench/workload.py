@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.strategies.fsdp2.sharding import find_blocks
 from paca_lightning.tools.presets import preset_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.nf4 import quantize_rows
-from paca_lightning.strategies.fsdp2.sharding import find_blocks
 from paca_lightning.tools.memory.extrapolation import FEW, extrapolate
 from paca_lightning.tools.memory.traced_step import TracedRun, trace_step
 from paca_lightning.tools.memory.tracing import Timeline

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, apply_paca
-from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks
-from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, find_blocks, shard
+from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
+from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from tests.distributed_launch import launch
 from tests.distributed_training import (

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
+from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.core.dtensor import local
 from paca_lightning.layers.base import PENDING_SELECTION
 from paca_lightning.layers.columns import largest_indices
@@ -24,7 +25,7 @@ from paca_lightning.layers.nf4 import quantize_rows, squared_errors
 from paca_lightning.strategies.fsdp2 import materializing
 from paca_lightning.strategies.fsdp2.materializing import materialize
 from paca_lightning.strategies.fsdp2.rows import RowReader
-from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, find_blocks, shard
+from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
 from paca_lightning.strategies.fsdp2.streaming import stream
 from tests.distributed_launch import launch
 from tests.distributed_training import Run, train, train_all
