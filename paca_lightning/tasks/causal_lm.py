@@ -1,7 +1,6 @@
-"""Fine-tuning of a causal language model from Hugging Face as a LightningModule."""
+"""A LightningModule that fine-tunes a causal language model from Hugging Face."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -14,55 +13,54 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
+from paca_lightning.tasks.data.batch import TokenBatch, model_inputs, one_row
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.metrics import MeanTokenLoss
-from paca_lightning.tasks.pretrained import build_causal_lm, checkpoint_directory
+from paca_lightning.tasks.pretrained import build_for_training
 from paca_lightning.tasks.schedules import planned
 from paca_lightning.tasks.tokenizer_check import check_data
 
-Batch = dict[str, Tensor]
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-
 
 class CausalLMModule(LightningModule):
-    """Any Hugging Face causal language model, trained to predict the next token of the labelled ones.
+    """Trains any Hugging Face causal language model to predict the next token.
 
-    The model is built in ``configure_model``, so that a strategy can build it on the meta device and callbacks can
-    convert its layers, and lives at ``self.model``. Which parameters are trained is not decided here: all that
-    require a gradient are, all of the model's if nothing freezes some.
+    ``configure_model`` builds the model at ``self.model``, so that a strategy can build it on the meta device and
+    callbacks can convert its layers. All parameters that require a gradient are trained; callbacks freeze the others.
 
-    Batches are dicts of ``input_ids`` (B, T), ``labels`` (B, T) with -100 where not trained, aligned with the inputs
-    (the loss shifts them), and if need be ``attention_mask`` (B, T) and ``position_ids`` (B, T). Where documents are
-    packed, the label of each one's first token must be -100.
+    A batch is a dictionary of ``input_ids`` (B, T) and ``labels`` (B, T), where needed with ``attention_mask`` (B, T)
+    and ``position_ids`` (B, T). Labels are aligned with the inputs, as the loss shifts them; -100 marks tokens without
+    a loss. In packed rows, the first label of each document must be -100.
 
-    Where the data module has the ``tokenizer``, it is compared with the model before anything runs: ids that the model
-    has no embeddings for, another model's vocabulary, rows longer than learned positions.
+    Before anything runs, the ``tokenizer`` of the data module, if it has one, is checked against the model.
 
-    Each micro-batch's loss is the mean over its own trained tokens; with gradient accumulation and over processes,
-    gradients are averaged over micro-batches, so that a token in a short batch weighs more. Logged, at the trainer's
-    ``log_every_n_steps``: ``train/loss``, the mean over all tokens since it was last logged, ``train/perplexity`` and
-    ``train/grad_norm`` (before clipping); after each validation ``val/loss`` and ``val/perplexity``, exact over all
-    tokens and processes, and ``test/`` likewise. Lightning's ``LearningRateMonitor`` logs the learning rate, and
-    :class:`~paca_lightning.tasks.TokenThroughput` the speed. ``predict`` gives the loss of each row, which
+    The loss of a micro-batch is the mean over its trained tokens. Gradient accumulation and data parallelism average
+    micro-batches, so tokens of a short micro-batch weigh more. Logged every ``log_every_n_steps``: ``train/loss``, the
+    mean over all tokens since the last log, ``train/perplexity`` and ``train/grad_norm`` (before clipping). Logged
+    after each validation: ``val/loss`` and ``val/perplexity``, exact over all tokens and processes; after each test
+    ``test/loss`` and ``test/perplexity``. Lightning's ``LearningRateMonitor`` logs the learning rate, and
+    :class:`~paca_lightning.tasks.TokenThroughput` the speed. ``predict`` returns the loss of each row, which
     :class:`~paca_lightning.tasks.RowLosses` writes to a file.
 
     Args:
         model: Hugging Face directory or hub id.
-        dtype: Of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: Dtype of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...
-        activation_checkpointing: Keep only the inputs of each decoder block and recompute the rest in the backward:
-            less memory, about a third more time. ``selective`` also keeps the outputs of matrix products and of
-            attention, and recomputes only what is cheap: part of the memory for a few percent more time.
-        compile: Compile each decoder block with ``torch.compile`` at its first call.
-        pretrained: False starts from random weights of the shape that ``config.json`` says, for debugging.
+        activation_checkpointing: ``true`` keeps only the input of each decoder block and recomputes the block in the
+            backward: least memory, about a third more time. ``selective`` also keeps the outputs of GEMMs and of
+            attention: less of a saving, for a few percent more time.
+        compile: Compile each decoder block with ``torch.compile``.
+        pretrained: False starts from random weights of the shape in ``config.json``, for debugging.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run code that comes with the model.
-        loss_chunk_size: Rows of logits that exist at a time in the loss. Default: as fits the hidden states.
+        loss_chunk_size: Rows of logits that exist at a time in the loss. Default: as many as take the memory of the
+            hidden states.
         optimizer: Called with the parameters to train.
-        lr_scheduler: Called with the optimizer. Steps after each optimizer step; ``ReduceLROnPlateau`` after each
-            epoch, with the last ``val/loss``. Schedules of :mod:`paca_lightning.tasks.schedules` are told the length of
-            the run. Default: a constant learning rate.
+        lr_scheduler: Called with the optimizer. Steps after each optimizer step; ``ReduceLROnPlateau`` steps after
+            each epoch and follows ``val/loss``. Schedules of :mod:`paca_lightning.tasks.schedules` are told the length
+            of the run. Default: a constant learning rate.
+
+    Raises:
+        PaCAError: If a setting is unknown, out of range, or excluded by another one.
     """
 
     model: PreTrainedModel | None
@@ -90,9 +88,7 @@ class CausalLMModule(LightningModule):
                 f"activation_checkpointing={activation_checkpointing!r} is unknown. Choose false, true or selective."
             )
         if compile and activation_checkpointing == "selective":
-            raise PaCAError(
-                "torch.compile itself chooses what to recompute: leave activation_checkpointing off with it."
-            )
+            raise PaCAError("torch.compile chooses itself what to recompute: turn activation_checkpointing off.")
         if loss_chunk_size is not None and loss_chunk_size < 1:
             raise PaCAError(f"loss_chunk_size must be at least 1, not {loss_chunk_size}.")
         self.optimizer = optimizer
@@ -111,31 +107,16 @@ class CausalLMModule(LightningModule):
         """
         if self.model is not None:
             return
-        settings = self.hparams
+        settings = {key: value for key, value in self.hparams.items() if key != "loss_chunk_size"}
         strategy = None if self._trainer is None else self._trainer.strategy
-        # Such a strategy fills a model on meta itself, of which no process ever holds the whole.
         streamed = settings["pretrained"] and getattr(strategy, "streams_checkpoints", False)
-        with torch.device("meta") if streamed else nullcontext():
-            model = build_causal_lm(
-                settings["model"],
-                dtype=settings["dtype"],
-                attn_implementation=settings["attn_implementation"],
-                pretrained=settings["pretrained"],
-                revision=settings["revision"],
-                trust_remote_code=settings["trust_remote_code"],
-            )
-        if streamed:
-            vars(model)["checkpoint_directory"] = checkpoint_directory(settings["model"], settings["revision"])
-        checkpoint_activations(model, settings["activation_checkpointing"])
-        if settings["compile"]:
-            compile_blocks(model)
-        self.model = model
+        self.model = build_for_training(**settings, streamed=streamed)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of all parameters that require a gradient, and the schedule.
+        """The optimizer of all parameters that require a gradient, and its schedule.
 
         Raises:
-            PaCAError: If there is no such parameter, or the schedule needs the length of an endless run.
+            PaCAError: If there is no such parameter, or the schedule needs the length of a run without an end.
         """
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not parameters:
@@ -149,9 +130,9 @@ class CausalLMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": planned(self.lr_scheduler(optimizer), self.trainer)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast, but leave fp32 buffers in fp32, as ``from_pretrained(dtype=...)`` does.
+        """Move or cast the module, but keep fp32 buffers in fp32, as ``from_pretrained(dtype=...)`` does.
 
-        Rotary frequencies are such buffers. Rounded to bf16, they turn the positions of long sequences by a radian.
+        Rotary frequencies are such buffers. Rounded to bf16, they shift the angles of late positions by a radian.
         """
         wide = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
         super()._apply(fn, recurse)
@@ -161,39 +142,33 @@ class CausalLMModule(LightningModule):
                 self.get_submodule(owner)._buffers[key] = wide[name].to(buffer.device)
         return self
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: TokenBatch) -> Tensor:
         """Logits (B, T, V) of a batch."""
-        assert self.model is not None
-        # With a cache, Hugging Face's models would let packed documents attend to each other.
-        return self.model(**_inputs(batch), use_cache=False).logits
+        # With a cache, Hugging Face models let packed documents attend to each other.
+        return self._built()(**model_inputs(batch), use_cache=False).logits
 
     def on_fit_start(self) -> None:
-        """See that the data fit the model.
+        """Check the data against the model.
 
         Raises:
-            PaCAError: If they do not (see ``check_data``).
+            PaCAError: If they do not fit (see ``check_data``).
         """
-        self._check_data()
-
-    def on_validation_start(self) -> None:
-        """See that the data fit the model, if validation is all there is to do."""
-        if self.trainer.state.fn == "validate":
-            self._check_data()
-
-    def on_test_start(self) -> None:
-        """See that the data fit the model."""
-        self._check_data()
-
-    def _check_data(self) -> None:
         settings = self.hparams
         name = settings["model"] if settings["pretrained"] else None
         check_data(getattr(self.trainer, "datamodule", None), self._built(), name, settings["revision"])
 
+    on_test_start = on_predict_start = on_fit_start
+
+    def on_validation_start(self) -> None:
+        """Check the data against the model; ``fit`` has done so already."""
+        if self.trainer.state.fn == "validate":
+            self.on_fit_start()
+
     def on_train_start(self) -> None:
-        """Forget what an earlier run had not logged yet."""
+        """Drop losses that an earlier run has not logged."""
         self.train_loss.reset()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """Mean loss per trained token of a micro-batch; 0 if it has none."""
         total, tokens = self._loss(batch)
         self.train_loss.update(total, tokens)
@@ -206,47 +181,41 @@ class CausalLMModule(LightningModule):
             norm = nn.utils.get_total_norm(gradients)
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the mean loss since the last time, at logging steps."""
+    def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
+        """Log the mean loss since the last log, at logging steps."""
         if self.trainer.fit_loop._should_accumulate() or not self.trainer._logger_connector.should_update_logs:
             return
-        # On the host, so that the progress bar does not await the device at each step.
+        # On the host: the progress bar would wait for the device at every step.
         loss = self.train_loss.compute().cpu()
         self.train_loss.reset()
         if not loss.isfinite():
             rank_zero_warn(
-                f"train/loss is {loss:g} at step {self.trainer.global_step}: it diverges. Lower the learning rate; "
-                "EarlyStopping(monitor='train/loss', check_finite=True) ends such runs."
+                f"train/loss is {loss:g} at step {self.trainer.global_step}: it diverges. Lower the learning rate. "
+                "EarlyStopping(monitor='train/loss', check_finite=True) stops such runs."
             )
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/perplexity", loss.exp())
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add a batch to the validation loss."""
-        self._evaluate(self.val_loss, batch)
+        self.val_loss.update(*self._loss(batch))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add a batch to the test loss."""
-        self._evaluate(self.test_loss, batch)
+        self.test_loss.update(*self._loss(batch))
 
-    def on_predict_start(self) -> None:
-        """See that the data fit the model."""
-        self._check_data()
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Losses row by row, for which the logits of the batch exist for a moment.
+    def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The loss of each row; the logits of the whole batch exist meanwhile.
 
         Returns:
-            On the CPU: ``loss`` (B,) fp32, the mean over the trained tokens of each row (0 if it has none), and
-            ``tokens`` (B,) int64, their number.
+            On the CPU: ``loss`` (B,) fp32, the mean over each row's trained tokens (0 if it has none), and ``tokens``
+            (B,) int64, their number.
 
         Raises:
             PaCAError: If the rows are packed.
         """
         if "position_ids" in batch:
-            raise PaCAError(
-                "predict gives the loss of each row, and packed rows are several in one: set packing: false."
-            )
+            raise PaCAError("predict gives one loss a row, and packed rows are several in one: set packing: false.")
         losses, tokens = row_losses(self(batch), batch["labels"])
         return {"loss": losses.cpu(), "tokens": tokens.cpu()}
 
@@ -258,36 +227,20 @@ class CausalLMModule(LightningModule):
         """Log the loss and perplexity of the whole split."""
         self._log_split("test", self.test_loss)
 
-    def _evaluate(self, metric: MeanTokenLoss, batch: Batch) -> None:
-        metric.update(*self._loss(batch))
-
     def _log_split(self, split: str, metric: MeanTokenLoss) -> None:
         loss = metric.compute()
         metric.reset()
-        # The metric is the same on all processes already; sync_dist keeps Lightning from warning that it might not be.
+        # The metric is equal on all processes already; sync_dist=True avoids Lightning's warning that it may differ.
         self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of the losses of the trained tokens of a batch, and their number."""
+    def _loss(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Summed loss of a batch's trained tokens, and their number."""
         model = self._built()
         if "position_ids" in batch and model.config._attn_implementation.startswith("flash"):
             batch = one_row(batch)
-        return self.loss(model, _inputs(batch), batch["labels"])
+        return self.loss(model, model_inputs(batch), batch["labels"])
 
     def _built(self) -> PreTrainedModel:
         assert self.model is not None, "configure_model() builds the model"
         return self.model
-
-
-def one_row(batch: Batch) -> Batch:
-    """A batch of packed rows as a single packed row: the same computation, as positions restart in each document.
-
-    Hugging Face keeps the attention of flash kernels inside documents for one row only; for more it would silently
-    cross them.
-    """
-    return {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
-
-
-def _inputs(batch: Batch) -> Batch:
-    return {name: batch[name] for name in INPUTS if name in batch}

@@ -1,4 +1,4 @@
-"""What acts on each decoder block of a Hugging Face model: recomputing its activations, and compiling it."""
+"""Activation checkpointing and compilation of the decoder blocks of a Hugging Face model."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,19 +11,19 @@ from paca_lightning.core.errors import PaCAError
 
 
 def checkpoint_activations(model: PreTrainedModel, how: bool | Literal["selective"]) -> None:
-    """Recompute the activations of each block in the backward, instead of keeping them.
+    """Recompute the activations of each block in the backward, instead of saving them.
 
     Args:
-        model: As built.
-        how: True for all of them, ``selective`` for those that are cheap, False for none.
+        model: A model that is not wrapped or sharded yet.
+        how: True for all activations, ``selective`` for cheap ones, False for none.
 
     Raises:
-        PaCAError: If the model cannot.
+        PaCAError: If the model does not support it.
     """
     if how == "selective":
         checkpoint_blocks(_blocks(model, "activation_checkpointing"), selective=True)
     elif how:
-        # Renamed in transformers 5.23. Not reentrant: that way also works when nothing below a block is trained.
+        # Renamed in transformers 5.23. The reentrant variant gives no gradients if nothing below a block is trained.
         enable: Callable[[dict[str, Any]], None] = getattr(
             model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
         )
@@ -34,10 +34,10 @@ def checkpoint_activations(model: PreTrainedModel, how: bool | Literal["selectiv
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile block by block: identical blocks share one compilation, and layers can still be converted before.
+    """Compile each block at its first call. Identical blocks share one graph; layers can be converted until then.
 
     Raises:
-        PaCAError: If the model does not tell its blocks.
+        PaCAError: If the model does not name its blocks.
     """
     for block in _blocks(model, "compile"):
         block.compile()

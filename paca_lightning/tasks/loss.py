@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-IGNORE_INDEX = -100
+from paca_lightning.tasks.data.batch import IGNORE_INDEX
+
 MIN_CHUNK = 128
 
 

@@ -1,8 +1,9 @@
-"""Building a Hugging Face causal language model from a directory or a hub id, with mistakes named."""
+"""Loads a Hugging Face causal language model from a directory or a hub id, and names what is wrong with it."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -10,8 +11,44 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def build_for_training(
+    model: str,
+    *,
+    revision: str | None = None,
+    pretrained: bool = True,
+    activation_checkpointing: bool | Literal["selective"] = False,
+    compile: bool = False,
+    streamed: bool = False,
+    **settings: Any,
+) -> PreTrainedModel:
+    """A model as :func:`build_causal_lm` builds it, with its decoder blocks checkpointed and compiled as asked.
+
+    Args:
+        model: Directory with ``config.json`` and weights, or hub id.
+        revision: Branch, tag or commit on the hub.
+        pretrained: Whether to load weights.
+        activation_checkpointing: See :func:`~paca_lightning.tasks.decoder_blocks.checkpoint_activations`.
+        compile: Whether to compile each decoder block.
+        streamed: Build on the meta device, and leave the path of the weights at ``model.checkpoint_directory``: the
+            strategy loads them shard by shard, and no process ever holds all.
+        **settings: Further settings of :func:`build_causal_lm`.
+
+    Raises:
+        PaCAError: If the model cannot be loaded, checkpointed or compiled.
+    """
+    with torch.device("meta") if streamed else nullcontext():
+        built = build_causal_lm(model, revision=revision, pretrained=pretrained, **settings)
+    if streamed:
+        vars(built)["checkpoint_directory"] = checkpoint_directory(model, revision)
+    checkpoint_activations(built, activation_checkpointing)
+    if compile:
+        compile_blocks(built)
+    return built
 
 
 def build_causal_lm(
@@ -23,21 +60,21 @@ def build_causal_lm(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in train mode, which checkpointing and dropout look at.
+    """A causal language model in train mode, on which activation checkpointing and dropout depend.
 
-    Under ``torch.device("meta")`` only its shape is built, for a strategy that loads the weights itself.
+    Under ``torch.device("meta")`` no weights are read, whatever ``pretrained`` says.
 
     Args:
         model: Directory with ``config.json`` and weights, or hub id.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...
-        pretrained: False gives random weights of the shape that ``config.json`` says; no weight file is read.
+        pretrained: False gives random weights of the shape in ``config.json`` and reads no weight file.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run code that comes with the model.
 
     Raises:
-        PaCAError: If the directory is missing or has no model, if the hub cannot be reached, or if the model does not
-            take one of the settings.
+        PaCAError: If the directory is missing or holds no model, the hub cannot be reached, or the model refuses a
+            setting.
     """
     if dtype not in DTYPES:
         raise PaCAError(f"dtype={dtype!r} is unknown. Choose one of {list(DTYPES)}.")
@@ -69,7 +106,7 @@ def build_causal_lm(
 
 
 def checkpoint_directory(model: str, revision: str | None = None) -> str:
-    """Where a model's safetensors files are; those of a hub id are downloaded first.
+    """Directory of a model's safetensors files; those of a hub id are downloaded first.
 
     Args:
         model: Directory or hub id.
@@ -93,8 +130,8 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
 def _check_weights(model: str, missing: Iterable[str]) -> None:
     if names := sorted(missing):
         raise PaCAError(
-            f"The weights of {model!r} lack {len(names)} tensors of its config.json ({names[0]!r} is one), which would "
-            "stay random. Get the whole model; or set pretrained=False to begin with random weights on purpose."
+            f"The weights of {model!r} lack {len(names)} tensors that its config.json names, such as {names[0]!r}. "
+            "They would stay random. Get the whole model, or set pretrained=False to train from random weights."
         )
 
 
@@ -105,6 +142,6 @@ def _check_directory(model: str) -> None:
         raise PaCAError(f"The model directory {model!r} does not exist. Correct `model`, or give a hub id: owner/name.")
     if path.is_dir() and not (path / "config.json").is_file():
         raise PaCAError(
-            f"The directory {model!r} has no config.json, so it is no Hugging Face model. It holds: "
+            f"The directory {model!r} has no config.json, so it is not a Hugging Face model. It holds: "
             f"{sorted(entry.name for entry in path.iterdir())[:10]}."
         )

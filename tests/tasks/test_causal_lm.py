@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks import causal_lm
 from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.data.batch import model_inputs
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
@@ -156,7 +156,7 @@ def test_logs_loss_perplexity_and_gradient_norm_at_logging_steps_only(directory,
 
     # Nothing was learned, so the last logged loss is that of the last two batches, token by token.
     with torch.no_grad():
-        sums = [module.loss(module.model, causal_lm._inputs(batch), batch["labels"]) for batch in list(batches(6))[4:]]
+        sums = [module.loss(module.model, model_inputs(batch), batch["labels"]) for batch in list(batches(6))[4:]]
     mean = sum(total for total, _ in sums) / sum(tokens for _, tokens in sums)
     assert run.callback_metrics["train/loss"] == pytest.approx(float(mean), rel=1e-6)
     assert run.callback_metrics["train/perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
@@ -196,7 +196,7 @@ def test_bf16_true_logs_the_mean_over_hundreds_of_batches(directory, tmp_path):
     run.fit(module, loader, loader)
 
     with torch.no_grad():
-        sums = [module.loss(module.model, causal_lm._inputs(batch), batch["labels"]) for batch in batches(5)]
+        sums = [module.loss(module.model, model_inputs(batch), batch["labels"]) for batch in batches(5)]
     mean = sum(float(total) for total, _ in sums) / sum(int(tokens) for _, tokens in sums)
     assert run.callback_metrics["train/loss"] == pytest.approx(mean, rel=1e-3)
     assert run.callback_metrics["val/loss"] == pytest.approx(mean, rel=1e-3)

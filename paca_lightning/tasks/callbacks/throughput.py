@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.collate import IGNORE_INDEX
+from paca_lightning.tasks.data.batch import IGNORE_INDEX
 
 
 def flops_per_token(module: nn.Module, length: int) -> float:

@@ -7,9 +7,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from paca_lightning.tasks.data.batch import IGNORE_INDEX
 from paca_lightning.tasks.data.sampler import Batch
-
-IGNORE_INDEX = -100
 
 
 class Documents(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from paca_lightning.tasks.causal_lm import one_row
+from paca_lightning.tasks.data.batch import one_row
 from paca_lightning.tasks.data.collate import Documents, PadCollator
 from paca_lightning.tasks.data.packing import Packing, best_fit_decreasing
 from paca_lightning.tasks.loss import CausalLMLoss
