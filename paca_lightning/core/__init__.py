@@ -1,1 +1,1 @@
-"""Errors, configuration, files, module paths, DTensor helpers."""
+"""Errors, configuration, files, module paths, DTensor helpers, private APIs of other libraries."""

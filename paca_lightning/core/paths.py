@@ -7,16 +7,14 @@ from typing import TypeVar
 from torch import nn
 
 from paca_lightning.core.errors import PaCAError
-
-# Segments that wrappers put into a path: not part of the model's own names.
-WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+from paca_lightning.core.private.torch import WRAPPER_SEGMENTS
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 def clean_path(path: str) -> str:
     """A module's path without the segments that wrappers add."""
-    return ".".join(segment for segment in path.split(".") if segment not in WRAPPERS)
+    return ".".join(segment for segment in path.split(".") if segment not in WRAPPER_SEGMENTS)
 
 
 def base_model_prefix(model: nn.Module) -> str:

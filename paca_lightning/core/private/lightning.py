@@ -1,0 +1,78 @@
+"""Private APIs of Lightning (read in 2.6.6)."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from torch.optim import Optimizer
+
+
+def trainer_of(module: "LightningModule") -> "Trainer | None":
+    """The trainer that a module is attached to; the public ``trainer`` raises where there is none."""
+    return module._trainer
+
+
+def should_log(trainer: "Trainer") -> bool:
+    """Whether Lightning logs at this step: ``log_every_n_steps`` counts batches that stepped, which are private."""
+    return trainer._logger_connector.should_update_logs
+
+
+def logged_step(trainer: "Trainer") -> int:
+    """The step under which Lightning logs: with several optimizers, ``global_step`` counts more."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def is_accumulating(trainer: "Trainer") -> bool:
+    """Whether the present batch leaves its gradients for a later one: known before the batch ends by the loop alone."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def before_batch_transfer(module: "LightningModule", batch: Any) -> Any:
+    """Run the hook ``on_before_batch_transfer`` of the module or of its data module, whichever has it.
+
+    The trainer does so before ``strategy.batch_to_device``, and only a private method knows which of the two has it.
+    """
+    return module._on_before_batch_transfer(batch)
+
+
+def restore_loader_states(trainer: "Trainer") -> None:
+    """Hand a checkpoint's loader states to the train loaders, if they wait: no hook runs between the two."""
+    trainer.fit_loop._load_combined_loader_states()
+
+
+def spawns_workers(trainer: "Trainer") -> bool:
+    """Whether training runs in processes that the trainer forks or spawns, and returns here; no flag tells."""
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def averaged_model(callback: "Callback") -> nn.Module | None:
+    """The averaged copy of the module that a ``WeightAveraging`` callback keeps, once it has one."""
+    return getattr(callback, "_average_model", None)
+
+
+def set_device(model: nn.Module, device: torch.device) -> None:
+    """Tell LightningModules and metrics in a model their device, which is otherwise a side effect of moving them."""
+    from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+
+    _update_properties(model, device=device)
+
+
+def optimizers_to_device(optimizers: "Iterable[Optimizer]", device: torch.device) -> None:
+    """Move optimizer states to a device, but for the step counts; PyTorch does so only when it loads a state dict."""
+    from lightning.fabric.utilities.optimizer import _optimizers_to_device
+
+    _optimizers_to_device(optimizers, device)
+
+
+def accelerator_connector() -> type[Any]:
+    """The class that chooses the accelerator and the strategy; Lightning has no hook for these choices."""
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+    return _AcceleratorConnector

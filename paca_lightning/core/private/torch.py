@@ -1,0 +1,147 @@
+"""Private APIs of PyTorch (read in 2.13)."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+
+# The documented way to see every operator has no public path.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Segments that torch.compile, ``checkpoint_wrapper`` and FSDP1 put into module paths. No API lists or removes them."""
+
+GATHERING_OPERATORS = frozenset({"fsdp::all_gather_copy_in", "c10d::_allgather_base_", "fsdp::split_with_sizes_copy"})
+"""Operators with which FSDP2 gathers parameters; their names are nowhere documented."""
+
+UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""The view at the end of a batched matrix product; what a dispatch mode sees of it has no public name."""
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and registered classes; torch has no public tree functions."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same tree with ``fn`` of each tensor; torch has no public tree functions."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, fn, tree)
+
+
+def storage_id(storage: UntypedStorage) -> int:
+    """Address of a storage: equal for all tensors that share it, as long as it lives.
+
+    ``data_ptr()`` is 0 on meta, raises for fake tensors, and is 0 for every storage whose memory FSDP2 has freed.
+    """
+    return storage._cdata
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often autograd saw a tensor change in place; 0 in inference mode, which does not count.
+
+    The documentation of autograd tells of this counter under its private name only.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def preserve_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Inside, changes in place are not counted, so that a graph that saved the tensors can still run its backward.
+
+    The tensors must have their values back at the end. ``Tensor.data`` hides changes too, but not those of a DTensor
+    or a copy made by others.
+    """
+    from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+    return _unsafe_preserve_version_counter(tuple(tensors))
+
+
+def is_mutable(operator: Any) -> bool:
+    """Whether an operator (``OpOverload``) writes to an argument: its schema has no public accessor."""
+    return bool(operator._schema.is_mutable)
+
+
+def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call that an operator (``OpOverload``) writes to: its schema has no public accessor."""
+    arguments = operator._schema.arguments
+    passed = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | dict(kwargs)
+    return [passed.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def awaits_collective(operator: Any) -> bool:
+    """Whether an operator waits for a collective to end; functional collectives have no public namespace."""
+    return operator is torch.ops._c10d_functional.wait_tensor.default
+
+
+def non_persistent_buffers(module: nn.Module) -> set[str]:
+    """Names of a module's own buffers that its state dict leaves out. No API tells how they were registered."""
+    return set(module._non_persistent_buffers_set)
+
+
+def clear_load_hooks(module: nn.Module) -> None:
+    """Remove a module's own hooks on loading: whoever registered them has the only public handles."""
+    module._load_state_dict_pre_hooks.clear()
+    module._load_state_dict_post_hooks.clear()
+
+
+def apply_to_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Replace every parameter, gradient and buffer in a module by ``fn`` of it.
+
+    ``Module.to_empty`` does this for all tensors, and ``fn`` may choose some.
+    """
+    module._apply(fn)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Inside, new tensors have no data but a device; ``FakeTensorMode`` has no public path."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def active_fake_mode() -> object | None:
+    """The innermost ``fake_tensors()`` that is active: DTensor enters one of its own to infer shapes."""
+    from torch._guards import active_fake_mode as active
+
+    return active()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a device but no data, so that nothing may depend on its values."""
+    from torch._subclasses.fake_tensor import is_fake as fake
+
+    return bool(fake(tensor))
+
+
+def init_fake_process_group(ranks: int) -> None:
+    """Make this process rank 0 of ``ranks`` that do not exist: collectives return at once, with any values.
+
+    The backend "fake" is registered by a module of torch's tests, which has the store that it needs.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+
+
+@contextmanager
+def shards_copied_before_gathering() -> Iterator[None]:
+    """Inside, FSDP2 copies every shard before it gathers it, as it does with shards that are offloaded to the host.
+
+    Fake tensors have one device, so that FSDP2 sees nothing offloaded. No hook runs between the two.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    original: Any = FSDPParam.all_gather_inputs
+    FSDPParam.all_gather_inputs = property(  # type: ignore[assignment,method-assign]
+        lambda self: [shard.clone() for shard in original.__get__(self)]
+    )
+    try:
+        yield
+    finally:
+        FSDPParam.all_gather_inputs = original  # type: ignore[method-assign]
