@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from paca_lightning.activation_checkpointing.selective import contexts
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import storage_id
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
@@ -83,13 +84,13 @@ def _forward(block: nn.Module, offload: bool, context_fn: Callable[[], Any], *ar
 def _offloaded(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
     """Hooks that keep inputs with a gradient in host memory. Masks and positions are shared by all blocks and stay."""
     storages = {
-        tensor.untyped_storage()._cdata
+        storage_id(tensor.untyped_storage())
         for tensor in (*args, *kwargs.values())
         if isinstance(tensor, Tensor) and tensor.requires_grad
     }
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        if tensor.untyped_storage()._cdata not in storages:
+        if storage_id(tensor.untyped_storage()) not in storages:
             return tensor.device, tensor
         return tensor.device, to_host(tensor)
 

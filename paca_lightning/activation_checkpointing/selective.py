@@ -13,11 +13,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
 from paca_lightning.activation_checkpointing.generators import GeneratorStates
+from paca_lightning.core.private.torch import (
+    UNSAFE_VIEW,
+    TorchDispatchMode,
+    is_mutable,
+    map_tensors,
+    storage_id,
+    tensors_in,
+    written_arguments,
+)
 
 _aten = torch.ops.aten
 _GEMMS = {_aten.mm.default, _aten.addmm.default, _aten.linear.default}
@@ -31,7 +38,7 @@ _MOVES = {
     _aten.t.default,
     _aten.transpose.int,
     _aten.view.default,
-    _aten._unsafe_view.default,
+    UNSAFE_VIEW,
 }
 # Operators whose backward uses no value of their inputs.
 _VALUELESS = {*_MOVES, _aten.add.Tensor}
@@ -89,14 +96,14 @@ class _Forward(TorchDispatchMode):
             return NotImplemented  # the same operator follows on the local tensors
         output = func(*args, **(kwargs or {}))
         read, returned = _storages((args, kwargs)), _storages(output)
-        if not returned and not func._schema.is_mutable:
+        if not returned and not is_mutable(func):
             return output  # a size or a device
         summands = {call for key in read for call in self._summands.get(key, ())}
         if func not in _VALUELESS:
             for call in summands:
                 call.needed = True
             summands = set()
-        if func._schema.is_mutable:
+        if is_mutable(func):
             self._recompute_what_is_written(func, args, kwargs or {})
         attends = _ATTENTION.search(func.name()) is not None
         attended = any(key in self._attended for key in read)
@@ -114,11 +121,7 @@ class _Forward(TorchDispatchMode):
         return output
 
     def _recompute_what_is_written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        arguments = func._schema.arguments
-        passed = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
-        written = _storages(
-            [passed.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        )
+        written = _storages(written_arguments(func, args, kwargs))
         for call in self._calls:
             if not written.isdisjoint(_storages(call.output)):
                 call.output, call.needed = None, True
@@ -173,10 +176,10 @@ def _recorded(func: Any, args: Any, output: Any, *, attends: bool, attended: boo
     """The record of a call: of attention, or of a GEMM whose input may come from attention (``attended``)."""
     cheap = not attends and (attended or 4 * output.shape[-1] <= _gemm_input(func, args).shape[-1])
     # Detached: the output itself would hold the graph that leads to it, and so itself.
-    kept = None if cheap else tree_map_only(Tensor, Tensor.detach, output)
+    kept = None if cheap else map_tensors(Tensor.detach, output)
     if not attends:
         return _Call(func, kept, (output.shape, output.dtype, output.device), needed=False, generators=None)
-    devices = {leaf.device for leaf in tree_leaves(output) if isinstance(leaf, Tensor)}
+    devices = {tensor.device for tensor in tensors_in(output)}
     return _Call(func, kept, None, needed=True, generators=GeneratorStates(devices))
 
 
@@ -187,4 +190,4 @@ def _gemm_input(func: Any, args: Any) -> Tensor:
 
 def _storages(tree: Any) -> set[int]:
     """Addresses of the storages of all tensors in a tree."""
-    return {leaf.untyped_storage()._cdata for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+    return {storage_id(tensor.untyped_storage()) for tensor in tensors_in(tree)}

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
-
-# The documented way to see every operator has no public path.
-from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # documented, without a public path
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Segments that torch.compile, ``checkpoint_wrapper`` and FSDP1 put into module paths. No API lists or removes them."""
@@ -22,15 +21,11 @@ UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists, dicts and registered classes; torch has no public tree functions."""
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     """The same tree with ``fn`` of each tensor; torch has no public tree functions."""
-    from torch.utils._pytree import tree_map_only
-
     return tree_map_only(Tensor, fn, tree)
 
 
