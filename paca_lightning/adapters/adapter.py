@@ -12,23 +12,24 @@ from torch import Tensor, nn
 
 from paca_lightning.adapters.files import (
     CONFIG,
-    OURS,
     PREFIX,
+    SETTINGS,
     TENSORS,
-    Ours,
+    AdapterSettings,
     adapter_config,
     peft_config,
     read_json,
-    read_ours,
+    read_settings,
     read_tensors,
     write_json,
 )
 from paca_lightning.adapters.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
-from paca_lightning.conversion.convert import config_of, convert
+from paca_lightning.conversion.convert import convert
+from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.revert import undone_on_error
-from paca_lightning.conversion.saved_modules import saved_by_path
-from paca_lightning.conversion.targets import layers_by_path
+from paca_lightning.conversion.select import quantize_layers
+from paca_lightning.conversion.state import config_of
 from paca_lightning.core.dtensor import copy_into, is_first_rank, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
@@ -46,11 +47,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: Is created; files of the same names in it are replaced.
 
     Raises:
-        PaCAError: If the model has no PaCA layers, or training diverged and left NaN or Inf in it. An adapter that was
-            there is kept.
+        PaCAError: If the model has no PaCA layers, or parts with different configurations, or training diverged and
+            left NaN or Inf in it. An adapter that was there is kept.
     """
-    layers = layers_by_path(model)
     config = config_of(model)
+    inventory = take_inventory(model)
+    layers = inventory.named_layers()
     if not layers or config is None:
         raise PaCAError("The model has no PaCA layers, so there is no adapter to save. Call apply_paca first.")
     tensors: dict[str, Tensor] = {}
@@ -59,7 +61,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors[f"{PREFIX}{path}.paca_delta"] = whole_tensor(layer.paca_delta)
         tensors[f"{PREFIX}{path}.paca_indices"] = whole_tensor(layer.paca_indices)
         samples[path] = sample_columns(whole_tensor(layer.paca_base_columns))
-    for path, module in saved_by_path(model).items():
+    for path, module in inventory.named_saved().items():
         for name, tensor in module.state_dict().items():
             tensors[f"{PREFIX}{path}.{name}"] = whole_tensor(tensor)
     if (broken := _not_finite(tensors)) is not None:
@@ -70,11 +72,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not is_first_rank():
         return
     with written_aside(directory) as scratch:
-        save_file(_unshared(tensors), scratch / TENSORS, metadata={"format": "pt"})
-        write_json(scratch / CONFIG, peft_config(model, config))
+        save_file(_copies(tensors), scratch / TENSORS, metadata={"format": "pt"})
+        write_json(scratch / CONFIG, peft_config(inventory.base_model, config))
         ranks = {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()}
         ours = {"version": version("paca-lightning"), "config": config.to_dict(), "layers": ranks}
-        write_json(scratch / OURS, ours | {"fingerprint": samples})
+        write_json(scratch / SETTINGS, ours | {"fingerprint": samples})
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ConversionReport:
@@ -91,35 +93,38 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
         PaCAError: If a file is missing or damaged, a tensor does not fit (naming the layer), or the base model is
             another one. The model is then as it was, unless it was quantized on the way: that cannot be undone.
     """
-    config, ours = adapter_config(directory), read_ours(Path(directory))
-    indices, deltas, whole = _sorted_out(read_tensors(Path(directory)), directory)
-    known = config_of(model)
-    with _says_where(directory), undone_on_error(model):
+    config, settings = adapter_config(directory), read_settings(Path(directory))
+    indices, deltas, whole = split_tensors(read_tensors(Path(directory)), directory)
+    inventory = take_inventory(model)
+    with _directory_in_errors(directory), undone_on_error(inventory):
+        known = config_of(model)
         # Whatever the selection, the columns are the adapter's: no data needs to follow.
-        report, _ = convert(model, known or config, indices if known is None else None, data_follows=True)
-        layers = layers_by_path(model)
+        report = convert(inventory, known or config, indices if known is None else None, data_follows=True)
+        layers = inventory.named_layers()
         before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
-        _check_layers(layers, indices, deltas, ours)
-        targets = _whole_targets(model, whole)
+        _check_layers(layers, indices, deltas, settings)
+        targets = _whole_targets(inventory, whole)
         try:
             for path, layer in layers.items():
                 layer.move_to_columns(indices[path].to(layer.paca_indices.device))
-            _check_base_model(layers, ours, directory, QUANTIZED_TOLERANCE if config.quantize else TOLERANCE)
+            _check_base_model(layers, settings, directory, QUANTIZED_TOLERANCE if config.quantize else TOLERANCE)
         except PaCAError:
             for path, layer in layers.items():
                 layer.move_to_columns(before[path])
             raise
     with torch.no_grad():
         for path, layer in layers.items():
+            layer.paca_pending = None
             copy_into(layer.paca_delta, deltas[path])
             layer.write_columns()
         for tensor, value in targets:
             copy_into(tensor, value)
+    quantize_layers(layers, known or config)  # those that waited for data to choose their columns
     return report
 
 
 @contextmanager
-def _says_where(directory: str | os.PathLike[str]) -> Iterator[None]:
+def _directory_in_errors(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Begin the message of an error with the adapter's directory."""
     try:
         yield
@@ -133,10 +138,10 @@ def adapter_indices(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         PaCAError: If a file of it is missing or damaged.
     """
-    return _sorted_out(read_tensors(Path(directory)), directory)[0]
+    return split_tensors(read_tensors(Path(directory)), directory)[0]
 
 
-def _sorted_out(
+def split_tensors(
     tensors: dict[str, Tensor], directory: str | os.PathLike[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Indices and deltas by layer path, and the parameters of modules trained whole by their name."""
@@ -156,14 +161,17 @@ def _sorted_out(
 
 
 def _check_layers(
-    layers: dict[str, PaCALayer], indices: dict[str, Tensor], deltas: dict[str, Tensor], ours: Ours | None
+    layers: dict[str, PaCALayer],
+    indices: dict[str, Tensor],
+    deltas: dict[str, Tensor],
+    settings: AdapterSettings | None,
 ) -> None:
     for path in sorted(layers.keys() ^ deltas.keys()):
         where = "in the adapter but not a PaCA layer of the model" if path in deltas else "not in the adapter"
         raise PaCAError(f"{path!r} is {where}. Use the settings and the base model it was trained with.")
     for path in deltas:
-        if ours is not None and not (path in ours.scalings and path in ours.fingerprint):
-            raise PaCAError(f"{OURS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
+        if settings is not None and not (path in settings.scalings and path in settings.fingerprint):
+            raise PaCAError(f"{SETTINGS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
     for path, layer in layers.items():
         expected = (layer.out_features, layer.r)
         if tuple(deltas[path].shape) != expected:
@@ -172,20 +180,20 @@ def _check_layers(
                 "settings and the base model it was trained with."
             )
         check_indices(indices[path], layer.in_features, layer.r, path=path)
-        if ours is not None and ours.scalings[path] != layer.scaling:
+        if settings is not None and settings.scalings[path] != layer.scaling:
             raise PaCAError(
-                f"{path!r} was trained with scaling {ours.scalings[path]:g}, the model has {layer.scaling:g}. Use the "
-                "adapter's alpha."
+                f"{path!r} was trained with scaling {settings.scalings[path]:g}, the model has {layer.scaling:g}. Use "
+                "the adapter's alpha."
             )
 
 
 def _check_base_model(
-    layers: dict[str, PaCALayer], ours: Ours | None, directory: str | os.PathLike[str], tolerance: float
+    layers: dict[str, PaCALayer], settings: AdapterSettings | None, directory: str | os.PathLike[str], tolerance: float
 ) -> None:
-    if ours is None:
+    if settings is None:
         return
     here = {path: sample_columns(whole_tensor(layer.paca_base_columns)) for path, layer in layers.items()}
-    if (path := differing_layer(ours.fingerprint, here, tolerance)) is not None:
+    if (path := differing_layer(settings.fingerprint, here, tolerance)) is not None:
         name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
         raise PaCAError(
             f"it was trained on another base model: its weights differ from those here, most in {path!r}. Load the one "
@@ -193,11 +201,11 @@ def _check_base_model(
         )
 
 
-def _whole_targets(model: nn.Module, whole: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _whole_targets(inventory: Inventory, whole: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """What is trained whole in the model, and the value the adapter has for it."""
     here = {
         f"{path}.{name}": tensor
-        for path, module in saved_by_path(model).items()
+        for path, module in inventory.named_saved().items()
         for name, tensor in module.state_dict().items()
     }
     for name in sorted(here.keys() ^ whole.keys()):
@@ -220,6 +228,6 @@ def _not_finite(tensors: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies, as safetensors writes no two names of one memory."""
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

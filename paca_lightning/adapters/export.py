@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from paca_lightning.conversion.convert import config_of
-from paca_lightning.conversion.saved_modules import saved_modules
-from paca_lightning.conversion.targets import layers_by_path
+from paca_lightning.conversion.inventory import take_inventory
+from paca_lightning.conversion.state import config_of
 from paca_lightning.core.dtensor import is_first_rank, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
-from paca_lightning.core.paths import base_model_prefix, clean_path, relative_path
+from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.nf4 import dequantize_rows, from_linear4bit, linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4_linear import QPaCALinear
@@ -96,11 +95,9 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: 
         selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
         tensors[f"base_model.model.{path}.lora_A.weight"] = selection
         tensors[f"base_model.model.{path}.lora_B.weight"] = whole_tensor(layer.paca_delta).float() * factor
-    prefix = base_model_prefix(model)
-    for path, module in saved_modules(model):
+    for path, module in take_inventory(model).named_saved().items():
         for name, parameter in module.named_parameters():
-            key = f"base_model.model.{relative_path(clean_path(path), prefix)}.{name}"
-            tensors[key] = whole_tensor(parameter).contiguous()
+            tensors[f"base_model.model.{path}.{name}"] = whole_tensor(parameter).contiguous()
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(_unwrapped(model)).__name__.endswith("ForCausalLM") else None,
@@ -141,7 +138,7 @@ def check_no_adapter(directory: str | os.PathLike[str]) -> None:
 
 def _layers(model: nn.Module) -> dict[str, PaCALayer]:
     """PaCA layers by their path from the base model."""
-    layers = layers_by_path(model)
+    layers = take_inventory(model).named_layers()
     if not layers:
         raise PaCAError("The model has no PaCA layers, so there is nothing to export. Call apply_paca first.")
     return layers

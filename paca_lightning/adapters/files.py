@@ -1,4 +1,4 @@
-"""The files of an adapter directory: PEFT's PaCA layout as safetensors and JSON, and a file of ours."""
+"""The files of an adapter directory: PEFT's PaCA layout in safetensors and JSON, and one file of our own."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 
-CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "paca_lightning.json"
+CONFIG, TENSORS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "paca_lightning.json"
 PREFIX = "base_model.model."
 
 
@@ -26,13 +26,13 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
     peft = read_json(Path(directory) / CONFIG)
     if peft.get("peft_type") != "PACA":
         raise PaCAError(f"{Path(directory) / CONFIG}: peft_type is {peft.get('peft_type')!r}, not 'PACA'.")
-    ours = read_ours(Path(directory))
+    ours = read_settings(Path(directory))
     if ours is not None:
-        for name, value in _in_both(ours.config).items():
+        for name, value in shared_settings(ours.config).items():
             here = peft.get(name)
             if here != value and not (isinstance(here, list) and isinstance(value, list) and set(here) == set(value)):
                 raise PaCAError(
-                    f"{directory}: {CONFIG} says {name}={here!r} and {OURS} says {value!r}. Undo the change, "
+                    f"{directory}: {CONFIG} says {name}={here!r} and {SETTINGS} says {value!r}. Undo the change, "
                     "or save the adapter again."
                 )
         return ours.config
@@ -49,22 +49,33 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
         raise PaCAError(f"{Path(directory) / CONFIG} has no {error}.") from error
 
 
-def peft_config(model: nn.Module, config: PaCAConfig) -> dict[str, Any]:
-    """The settings under PEFT's names (0.22)."""
-    base = next((m for m in model.modules() if hasattr(m, "get_output_embeddings") and hasattr(m, "config")), None)
+def peft_config(base_model: nn.Module | None, config: PaCAConfig) -> dict[str, Any]:
+    """The settings under PEFT's names (0.22).
+
+    Args:
+        base_model: The Hugging Face model that was converted, if there is one.
+        config: The settings.
+    """
     return {
         "peft_type": "PACA",
-        "task_type": "CAUSAL_LM" if base is not None and type(base).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
-        **_in_both(config),
+        **base_model_entries(base_model),
+        **shared_settings(config),
         "exclude_modules": config.exclude_modules or None,
         "modules_to_save": config.modules_to_save or None,
         "inference_mode": True,
     }
 
 
-def _in_both(config: PaCAConfig) -> dict[str, Any]:
-    """What both files say, under PEFT's names."""
+def base_model_entries(base_model: nn.Module | None) -> dict[str, Any]:
+    """What a PEFT configuration tells of its base model."""
+    return {
+        "task_type": "CAUSAL_LM" if type(base_model).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": getattr(getattr(base_model, "config", None), "name_or_path", None) or None,
+    }
+
+
+def shared_settings(config: PaCAConfig) -> dict[str, Any]:
+    """The settings that both JSON files hold, under PEFT's names."""
     return {
         "r": config.r,
         "paca_alpha": config.alpha_of(None, config.r),
@@ -83,26 +94,26 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Ours:
-    """What PEFT's layout has no place for."""
+class AdapterSettings:
+    """What our own file holds: PEFT's layout has no place for it."""
 
     config: PaCAConfig
     scalings: dict[str, float]
     fingerprint: dict[str, list[float]]
 
 
-def read_ours(directory: Path) -> Ours | None:
+def read_settings(directory: Path) -> AdapterSettings | None:
     """Our own file of an adapter directory; None if PEFT wrote the adapter.
 
     Raises:
         PaCAError: If it is damaged.
     """
-    path = directory / OURS
+    path = directory / SETTINGS
     if not path.exists():
         return None
     content = read_json(path)
     try:
-        return Ours(
+        return AdapterSettings(
             config=PaCAConfig.from_dict(content["config"]),
             scalings={name: layer["alpha"] / layer["r"] for name, layer in content["layers"].items()},
             fingerprint={name: list(map(float, values)) for name, values in content["fingerprint"].items()},

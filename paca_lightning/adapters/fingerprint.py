@@ -1,8 +1,13 @@
-"""Telling base models apart by a few of the values that an adapter was trained on top of."""
+"""Fingerprints of base models: a few values of the columns that an adapter or a checkpoint was trained on."""
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from paca_lightning.conversion.inventory import take_inventory
+from paca_lightning.core.dtensor import is_sharded
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.nf4_linear import QPaCALinear
 
 SAMPLES = 16
 # Reading a model in bf16 instead of fp32 moves its values by 0.2% (root mean square); two fine-tunes of one model
@@ -44,3 +49,32 @@ def differing_layer(
     if math.hypot(*errors.values()) <= tolerance * size:
         return None
     return max(errors, key=lambda path: errors[path])
+
+
+def base_samples(model: nn.Module) -> dict[str, list[float]] | None:
+    """Some values of each PaCA layer's base columns, by path; None where they are sharded over ranks."""
+    layers = take_inventory(model).named_layers()
+    if any(is_sharded(layer.paca_base_columns) for layer in layers.values()):
+        return None
+    return {path: sample_columns(layer.paca_base_columns) for path, layer in layers.items()}
+
+
+def check_base(saved: dict[str, list[float]], model: nn.Module) -> None:
+    """Compare a model, into which a checkpoint was loaded, with the base model of the checkpoint.
+
+    Args:
+        saved: What :func:`base_samples` gave when the checkpoint was saved.
+        model: The converted model. One that is sharded is not compared.
+
+    Raises:
+        PaCAError: If they differ by more than rounding.
+    """
+    if (here := base_samples(model)) is None:
+        return
+    quantized = any(isinstance(module, QPaCALinear) for module in model.modules())
+    path = differing_layer(saved, here, QUANTIZED_TOLERANCE if quantized else TOLERANCE)
+    if path is not None:
+        raise PaCAError(
+            f"The checkpoint was saved by a run on another base model: its weights differ from those here, most in "
+            f"{path!r}. Give the model that the run began with."
+        )

@@ -1,61 +1,82 @@
-"""Checkpoints that hold what was trained, not the base model: state-dict hooks on a module."""
+"""State dicts that hold what was trained, not the base model: hooks on a converted module."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
+from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import paca_layers
 
-FROZEN = "_paca_frozen"
 ADAPTER = ("paca_delta", "paca_indices")
+HOOKED = "_paca_state_dict_hooks"
+"""Attribute of a module that has the hooks. They stay after ``merge``, and then do nothing."""
 
 
 def keep_trained_state(module: nn.Module) -> None:
-    """From now on leave frozen parameters out of a module's state dict, and accept one without them.
+    """From now on leave frozen parameters out of a module's state dict, and accept a state dict without them.
 
-    Hooks on the module itself, rather than a filter in a callback, act before any gathering of shards, and for
-    ``save_weights_only`` too. Which parameters are left out is decided here, by name: averaging and sharding make
-    copies whose ``requires_grad`` says nothing.
+    Hooks on the module act before any gathering of shards and for ``save_weights_only`` too, which a filter in a
+    callback does not. Parameters are left out by the names that are frozen now: averaging and sharding make copies
+    whose ``requires_grad`` says nothing. All other keys are as strict as before.
 
     Args:
-        module: A converted module, such as a LightningModule.
+        module: The root of a conversion, such as a LightningModule.
     """
-    known = FROZEN in vars(module)
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    vars(module)[FROZEN] = frozenset(frozen)
-    if not known:
+    conversion = _conversion(module)
+    names = {clean_path(name): p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
+    conversion.frozen = {name for name, trained in names.items() if not trained} - conversion.trained
+    conversion.full_checkpoints = False
+    if HOOKED not in vars(module):
+        vars(module)[HOOKED] = True
         module.register_state_dict_post_hook(_drop_frozen)
         module.register_load_state_dict_post_hook(_check_loaded)
 
 
 def keep_everything(module: nn.Module) -> None:
     """Put the frozen parameters back into a module's state dict."""
-    vars(module)[FROZEN] = frozenset()
+    if (conversion := conversion_of(module)) is not None:
+        conversion.full_checkpoints = True
+
+
+def _conversion(module: nn.Module) -> Conversion:
+    conversion = conversion_of(module)
+    assert conversion is not None, "keep_trained_state takes a converted module"
+    return conversion
 
 
 def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    if not any(paca_layers(module)):  # merged or unloaded since: an ordinary model, which is saved whole
+    conversion = conversion_of(module)
+    if conversion is None or conversion.full_checkpoints:  # merged or unloaded since: a plain model is saved whole
         return
-    trained_since = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    frozen = vars(module)[FROZEN] - trained_since
+    thawed = {clean_path(name) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    conversion.note_trained(thawed & conversion.frozen)
     for key in list(state_dict):
         if not key.startswith(prefix):  # of a sibling, if the module is inside another one
             continue
-        name = key.removeprefix(prefix)
+        name = clean_path(key.removeprefix(prefix))
         # Some quantized layers keep their scales beside the weight, as "weight.absmax".
-        if name in frozen or any(part in frozen for part in _parents(name)):
+        if any(part in conversion.frozen for part in _with_parents(name)):
             del state_dict[key]
 
 
-def _parents(name: str) -> list[str]:
+def _with_parents(name: str) -> Iterator[str]:
     parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
+    return (".".join(parts[: count + 1]) for count in range(len(parts)))
 
 
-def _check_loaded(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
-    """Accept missing frozen parameters; refuse a checkpoint with a part of the adapter, or with another one."""
+def _check_loaded(module: nn.Module, incompatible: Any) -> None:
+    """Accept missing frozen parameters; refuse a checkpoint with a part of the adapter, or with another one.
+
+    Args:
+        module: Whose state dict was loaded.
+        incompatible: Has the lists ``missing_keys`` and ``unexpected_keys``, which PyTorch checks after this.
+    """
+    conversion = conversion_of(module)
+    if conversion is None:
+        return
     missing, unexpected = incompatible.missing_keys, incompatible.unexpected_keys
     if foreign := [key for key in unexpected if key.endswith(ADAPTER)]:
         raise PaCAError(
@@ -63,28 +84,32 @@ def _check_loaded(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
             "layer of this model. Use the target_modules it was trained with."
         )
     lost = [key for key in missing if key.endswith(ADAPTER)]
-    frozen = {key for key in missing if any(key == name or key.endswith("." + name) for name in vars(module)[FROZEN])}
+    frozen = {key for key in missing if _is_among(key, conversion.frozen)}
     if not lost:
-        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        trained = {clean_path(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
         for key in missing:
-            if any(key == name or key.endswith("." + name) for name in trained):
+            if _is_among(key, trained):
                 raise PaCAError(
                     f"The checkpoint has nothing for {key!r}, which this run trains whole. Use the modules_to_save it "
                     "was trained with."
                 )
-        missing[:] = [key for key in missing if key not in frozen]
+        if not conversion.full_checkpoints:
+            missing[:] = [key for key in missing if key not in frozen]
         return
     # A base checkpoint has nothing of the adapter, but every weight; it does not know the base columns.
     frozen = {key for key in frozen if not key.endswith("paca_base_columns")}
-    if len(lost) < sum(name.endswith(ADAPTER) for name, _ in _named_tensors(module)) or frozen:
+    if len(lost) < 2 * sum(1 for _ in paca_layers(module)) or frozen:
         raise PaCAError(
             f"The checkpoint has nothing for the PaCA layer {_layer(lost[0])!r} ({len(lost) // 2} such layers). Use "
             "the target_modules it was trained with."
         )
+    missing[:] = [key for key in missing if not key.endswith((*ADAPTER, "paca_base_columns"))]
 
 
-def _named_tensors(module: nn.Module) -> list[tuple[str, Any]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+def _is_among(key: str, names: set[str]) -> bool:
+    """Whether a key, perhaps with the path of the module in front, is one of some names."""
+    parts = clean_path(key).split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
 def _layer(key: str) -> str:

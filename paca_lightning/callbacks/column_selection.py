@@ -1,6 +1,6 @@
 """Choosing columns by the first batches of a run's own training data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -12,15 +12,17 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torchmetrics import Metric
 
-from paca_lightning.conversion.convert import select_columns
+from paca_lightning.callbacks.method_hooks import replaced_methods
+from paca_lightning.conversion.select import select_columns
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.base import PaCALayer
 
 BATCHES = 8
 
 
 def select_on_training_data(
-    trainer: Trainer, pl_module: LightningModule, config: PaCAConfig, undecided: set[str]
+    trainer: Trainer, pl_module: LightningModule, layers: Mapping[str, PaCALayer], config: PaCAConfig
 ) -> None:
     """Move layers to the columns that the first training batches favour, the same on every rank.
 
@@ -51,12 +53,12 @@ def select_on_training_data(
         with trainer.precision_plugin.train_step_context():
             return pl_module.training_step(batch, 0) if numbered else pl_module.training_step(batch)
 
-    with isolate_rng(), _unlogged(pl_module), _unsynchronised(trainer), _rewound(trainer) as loader:
+    with isolate_rng(), _unlogged(pl_module), _without_ddp_sync(trainer), _rewound(trainer) as loader:
         select_columns(
             pl_module,
+            layers,
             config,
             islice(loader, BATCHES),
-            undecided,
             step=step,
             reduce=lambda score: _summed(trainer, score),
         )
@@ -71,7 +73,7 @@ def _summed(trainer: Trainer, score: Tensor) -> Tensor:
     return result
 
 
-def _unsynchronised(trainer: Trainer) -> AbstractContextManager[None]:
+def _without_ddp_sync(trainer: Trainer) -> AbstractContextManager[None]:
     """These backwards pass DDP's wrapper by: its gradient hooks must not wait for other ranks.
 
     FSDP2's must run: without, it would keep the gradients and add them to those of the first step.
@@ -97,11 +99,10 @@ def _rewound(trainer: Trainer) -> Iterator[Any]:
             generator.set_state(before)
 
 
-@contextmanager
-def _unlogged(pl_module: LightningModule) -> Iterator[None]:
+def _unlogged(pl_module: LightningModule) -> AbstractContextManager[None]:
     """Make ``self.log`` and ``self.log_dict`` do nothing: these batches are no part of training."""
-    pl_module.log = pl_module.log_dict = lambda *_, **__: None  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        del pl_module.log, pl_module.log_dict
+
+    def nothing(*_: Any, **__: Any) -> None:
+        """Log nothing."""
+
+    return replaced_methods(pl_module, log=nothing, log_dict=nothing)

@@ -14,23 +14,34 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from paca_lightning.adapters.adapter import adapter_indices, load_adapter
-from paca_lightning.adapters.base_check import KEY, check_base, remember_base
 from paca_lightning.adapters.files import adapter_config
+from paca_lightning.adapters.fingerprint import check_base
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
 from paca_lightning.callbacks.averaging import check_bases, check_order, copies_without_asking, settle_averages
+from paca_lightning.callbacks.checkpoint_compatibility import (
+    BASE,
+    check_scalings,
+    columns_are_chosen,
+    note_chosen_columns,
+    remember_base,
+    scalings,
+)
 from paca_lightning.callbacks.column_selection import select_on_training_data
-from paca_lightning.callbacks.method_hooks import Followers
+from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.run_checks import check_optimizers, check_outputs, check_strategy, learning_rate
-from paca_lightning.conversion.convert import convert, quantize_layers
+from paca_lightning.conversion.convert import convert
+from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.report import ConversionReport
+from paca_lightning.conversion.revert import undone_on_error
+from paca_lightning.conversion.select import quantize_layers, settle_columns, waits_for_data
+from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.conversion.write_back import attach, layers_stepped_by
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import clean_path
-from paca_lightning.layers.base import paca_layers
+from paca_lightning.layers.base import PaCALayer, paca_layers
 
-LOADED = "_paca_adapter"
-"""Attribute of a module: the adapter that was loaded into it, which later runs go on from."""
+FROM_ADAPTER = ("r", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""Settings that an adapter decides: another value beside it is a contradiction."""
 
 
 class PaCAStrategy(Callback):
@@ -45,31 +56,35 @@ class PaCAStrategy(Callback):
     ``Trainer(strategy=...)``, and works beside the strategies that distribute a run.
 
     Args:
-        config: What to train. Default: 16 columns of every linear layer but the output head.
-        adapter: Directory of a trained adapter to start from, or to evaluate. With the default ``config`` its
-            settings are used.
+        config: What to train. Default: the settings of the adapter, or 16 columns of every linear layer but the
+            output head.
+        adapter: Directory of a trained adapter to start from, or to evaluate.
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
 
     Attributes:
         report: What was converted, once a run has started.
+
+    Raises:
+        PaCAError: If the adapter is damaged, or ``config`` contradicts it.
     """
 
     def __init__(
         self,
-        config: PaCAConfig = PaCAConfig(),  # noqa: B008  (frozen)
+        config: PaCAConfig | None = None,
         *,
         adapter: str | None = None,
         full_checkpoints: bool = False,
     ) -> None:
-        self.config = adapter_config(adapter) if adapter is not None and config == PaCAConfig() else config
+        self.config = config or PaCAConfig()
+        if adapter is not None:
+            self.config = _config_beside_adapter(config, adapter)
         self.adapter = adapter
         self.full_checkpoints = full_checkpoints
         self.report: ConversionReport | None = None
-        self._undecided: set[str] = set()
+        # Of the present run alone: what it hooked, and the base model of the checkpoint it restores.
         self._handles: list[RemovableHandle] = []
+        self._hooks = MethodHooks()
         self._saved_base: dict[str, list[float]] | None = None
-        self._selected = False  # by the run that is resumed
-        self._followers = Followers()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,16 +95,18 @@ class PaCAStrategy(Callback):
             check_outputs(trainer)
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
-        self._followers.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
-        self._followers.add(pl_module, "on_load_checkpoint", self._note_base)
+        self._hooks.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
+        self._hooks.add(pl_module, "on_load_checkpoint", lambda checkpoint: self._note(checkpoint, pl_module))
         if stage == "fit":
             # Not later: a learning rate finder trains before this callback's on_fit_start.
-            self._followers.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
+            self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
             if copies_without_asking(trainer):
                 pl_module.configure_model()
 
-    def _note_base(self, checkpoint: dict[str, Any]) -> None:
-        self._saved_base = checkpoint.get(KEY)
+    def _note(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
+        self._saved_base = checkpoint.get(BASE)
+        own = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        note_chosen_columns(checkpoint, pl_module, chosen=own.get("selected", True))
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
@@ -99,8 +116,8 @@ class PaCAStrategy(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take back what was hung onto the module and the optimizers; the conversion stays."""
-        self._let_go()
+        """Remove our hooks; the model stays converted."""
+        self._remove_hooks()
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not self.full_checkpoints:
             # Spawned workers send their state to the module of the main process, which is not converted. With the
             # whole state it becomes the merged model; with the adapter alone it would silently stay untrained.
@@ -108,12 +125,12 @@ class PaCAStrategy(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take back the same after an error, when there is no teardown."""
-        self._let_go()
+        """Remove our hooks after an error, when there is no teardown."""
+        self._remove_hooks()
 
-    def _let_go(self) -> None:
-        self._followers.remove()
-        self._saved_base, self._selected = None, False
+    def _remove_hooks(self) -> None:
+        self._hooks.remove()
+        self._saved_base = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -122,42 +139,44 @@ class PaCAStrategy(Callback):
         if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
             # It would replace PaCA layers later: let it quantize first, and convert what it leaves.
             trainer.precision_plugin.convert_module(pl_module)
-        fresh = not any(paca_layers(pl_module))
-        if fresh:
-            vars(pl_module).pop(LOADED, None)
+        inventory = take_inventory(pl_module)
         # Known before a quantized base forgets what the columns started from.
-        indices = adapter_indices(self.adapter) if self.adapter is not None and fresh else None
-        self.report, undecided = convert(pl_module, self.config, indices, data_follows=True)
-        self._undecided |= undecided
+        indices = adapter_indices(self.adapter) if self.adapter is not None and not inventory.layers else None
+        with undone_on_error(inventory):
+            self.report = convert(inventory, self.config, indices, data_follows=True)
         check_bases(trainer, pl_module)
+        self._keep_state(pl_module)
+        self._load_adapter(pl_module)
+
+    def _keep_state(self, pl_module: LightningModule) -> None:
         if self.full_checkpoints:
             keep_everything(pl_module)
         else:
             keep_trained_state(pl_module)
-            pl_module.strict_loading = False
-        self._load_adapter(pl_module)
 
     def _load_adapter(self, pl_module: LightningModule) -> None:
         """Load the adapter to start from, once into a module, and as soon as its weights are there."""
         on_meta = any(layer.base.is_meta for _, layer in paca_layers(pl_module))
-        if self.adapter is not None and not on_meta and vars(pl_module).get(LOADED) != self.adapter:
+        conversion = _conversion(pl_module)
+        if self.adapter is not None and not on_meta and conversion.adapter != self.adapter:
             load_adapter(pl_module, self.adapter)
-            vars(pl_module)[LOADED] = self.adapter
+            conversion.adapter = self.adapter
 
-    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What evaluation needs that conversion could not do yet: weights may have come after it."""
+    def _prepare_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what the conversion could not do yet: weights may have come after it."""
         if trainer.state.fn == TrainerFn.FITTING:
             return
         self._check_base(pl_module)
         if trainer.ckpt_path is None:
             self._load_adapter(pl_module)
-        if not self._undecided:
+        if not (waiting := _waiting(pl_module)):
             return
-        if trainer.ckpt_path is not None:  # which has told the columns
-            if self.config.quantize is not None:
-                with torch.inference_mode(False):  # as Lightning evaluates, weights could never be trained again
-                    quantize_layers(pl_module, self.config)
-            self._undecided = set()
+        if _conversion(pl_module).columns_restored:
+            for layer in waiting:
+                layer.paca_pending = None
+            with torch.inference_mode(False):  # as Lightning evaluates, weights could never be trained again
+                quantize_layers(dict(paca_layers(pl_module)), self.config)
+                self._keep_state(pl_module)
         elif self.config.quantize is not None:
             raise PaCAError(
                 f"selection={self.config.selection!r} chooses the columns by training data before the model is "
@@ -178,19 +197,17 @@ class PaCAStrategy(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the columns by the first training batches, if the selection looks at data."""
-        if not self._undecided:
+        if not (waiting := _waiting(pl_module)):
             return
-        if self._selected:
+        layers = dict(paca_layers(pl_module))
+        if _conversion(pl_module).columns_restored:
             # The columns came with the checkpoint, before the weights were cast. When chosen, they were read after.
-            for path, layer in paca_layers(pl_module):
-                if clean_path(path) in self._undecided:
-                    layer.reread_columns()
-        elif self.adapter is None:
-            select_on_training_data(trainer, pl_module, self.config, self._undecided)
-        quantize_layers(pl_module, self.config)  # which waited for the columns, chosen or loaded
-        if not self.full_checkpoints:
-            keep_trained_state(pl_module)
-        self._undecided = set()
+            for layer in waiting:
+                settle_columns(layer)
+            quantize_layers(layers, self.config)
+        else:
+            select_on_training_data(trainer, pl_module, layers, self.config)
+        self._keep_state(pl_module)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -206,55 +223,77 @@ class PaCAStrategy(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load an adapter that had to wait, and put averaged models right before they are swapped in."""
-        self._settle(trainer, pl_module)
+        """Load an adapter that had to wait, and correct averaged models before they are swapped in."""
+        self._prepare_evaluation(trainer, pl_module)
         settle_averages(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load an adapter that had to wait."""
-        self._settle(trainer, pl_module)
+        self._prepare_evaluation(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load an adapter that had to wait."""
-        self._settle(trainer, pl_module)
+        self._prepare_evaluation(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put averaged models right before they are taken over."""
+        """Correct averaged models before they are taken over."""
         settle_averages(trainer, pl_module)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put averaged models right before they are saved, and tell which base model they are of."""
+        """Correct averaged models before they are saved, and note the base model and whether columns are chosen."""
         settle_averages(trainer, pl_module)
+        checkpoint["callbacks"][self.state_key]["selected"] = columns_are_chosen(pl_module)
         if not self.full_checkpoints:
             remember_base(checkpoint, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of deltas alone does not tell: each layer's scaling, and whether columns were chosen."""
-        scaling = {} if self.report is None else {layer.path: layer.scaling for layer in self.report.layers}
-        return {"scaling": scaling, "selected": not self._undecided}
+        """Each layer's scaling, which a checkpoint of deltas alone does not tell."""
+        return {"scaling": scalings(self.report)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint whose deltas would enter the weights with another scaling."""
-        self._selected = state_dict.get("selected", True)
-        here = self.state_dict()["scaling"]
-        for path, scaling in state_dict["scaling"].items():
-            if here.get(path, scaling) != scaling:
-                raise PaCAError(
-                    f"The checkpoint trained {path!r} with scaling {scaling:g} (alpha / r), and this run has "
-                    f"{here[path]:g}: the deltas would mean other weights. Use the alpha it was trained with."
-                )
+        check_scalings(state_dict["scaling"], scalings(self.report))
 
     @rank_zero_only
     def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.report is not None
         self.report.learning_rate = learning_rate(trainer, "initial_lr")
         rich.print(self.report)
+
+
+def _conversion(pl_module: LightningModule) -> Conversion:
+    conversion = conversion_of(pl_module)
+    assert conversion is not None
+    return conversion
+
+
+def _waiting(pl_module: LightningModule) -> list[PaCALayer]:
+    """The layers whose columns data has yet to choose."""
+    return [layer for _, layer in paca_layers(pl_module) if waits_for_data(layer)]
+
+
+def _config_beside_adapter(config: PaCAConfig | None, adapter: str) -> PaCAConfig:
+    """The settings of a run that starts from an adapter.
+
+    Raises:
+        PaCAError: If the given ones contradict the adapter's.
+    """
+    trained = adapter_config(adapter)
+    if config is None:
+        return trained
+    for name in FROM_ADAPTER:
+        if getattr(config, name) != getattr(trained, name):
+            raise PaCAError(
+                f"config says {name}={getattr(config, name)!r}, and the adapter {adapter!r} was trained with "
+                f"{name}={getattr(trained, name)!r}. Leave config out to take the adapter's settings."
+            )
+    return config
 
 
 def _explain(**_: Any) -> NoReturn:

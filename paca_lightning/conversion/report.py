@@ -1,16 +1,19 @@
-"""What a conversion did, to be printed: layers, parameters, bytes, and what was left alone."""
+"""ConversionReport: what was converted and what is left frozen, with parameters and bytes, to be printed."""
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
-from rich.table import Table
 from torch import nn
 
+from paca_lightning.conversion.frozen import FrozenGroup, frozen_groups
+from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.targets import Resolution
 from paca_lightning.core.config import PaCAConfig
-from paca_lightning.layers.base import paca_layers
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ConversionReport:
         config: The settings.
         layers: The converted layers.
         skipped: Reason by path of each linear layer that was left alone.
+        frozen: All other parameters that are left frozen, by kind.
         saved: Paths of the modules that are trained whole.
         trainable_parameters: Of the deltas and the modules trained whole.
         total_parameters: Of the base model and the deltas.
@@ -49,6 +53,7 @@ class ConversionReport:
     config: PaCAConfig
     layers: list[LayerRecord]
     skipped: dict[str, str] = field(default_factory=dict)
+    frozen: list[FrozenGroup] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     trainable_parameters: int = 0
     total_parameters: int = 0
@@ -64,8 +69,11 @@ class ConversionReport:
         """Bytes of Adam's two moments for everything that is trained."""
         return 2 * 4 * self.trainable_parameters
 
-    def __rich__(self) -> Group:
+    def __rich__(self) -> "Group":
         """Table of the layers by kind, with totals and notes below."""
+        from rich.console import Group  # not at import time: apply_paca alone needs no rich
+        from rich.table import Table
+
         table = Table(title="PaCA", title_justify="left", title_style="bold")
         table.add_column("layers")
         for name in ("count", "shape", "r", "scaling", "trained"):
@@ -92,18 +100,27 @@ class ConversionReport:
             example = next(path for path, why in self.skipped.items() if why == reason)
             more = f" and {count - 1} more" if count > 1 else ""
             notes.append(f"Left alone: {example}{more}: {reason}.")
+        for group in self.frozen:
+            more = f" and {group.tensors - 1} more" if group.tensors > 1 else ""
+            notes.append(
+                f"Frozen: {group.kind}: {group.example}{more}, {group.parameters:,} parameters "
+                f"({group.parameters / max(self.total_parameters, 1):.1%})."
+            )
         return notes
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=100, color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
 
 
-def report_on(model: nn.Module, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
+def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
     """The report of a model that has just been converted."""
-    layers = [
+    layers = inventory.layers
+    records = [
         LayerRecord(
             path=path,
             kind=path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else type(layer).__name__,
@@ -113,24 +130,31 @@ def report_on(model: nn.Module, config: PaCAConfig, resolution: Resolution) -> C
             scaling=layer.scaling,
             delta_bytes=layer.paca_delta.numel() * layer.paca_delta.element_size(),
         )
-        for path, layer in paca_layers(model)
+        for path, layer in layers.items()
     ]
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in _outside_paca_layers(model) if not p.requires_grad)
+    base = dict(_base_parameters(inventory))
+    deltas = sum(layer.paca_delta.numel() for layer in layers.values() if layer.paca_delta.requires_grad)
+    beside = sum(parameter.numel() for parameter in base.values() if parameter.requires_grad)
     return ConversionReport(
         config=config,
-        layers=layers,
+        layers=records,
         skipped=resolution.skipped,
+        frozen=frozen_groups(inventory, {name: p for name, p in base.items() if not p.requires_grad}),
         saved=list(resolution.saved),
-        trainable_parameters=trainable,
-        total_parameters=trainable + frozen + sum(layer.in_features * layer.out_features for layer in layers),
+        trainable_parameters=deltas + beside,
+        total_parameters=deltas
+        + sum(parameter.numel() for parameter in base.values())
+        + sum(layer.in_features * layer.out_features for layer in layers.values()),
     )
 
 
-def _outside_paca_layers(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Each parameter but the PaCA layers' deltas and weights, in whatever form these are stored."""
-    inside = {id(p) for _, layer in paca_layers(model) for name, p in layer.named_parameters() if name != "bias"}
-    return (parameter for parameter in model.parameters() if id(parameter) not in inside)
+def _base_parameters(inventory: Inventory) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base model's parameters, by name, but for the weights of PaCA layers in whatever form they are stored."""
+    layers = inventory.layers
+    for name, parameter in inventory.parameters.items():
+        path, _, own_name = name.rpartition(".")
+        if path not in layers or own_name == "bias":
+            yield name, parameter
 
 
 def _size(number: float) -> str:

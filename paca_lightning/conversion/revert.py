@@ -1,12 +1,13 @@
 """Going back: to the base model for a while or for good, and to plain layers with the trained columns."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.saved_modules import (
     load_local_state,
     local_state,
@@ -14,8 +15,10 @@ from paca_lightning.conversion.saved_modules import (
     saved_modules,
     unmark,
 )
-from paca_lightning.core.dtensor import local
+from paca_lightning.conversion.state import conversions_in, root_names
+from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
 
@@ -23,10 +26,10 @@ from paca_lightning.layers.base import PaCALayer, paca_layers
 def disable_paca(model: nn.Module) -> Iterator[None]:
     """Inside this context the model is the base model, bitwise, and trains nothing of PaCA.
 
-    A forward before it may be followed by its backward after it, as in preference tuning (DPO) with the base model as
+    A forward before the context may have its backward after it, as in preference tuning (DPO) with the base model as
     the reference: dense weights come back bitwise, and autograd is told that they never changed. Modules that are
-    trained whole, and deltas that change inside, it treats as changed. A forward inside must have its backward inside,
-    too: better, run it under ``torch.no_grad``.
+    trained whole, and deltas that change inside, count as changed. A forward inside must have its backward inside:
+    better, run it under ``torch.no_grad``.
     """
     layers = [layer for _, layer in paca_layers(model) if layer.paca_enabled]
     tuned = [(path, module, local_state(module)) for path, module in saved_modules(model)]
@@ -35,10 +38,10 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
         weights = tuple(local(layer.base) for layer in layers)
     versions = [delta._version for delta in deltas]
     with _unsafe_preserve_version_counter(weights):
-        for layer in layers:
-            layer.restore_columns()
-            layer.paca_enabled = False
         try:
+            for layer in layers:
+                layer.restore_columns()
+                layer.paca_enabled = False
             for path, module, _ in tuned:
                 restore_original(module, path)
             yield
@@ -54,43 +57,62 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Turn PaCA layers into plain linear layers that hold the trained columns; returns the model."""
-    _check_enabled(model)
-    release((layer for _, layer in list(paca_layers(model))), trained=True)
+    """Turn PaCA layers into plain linear layers that hold the trained columns; returns the model.
+
+    Raises:
+        PaCAError: If the model is sharded, or inside ``disable_paca``.
+    """
+    layers = _releasable_layers(model, "merge")
+    for layer in layers:
+        layer.release(trained=True)
     for _, module in saved_modules(model):
         unmark(module)
     return model
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Turn PaCA layers into plain linear layers with the base weight, bitwise; returns the model."""
-    _check_enabled(model)
+    """Turn PaCA layers into plain linear layers with the base weight, bitwise; returns the model.
+
+    Every parameter requires a gradient again if it did before the conversion.
+
+    Raises:
+        PaCAError: If the model is sharded, or inside ``disable_paca``, or a module that is trained whole was converted
+            on the meta device.
+    """
+    layers = _releasable_layers(model, "unload")
     for path, module in saved_modules(model):
         restore_original(module, path)
         unmark(module)
-    release((layer for _, layer in list(paca_layers(model))), trained=False)
+    to_root, found = root_names(model), conversions_in(model)
+    for layer in layers:
+        layer.release(trained=False)
+    was_trainable = {name: flag for conversion, _, _ in found for name, flag in conversion.was_trainable.items()}
+    for name, parameter in model.named_parameters():
+        flag = was_trainable.get(to_root(clean_path(name)) or "")
+        if flag is not None and flag != parameter.requires_grad and parameter.is_floating_point():
+            parameter.requires_grad_(flag)
     return model
 
 
-def release(layers: Iterable[PaCALayer], *, trained: bool) -> None:
-    """Turn layers back into what they were made from, with their trained or their base columns."""
-    for layer in layers:
-        vars(layer).pop("_paca_config", None)
-        layer.release(trained=trained)
-
-
 @contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
+def undone_on_error(inventory: Inventory) -> Iterator[None]:
     """If the block fails, release the layers that it converted, and freeze and thaw parameters as they were."""
-    layers = {layer for _, layer in paca_layers(model)}
-    saved = {module for _, module in saved_modules(model)}
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers, saved = inventory.layers, inventory.saved
+    states = {path: (layer.paca_conversion, layer.paca_path) for path, layer in layers.items()}
+    seen = [(conversion, dict(conversion.was_trainable)) for conversion, _, _ in conversions_in(inventory.root)]
+    flags = [(parameter, parameter.requires_grad) for parameter in inventory.parameters.values()]
     try:
         yield
     except Exception:
-        release([layer for _, layer in paca_layers(model) if layer not in layers], trained=False)
-        for _, module in saved_modules(model):
-            if module not in saved:
+        for path, layer in inventory.layers.items():
+            if path in states:
+                layer.paca_conversion, layer.paca_path = states[path]
+            else:
+                layer.release(trained=False)
+        for conversion, was_trainable in seen:
+            conversion.was_trainable = was_trainable
+        for path, module in inventory.saved.items():
+            if path not in saved:
                 unmark(module)
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
@@ -98,6 +120,20 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _check_enabled(model: nn.Module) -> None:
-    if any(not layer.paca_enabled for _, layer in paca_layers(model)):
-        raise PaCAError("merge and unload do not work inside disable_paca: leave that context first.")
+def _releasable_layers(model: nn.Module, action: str) -> list[PaCALayer]:
+    """The PaCA layers of a model.
+
+    Raises:
+        PaCAError: If they cannot be turned into plain layers now.
+    """
+    layers = list(paca_layers(model))
+    for path, layer in layers:
+        if not layer.paca_enabled:
+            raise PaCAError("merge and unload do not work inside disable_paca: leave that context first.")
+        if is_sharded(layer.base):
+            raise PaCAError(
+                f"{action}: {path!r} is sharded by FSDP2, which still counts on its delta. Write the result with "
+                "export_merged(model, directory) or save_adapter(model, directory), on every rank, and load that "
+                "into an unsharded model."
+            )
+    return [layer for _, layer in layers]

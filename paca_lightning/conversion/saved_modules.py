@@ -5,20 +5,14 @@ from torch import Tensor, nn
 
 from paca_lightning.core.dtensor import copy_into, local
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import base_model_prefix, by_path, clean_path, relative_path
 
 ORIGINAL = "_paca_original"
+"""Attribute of a module that is trained whole: its state before, or None if it was on the meta device then."""
 
 
 def saved_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Path and module of what is trained whole."""
     return [(path, module) for path, module in model.named_modules() if is_marked(module)]
-
-
-def saved_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """What is trained whole by its path from the base model, as adapter files have it."""
-    prefix = base_model_prefix(model)
-    return by_path((relative_path(clean_path(path), prefix), module) for path, module in saved_modules(model))
 
 
 def original_state(module: nn.Module) -> dict[str, Tensor] | None:
@@ -66,8 +60,8 @@ def restore_original(module: nn.Module, path: str) -> None:
     original: dict[str, Tensor] | None = vars(module)[ORIGINAL]
     if original is None:
         raise PaCAError(
-            f"{path!r} is trained whole and was converted on the meta device, so its original values are not at hand. "
-            "Load the base model anew."
+            f"{path!r} is trained whole and was converted on the meta device, so its original values are unknown. "
+            "Load the base model again."
         )
     for name, tensor in module.state_dict().items():
         copy_into(tensor, original[name])

@@ -31,7 +31,7 @@ def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: st
     Raises:
         PaCAError: If the weight is on meta, or is quantized already and so has no known error.
     """
-    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    weight: Tensor = module.get_parameter("weight")
     if weight.is_meta:
         raise PaCAError(f"selection={selection!r} needs the weight of {path!r}, which is still on meta.")
     quantized = getattr(weight, "quant_state", None) is not None
@@ -78,11 +78,8 @@ def calibrate(
         PaCAError: If there is no batch, or no loss for ``gradient_norm``.
     """
     with_gradients = selection == "gradient_norm"
-    scores = {
-        path: torch.zeros(layer.in_features, dtype=torch.float32, device=layer.paca_delta.device)
-        for path, layer in layers.items()
-    }
-    handles = [_watch(layer, scores[path], with_gradients) for path, layer in layers.items()]
+    scores: dict[str, Tensor] = {}
+    handles = [_watch(layer, path, scores, with_gradients) for path, layer in layers.items()]
     run = step or (lambda batch: _forward(model, batch))
     count = 0
     try:
@@ -98,7 +95,12 @@ def calibrate(
             handle.remove()
     if count == 0:
         raise PaCAError(f"selection={selection!r} needs calibration batches, and there are none.")
-    return scores
+    # A layer that no batch reached has a score too: ranks add up scores together.
+    device = next((score.device for score in scores.values()), None)
+    return {
+        path: scores[path] if path in scores else torch.zeros(layer.in_features, device=device)
+        for path, layer in layers.items()
+    }
 
 
 @contextmanager
@@ -117,20 +119,24 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _watch(layer: PaCALayer, score: Tensor, with_gradients: bool) -> RemovableHandle:
+def _watch(layer: PaCALayer, path: str, scores: dict[str, Tensor], with_gradients: bool) -> RemovableHandle:
+    def add(score: Tensor) -> None:
+        # Where the layer computes, which is not where an offloaded delta lies.
+        scores[path] = scores[path] + score if path in scores else score
+
     def on_forward(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
         tokens = _rows((inputs[0] if inputs else named["input"]).detach())
         if not with_gradients:
-            score.add_(tokens.float().square().sum(0))
+            add(tokens.float().square().sum(0))
         elif output.requires_grad:
-            output.register_hook(lambda grad: _add_gradient(score, grad, tokens))
+            output.register_hook(lambda grad: add(_gradient_scores(grad, tokens)))
 
     return layer.register_forward_hook(on_forward, with_kwargs=True)
 
 
-def _add_gradient(score: Tensor, grad: Tensor, tokens: Tensor) -> None:
+def _gradient_scores(grad: Tensor, tokens: Tensor) -> Tensor:
     dense = _rows(grad).t() @ tokens.to(grad.dtype)
-    score.add_(dense.float().square().sum(0))
+    return dense.float().square().sum(0)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import base_model_prefix, by_path, clean_path, matches, relative_path
-from paca_lightning.layers.base import PaCALayer, paca_layers
+from paca_lightning.core.paths import matches
+from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.linear import PaCAConv1D, PaCALinear
 from paca_lightning.layers.nf4 import linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
-# Attribute names of output heads outside Hugging Face's get_output_embeddings (classifiers, other libraries).
-HEADS = {"lm_head", "head", "classifier", "score"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OUTPUT_HEAD = "output head"
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def in_features_of(module: nn.Module) -> int:
     return size
 
 
-def resolve(model: nn.Module, config: PaCAConfig) -> Resolution:
+def resolve(inventory: Inventory, config: PaCAConfig) -> Resolution:
     """Find the layers that a configuration names.
 
     Args:
-        model: Any module. Layers that are PaCA layers already count as linear layers.
+        inventory: Of any model. Layers that are PaCA layers already count as linear layers.
         config: The settings.
 
     Returns:
@@ -85,48 +85,33 @@ def resolve(model: nn.Module, config: PaCAConfig) -> Resolution:
     Raises:
         PaCAError: If a name matches nothing, or names a layer that cannot be converted.
     """
-    prefix = base_model_prefix(model)
-    paths = _paths(model)
-    names = {module: {*paths_, *(relative_path(path, prefix) for path in paths_)} for module, paths_ in paths.items()}
+    names = {module: inventory.names(module) for module in inventory.paths if module is not inventory.root}
     linears = {module: names[module] for module in names if isinstance(module, PaCALayer) or base_class_of(module)}
-    result = Resolution(saved=_saved_modules(config, names, paths))
-    inside_saved = {id(child) for module in result.saved.values() for child in module.modules()}
-    obstacles = _obstacles(model)
-
+    result = Resolution(saved=_saved_modules(config, names, inventory))
+    inside_saved = {child for module in result.saved.values() for child in module.modules()}
     chosen = _chosen(config, linears)
     excluded = _matched_by(config.exclude_modules, linears, "exclude_modules")
     for module in linears:
-        path = paths[module][0]
-        obstacle = obstacles.get(id(module)) or _own_obstacle(module)
+        path = inventory.paths[module][0]
+        obstacle = _obstacle(module, inventory)
         if module in excluded:
             result.skipped[path] = "excluded by exclude_modules"
-        elif id(module) in inside_saved:
+        elif module in inside_saved:
             result.skipped[path] = "trained whole (modules_to_save)"
         elif module not in chosen:
             result.skipped[path] = "not in target_modules"
-        elif obstacle is None:
-            result.targets.append(_target(path, module, names[module], config))
+        elif obstacle is None or (obstacle == OUTPUT_HEAD and config.target_modules != ALL_LINEAR):
+            result.targets.append(_target(path, module, names[module], config))  # a head that is named is trained
         elif config.target_modules == ALL_LINEAR:
             result.skipped[path] = obstacle
-        elif not obstacle.startswith("output head"):  # a head may be trained when it is asked for
+        else:
             raise PaCAError(
                 f"target_modules names {path!r}, which cannot be converted: {obstacle}. List it in exclude_modules."
             )
-        else:
-            result.targets.append(_target(path, module, names[module], config))
     _check_patterns_used(config, result.targets, names)
     if not result.targets:
         raise PaCAError(_nothing_matched(config, linears, result.skipped))
     return result
-
-
-def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """All paths of each module, the first of which names it."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path:
-            paths.setdefault(module, []).append(clean_path(path))
-    return paths
 
 
 def _chosen(config: PaCAConfig, linears: dict[nn.Module, set[str]]) -> set[nn.Module]:
@@ -148,12 +133,10 @@ def _matched_by(patterns: Iterable[str], modules: dict[nn.Module, set[str]], set
     return found
 
 
-def _saved_modules(
-    config: PaCAConfig, names: dict[nn.Module, set[str]], paths: dict[nn.Module, list[str]]
-) -> dict[str, nn.Module]:
+def _saved_modules(config: PaCAConfig, names: dict[nn.Module, set[str]], inventory: Inventory) -> dict[str, nn.Module]:
     with_parameters = {m: n for m, n in names.items() if next(m.parameters(), None) is not None}
     found = _matched_by(config.modules_to_save, with_parameters, "modules_to_save")
-    return {paths[module][0]: module for module in names if module in found}
+    return {inventory.paths[module][0]: module for module in names if module in found}
 
 
 def _target(path: str, module: nn.Module, names: set[str], config: PaCAConfig) -> Target:
@@ -171,35 +154,20 @@ def _target(path: str, module: nn.Module, names: set[str], config: PaCAConfig) -
     return Target(path, module, layer_class, r, config.alpha_of(key_of(config.alpha_pattern), r))
 
 
-def _obstacles(model: nn.Module) -> dict[int, str]:
-    """Reasons that lie in a layer's surroundings, by module id."""
-    found: dict[int, str] = {}
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        if path.rpartition(".")[2] in HEADS and base_class_of(module):
-            found[id(module)] = "output head"
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-        if isinstance(head, nn.Module):
-            found[id(head)] = "output head"
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{clean_path(path)}.{name}".lstrip("."))
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        others = [] if weight is None else [o for o in owners[id(weight)] if o != f"{clean_path(path)}.weight"]
-        if others:
-            found[id(module)] = f"weight tied to {others[0]}"
-        if isinstance(module, nn.MultiheadAttention):
-            reason = "nn.MultiheadAttention reads its weight without calling it"
-            found.update((id(child), reason) for child in module.modules())
-    return found
-
-
-def _own_obstacle(module: nn.Module) -> str | None:
-    """Reason in the layer itself for which its class cannot be swapped, if any."""
+def _obstacle(module: nn.Module, inventory: Inventory) -> str | None:
+    """The reason why a linear layer cannot be converted, or not unless it is named; None if it can."""
+    if module in inventory.unreachable:
+        return inventory.unreachable[module]
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    own_name = f"{inventory.paths[module][0]}.weight"
+    ties = [name for name in inventory.owners.get(weight, ()) if name != own_name] if weight is not None else []
+    if ties:
+        return f"weight tied to {ties[0]}"
+    if module in inventory.heads:
+        return OUTPUT_HEAD
     if isinstance(module, PaCALayer):
         return None
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+    if parametrize.is_parametrized(module) or weight is None:
         return "its weight is parametrized"
     base_class = base_class_of(module)
     assert base_class is not None
@@ -207,8 +175,7 @@ def _own_obstacle(module: nn.Module) -> str | None:
         return f"{type(module).__name__} has a forward of its own"
     if base_class is linear4bit_class():
         return linear4bit_obstacle(module)
-    dtype = module.get_parameter("weight").dtype
-    return None if dtype in DTYPES else f"its weight is {dtype}"
+    return None if weight.dtype in DTYPES else f"its weight is {weight.dtype}"
 
 
 def _check_patterns_used(config: PaCAConfig, targets: list[Target], names: dict[nn.Module, set[str]]) -> None:
@@ -241,9 +208,3 @@ def _nothing_matched(config: PaCAConfig, linears: dict[nn.Module, set[str]], ski
         f"target_modules={config.target_modules!r} matched no linear layer that can be converted; suffixes present: "
         f"{_suffixes(linears)}. Fix the name or pass {ALL_LINEAR!r}.{hint} Left alone: {reasons}."
     )
-
-
-def layers_by_path(model: nn.Module) -> dict[str, PaCALayer]:
-    """The PaCA layers of a model by their path from the base model, as adapter files have them."""
-    prefix = base_model_prefix(model)
-    return by_path((relative_path(clean_path(path), prefix), layer) for path, layer in paca_layers(model))

@@ -1,15 +1,18 @@
 """Writing the trained columns back into the weights, after each optimizer step."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from paca_lightning.conversion.state import conversions_in, root_names
 from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.layers.base import PENDING_SELECTION, PaCALayer, paca_layers
+from paca_lightning.core.paths import clean_path
+from paca_lightning.layers.base import PaCALayer, paca_layers
 
 
 def write_columns(model: nn.Module) -> None:
@@ -20,7 +23,7 @@ def write_columns(model: nn.Module) -> None:
 
 def layers_stepped_by(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, PaCALayer]:
     """The PaCA layers of a model, by path, whose delta is in an optimizer."""
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    owned = {id(parameter) for parameter in _parameters(optimizer)}
     return {path: layer for path, layer in paca_layers(model) if id(layer.paca_delta) in owned}
 
 
@@ -28,16 +31,19 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
     """Write the trained columns back after each step of an optimizer: for Fabric and plain PyTorch loops.
 
     Args:
-        optimizer: Has some or all of the model's deltas.
+        optimizer: Has some or all of the model's deltas. A wrapper that keeps PyTorch's optimizer as ``optimizer``
+            (Lightning's, Accelerate's) is unwrapped.
         model: The converted model.
 
     Returns:
         A handle whose ``remove()`` ends it.
 
     Raises:
-        PaCAError: If the optimizer has none of the model's deltas, moves them within a step (LBFGS), or columns were
-            never chosen, or a weight is sharded otherwise than by rows.
+        PaCAError: If the optimizer has none of the model's deltas, takes no step hooks, or moves the deltas within a
+            step (LBFGS); if columns were never chosen, or a weight is not sharded by rows. On a later step, if the
+            model was merged or unloaded since.
     """
+    optimizer = _unwrapped(optimizer)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise PaCAError(
             "LBFGS evaluates the loss several times within a step, and the trained columns are written once after it. "
@@ -49,38 +55,94 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
             f"{type(optimizer).__name__} has none of the model's paca_delta parameters, so nothing would be trained. "
             "Build it after apply_paca."
         )
+    _check_layers(model, layers)
+    return optimizer.register_step_post_hook(_WriteBack(optimizer, model, layers))
 
-    if waiting := [path for path, layer in paca_layers(model) if PENDING_SELECTION in vars(layer)]:
+
+class _WriteBack:
+    """A step hook that writes columns back, and notes which other parameters are trained."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, layers: dict[str, PaCALayer]) -> None:
+        self._model, self._layers = model, layers
+        self._first = True
+        self._known = {id(parameter) for parameter in _parameters(optimizer) if parameter.requires_grad}
+        self._count = 0
+        self._others: list[nn.Parameter] = []
+        self._note({id_ for id_ in self._known if id_ not in {id(layer.paca_delta) for layer in layers.values()}})
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Run after a step, while the gradients of that step are there."""
+        if self._first:
+            self._first = False
+            _warn_of_idle([path for path, layer in self._layers.items() if layer.paca_delta.grad is None])
+        for path, layer in self._layers.items():
+            if not isinstance(layer, PaCALayer):
+                raise PaCAError(
+                    f"{path!r} is a plain layer again (merge or unload), and the optimizer still trains its delta. "
+                    "Remove the handle that attach() returned, or build a new optimizer."
+                )
+            layer.write_columns()
+        self._note_thawed(optimizer)
+
+    def _note_thawed(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note parameters that were thawed during the run: a checkpoint keeps them even if they are frozen again."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if count != self._count:
+            self._count = count
+            self._others = [parameter for parameter in _parameters(optimizer) if id(parameter) not in self._known]
+        if any(parameter.grad is not None for parameter in self._others):
+            thawed = {id(parameter) for parameter in self._others if parameter.grad is not None}
+            self._known |= thawed
+            self._count = 0  # look at the others again
+            self._note(thawed)
+
+    def _note(self, ids: set[int]) -> None:
+        to_root = root_names(self._model)
+        names = {
+            to_root(clean_path(name)) for name, parameter in self._model.named_parameters() if id(parameter) in ids
+        }
+        for conversion, _, _ in conversions_in(self._model):
+            conversion.note_trained({name for name in names if name is not None})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """PyTorch's optimizer inside wrappers, which runs the step and its hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise PaCAError(
+            f"{type(optimizer).__name__} takes no step hooks, so the trained columns could not be written back. Pass "
+            "the torch.optim.Optimizer that it wraps, or call write_columns(model) after each step yourself."
+        )
+    result: torch.optim.Optimizer = optimizer
+    return result
+
+
+def _check_layers(model: nn.Module, layers: dict[str, PaCALayer]) -> None:
+    waiting = [
+        path for path, layer in paca_layers(model) if layer.paca_pending is not None and not layer.paca_pending.by_data
+    ]
+    if waiting:
         raise PaCAError(
             f"The columns of {waiting[0]!r} ({len(waiting)} such layers) were to be chosen by its weight, which was on "
             "the meta device at its conversion. Let FSDP2Strategy stream the weights, convert after loading them, or "
             "use selection='random'."
         )
     for path, layer in layers.items():
-        if any(not (placement.is_shard(0) or placement.is_replicate()) for placement in _placements(layer.base)):
+        placements: tuple[Any, ...] = getattr(layer.base, "placements", ())
+        if any(not (placement.is_shard(0) or placement.is_replicate()) for placement in placements):
             raise PaCAError(
                 f"{path!r} is split by columns (tensor parallelism), which PaCA does not support: the delta is split "
                 "by rows. Leave the layer whole, or shard it with fully_shard."
             )
-    checked = False
-
-    def write_back(*_: object) -> None:
-        nonlocal checked
-        if not checked:
-            checked = True
-            _warn_of_idle([path for path, layer in layers.items() if layer.paca_delta.grad is None])
-        for layer in layers.values():
-            layer.write_columns()
-
-    return optimizer.register_step_post_hook(write_back)
-
-
-def _placements(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return getattr(tensor, "placements", ())
 
 
 def _warn_of_idle(paths: list[str]) -> None:
-    """Tell which layers the first step left alone."""
+    """Name the layers that the first step left alone."""
     if paths and is_first_rank():
         warnings.warn(
             f"{len(paths)} PaCA layers had no gradient in the first step ({paths[0]!r} is one). Experts that saw no "

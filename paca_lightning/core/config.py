@@ -109,6 +109,10 @@ class PaCAConfig:
         """The settings as plain values that JSON and YAML can hold."""
         return asdict(self)
 
+    def differences(self, other: "PaCAConfig") -> list[str]:
+        """Names of the settings in which two configurations differ."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PaCAConfig":
         """The settings from plain values.

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.autograd import tapped
-from paca_lightning.layers.columns import check_indices
-
-PENDING_SELECTION = "_paca_pending_selection"
-"""Attribute of a layer converted on meta: by which scores of its weight its columns have yet to be chosen."""
+from paca_lightning.layers.columns import PendingSelection, check_indices
 
 
 class PaCALayer(nn.Module):
@@ -28,6 +25,10 @@ class PaCALayer(nn.Module):
         paca_indices: The selected columns, shape (r,), int64, sorted and unique.
         r: Rank.
         scaling: ``alpha / r``.
+        paca_pending: The selection that has yet to choose the columns; None once they are chosen.
+        paca_conversion: What the converted model knows of its conversion; its layers share it. None for a layer of its
+            own.
+        paca_path: Path of the layer in the module that was converted.
     """
 
     base_name: ClassVar[str] = "weight"  # of the parameter that holds the base weight
@@ -41,6 +42,9 @@ class PaCALayer(nn.Module):
     scaling: float
     paca_enabled: bool
     paca_base_class: type[nn.Module]
+    paca_pending: PendingSelection | None = None
+    paca_conversion: Any = None
+    paca_path: str = ""
 
     @property
     def base(self) -> Tensor:
@@ -86,8 +90,8 @@ class PaCALayer(nn.Module):
             self.restore_columns()
         del self.paca_delta, self.paca_base_columns, self.paca_indices
         base_class = self.paca_base_class
-        for name in ("r", "scaling", "paca_enabled", "paca_base_class"):
-            delattr(self, name)
+        for name in ("r", "scaling", "paca_enabled", "paca_base_class", "paca_pending", "paca_conversion", "paca_path"):
+            vars(self).pop(name, None)
         self.__class__ = base_class  # type: ignore[assignment]
 
     def _read_columns(self) -> Tensor:

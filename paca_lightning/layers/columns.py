@@ -1,11 +1,25 @@
 """Which columns to train: pure functions from seeds and scores to indices."""
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
+
+
+@dataclass(frozen=True)
+class PendingSelection:
+    """A selection of columns that cannot be made yet.
+
+    Attributes:
+        score: What the columns are chosen by, such as ``weight_norm``.
+        by_data: Whether it waits for training data. Otherwise it waits for the weight, which is on the meta device.
+    """
+
+    score: str
+    by_data: bool
 
 
 def random_indices(in_features: int, r: int, *, seed: int, path: str) -> Tensor:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from paca_lightning.adapters.export import check_no_adapter, export_lora, export_merged
-from paca_lightning.adapters.files import OURS
+from paca_lightning.adapters.files import SETTINGS
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable
 from paca_lightning.tools.generate import load_with_adapter
@@ -37,7 +37,7 @@ def export(
     for name, source in (("--model", model), ("--adapter", adapter)):
         if Path(source).exists() and Path(source).resolve() == Path(output).resolve():
             raise PaCAError(f"--output is {name}: {output!r}. Nothing was written; give a directory of its own.")
-    if Path(output, OURS).exists():
+    if Path(output, SETTINGS).exists():
         raise PaCAError(f"--output holds a trained adapter, which would be lost: {output!r}. Give another directory.")
     check_writable(output, "--output")
     if format == "merged":

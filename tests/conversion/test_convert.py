@@ -23,8 +23,8 @@ from paca_lightning import (
     unload,
     write_columns,
 )
-from paca_lightning.conversion.convert import config_of
 from paca_lightning.conversion.saved_modules import saved_modules
+from paca_lightning.conversion.state import config_of
 from tests.tiny import tiny_llama
 
 CONFIG = PaCAConfig(r=4, alpha=6.0)  # scaling 1.5

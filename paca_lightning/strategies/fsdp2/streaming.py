@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
-from paca_lightning.layers.base import PENDING_SELECTION, PaCALayer
+from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
 from paca_lightning.layers.nf4 import CHUNK, quantize_rows, squared_errors
 from paca_lightning.layers.nf4_linear import QPaCALinear
@@ -165,9 +165,10 @@ def _ignored(model: nn.Module, name: str) -> bool:
 
 def _select(layer: PaCALayer, rows: Tensor, name: str) -> None:
     """Choose the columns of a layer that was converted before its weight was known, by the rows of all ranks."""
-    selection = vars(layer).pop(PENDING_SELECTION, None)
-    if selection is None:
+    pending = layer.paca_pending
+    if pending is None or pending.by_data:
         return
+    layer.paca_pending, selection = None, pending.score
     failure: PaCAError | None = None
     scores = torch.zeros(layer.in_features, device=rows.device)
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.conversion.convert import apply_paca
+from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.targets import Target, resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
@@ -69,7 +70,7 @@ class Method:
         Raises:
             PaCAError: If the method needs a package that is not installed.
         """
-        targets = resolve(base, PaCAConfig()).targets
+        targets = resolve(take_inventory(base), PaCAConfig()).targets
         written = {
             "none": set(),
             "targets": {id(target.module.weight) for target in targets},
@@ -224,7 +225,7 @@ def _ranked(name: str, ranks: list[int], match: str, base: nn.Module) -> list[Me
 def _features(base: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of all layers that PaCA would train."""
     inputs = outputs = 0
-    for target in resolve(base, PaCAConfig()).targets:
+    for target in resolve(take_inventory(base), PaCAConfig()).targets:
         rows, columns = target.module.get_parameter("weight").shape
         transposed = target.layer_class is PaCAConv1D
         inputs += rows if transposed else columns

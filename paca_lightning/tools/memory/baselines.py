@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from paca_lightning.conversion.convert import apply_paca
+from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.targets import resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.layers.base import paca_layers
@@ -74,7 +75,7 @@ def _paca(module: LightningModule, config: PaCAConfig) -> None:
 
 
 def _lora(module: LightningModule, config: PaCAConfig, dtype: torch.dtype | None = torch.float32) -> None:
-    ranks = {target.path: target.r for target in resolve(module, config).targets}
+    ranks = {target.path: target.r for target in resolve(take_inventory(module), config).targets}
     _floor(module, config)
     for path, layer in list(paca_layers(module)):
         features = layer.in_features, layer.out_features

@@ -1,0 +1,145 @@
+"""Inventory: the structure of a model as a conversion needs it, found in one pass over its modules."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from paca_lightning.conversion.saved_modules import is_marked
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
+from paca_lightning.layers.base import PaCALayer
+
+# Attribute names of output heads that get_output_embeddings does not report (classifiers, other libraries).
+HEADS = {"lm_head", "head", "classifier", "score"}
+
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+
+
+@dataclass
+class Inventory:
+    """The structure of a model: modules, their paths, and who owns which parameter.
+
+    Take one with :func:`take_inventory`. Layers that are converted later stay the same objects, so an inventory
+    remains valid: ``layers`` and ``saved`` always tell the present state.
+
+    Attributes:
+        root: The model.
+        paths: Every path of each module without wrappers' segments, the root's own empty one included. The first
+            path names the module.
+        prefix: Path of the outermost Hugging Face model with a dot behind it; empty if the root is one or there is
+            none. Column draws and adapter files count paths from there, so that a LightningModule and the bare model
+            agree.
+        base_model: That Hugging Face model, or None.
+        parameters: Each parameter once, by its first name.
+        owners: The names of all places that hold a parameter; several if it is tied.
+        heads: Output heads.
+        unreachable: Modules that another module replaces or bypasses, with the reason they cannot be converted.
+        fsdp1: Path of the first module that is wrapped in FSDP1, or None.
+    """
+
+    root: nn.Module
+    paths: dict[nn.Module, list[str]] = field(default_factory=dict)
+    prefix: str = ""
+    base_model: nn.Module | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    owners: dict[nn.Parameter, list[str]] = field(default_factory=dict)
+    heads: set[nn.Module] = field(default_factory=set)
+    unreachable: dict[nn.Module, str] = field(default_factory=dict)
+    fsdp1: str | None = None
+
+    @property
+    def layers(self) -> dict[str, PaCALayer]:
+        """The PaCA layers by path, each once."""
+        return {paths[0]: module for module, paths in self.paths.items() if isinstance(module, PaCALayer)}
+
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """The modules that are trained whole, by path."""
+        return {paths[0]: module for module, paths in self.paths.items() if is_marked(module)}
+
+    def relative(self, path: str) -> str:
+        """A path counted from the base model, where it lies inside."""
+        return path.removeprefix(self.prefix)
+
+    def names(self, module: nn.Module) -> set[str]:
+        """All names of a module that a pattern may match: its paths from the root and from the base model."""
+        paths = self.paths[module]
+        return {*paths, *(self.relative(path) for path in paths)}
+
+    def named_layers(self) -> dict[str, PaCALayer]:
+        """The PaCA layers by their path from the base model, as adapter files name them."""
+        return self._unambiguous(self.layers)
+
+    def named_saved(self) -> dict[str, nn.Module]:
+        """The modules trained whole by their path from the base model, as adapter files name them."""
+        return self._unambiguous(self.saved)
+
+    def _unambiguous(self, modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+        result: dict[str, ModuleType] = {}
+        for path, module in modules.items():
+            name = self.relative(path)
+            if name in result:
+                raise PaCAError(
+                    f"Two layers are called {name!r}, one inside the base model and one beside it, and an adapter "
+                    "tells them apart by that name. Rename the outer one, or list it in exclude_modules."
+                )
+            result[name] = module
+        return result
+
+
+def take_inventory(model: nn.Module) -> Inventory:
+    """Walk a model once and note what a conversion needs to know.
+
+    Args:
+        model: Any module, converted or not.
+    """
+    inventory = Inventory(model)
+    # peft is imported by whoever puts its layers into a model.
+    tuner = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    for raw_path, module in model.named_modules(remove_duplicate=False):
+        path = clean_path(raw_path)
+        inventory.paths.setdefault(module, []).append(path)
+        if len(inventory.paths[module]) > 1:
+            continue
+        _note_parameters(inventory, module, path)
+        if inventory.base_model is None and is_base_model(module):
+            inventory.base_model, inventory.prefix = module, f"{path}." if path else ""
+        _note_heads(inventory, module, path)
+        if isinstance(module, nn.MultiheadAttention):
+            reason = "nn.MultiheadAttention reads its weight without calling it"
+            inventory.unreachable.update(dict.fromkeys(module.modules(), reason))
+        if isinstance(module, tuner):
+            reason = "part of a PEFT adapter (merge_and_unload() makes the model plain again)"
+            inventory.unreachable.update(dict.fromkeys(module.modules(), reason))
+        if inventory.fsdp1 is None and type(module).__name__ == "FullyShardedDataParallel":
+            inventory.fsdp1 = path or type(module).__name__
+    return inventory
+
+
+def is_base_model(module: nn.Module) -> bool:
+    """Whether a module is a Hugging Face model."""
+    return hasattr(module, "get_output_embeddings") and hasattr(module, "config")
+
+
+def _note_parameters(inventory: Inventory, module: nn.Module, path: str) -> None:
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        full_name = f"{path}.{clean_path(name)}" if path else clean_path(name)
+        if parameter not in inventory.owners:
+            inventory.parameters[full_name] = parameter
+        inventory.owners.setdefault(parameter, []).append(full_name)
+
+
+def _note_heads(inventory: Inventory, module: nn.Module, path: str) -> None:
+    if path.rpartition(".")[2] in HEADS:
+        inventory.heads.add(module)
+    if not hasattr(module, "get_output_embeddings"):
+        return
+    try:
+        head = module.get_output_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # some Hugging Face models say so that they have none
+        return
+    if isinstance(head, nn.Module):
+        inventory.heads.add(head)

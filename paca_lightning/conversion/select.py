@@ -1,0 +1,98 @@
+"""Choosing the columns of converted layers by data, and quantizing the layers after that."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paca_lightning.conversion.scores import calibrate, weight_scores
+from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.dtensor import is_sharded
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.columns import largest_indices
+from paca_lightning.layers.nf4_linear import QPaCALinear
+
+
+def waits_for_data(layer: PaCALayer) -> bool:
+    """Whether data has yet to choose a layer's columns."""
+    return layer.paca_pending is not None and layer.paca_pending.by_data
+
+
+def select_columns(
+    model: nn.Module,
+    layers: Mapping[str, PaCALayer],
+    config: PaCAConfig,
+    calibration: Iterable[Any],
+    *,
+    step: Callable[[Any], Any] | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda scores: scores,
+) -> None:
+    """Move the layers that wait for data to the columns that calibration batches favour, then quantize them.
+
+    Args:
+        model: The converted model.
+        layers: Its PaCA layers by path.
+        config: Says by which score.
+        calibration: Batches.
+        step: Runs one batch and returns the model's output or loss. Default: ``model(**batch)``.
+        reduce: Sums scores over ranks.
+
+    Raises:
+        PaCAError: If there is no batch or no loss, or the batches say nothing about a layer.
+    """
+    waiting = {path: layer for path, layer in layers.items() if waits_for_data(layer)}
+    if not waiting:
+        return
+    by_error = config.selection == "quant_error"
+    scores = calibrate(model, waiting, "activation_norm" if by_error else config.selection, calibration, step)
+    totals = {path: reduce(score) for path, score in scores.items()}
+    _check_scores(totals, config.selection)
+    for path, total in totals.items():
+        layer = waiting[path]
+        if by_error:
+            total = total * weight_scores(layer, type(layer), "quant_error", path).to(total.device)
+        layer.move_to_columns(largest_indices(total, layer.r).to(layer.paca_indices.device))
+        settle_columns(layer)
+    quantize_layers(layers, config)
+
+
+def settle_columns(layer: PaCALayer) -> None:
+    """Take the columns as chosen, and read the base columns again: the weight may have been cast since."""
+    layer.reread_columns()
+    layer.paca_pending = None
+
+
+def quantize_layers(layers: Mapping[str, PaCALayer], config: PaCAConfig) -> None:
+    """Quantize dense PaCA layers one by one, if the configuration says so; not those that wait for data.
+
+    Args:
+        layers: By path.
+        config: Says how.
+
+    Raises:
+        PaCAError: If a weight is not finite, or is sharded already.
+    """
+    if config.quantize is None:
+        return
+    for path, layer in layers.items():
+        if isinstance(layer, QPaCALinear) or waits_for_data(layer):
+            continue
+        if is_sharded(layer.weight):
+            raise PaCAError(
+                f"{path!r} is sharded, so it cannot be quantized any more. With selection={config.selection!r}, call "
+                "apply_paca(model, config, calibration=batches) before the model is sharded."
+            )
+        QPaCALinear.quantize(layer, path)
+
+
+def _check_scores(scores: dict[str, Tensor], selection: str) -> None:
+    for path, score in scores.items():
+        finite = bool(torch.isfinite(score).all())
+        if not finite or not bool(score.any()):
+            problem = "never reach" if finite else "give NaN or Inf in"
+            raise PaCAError(
+                f"selection={selection!r}: the calibration batches {problem} {path!r}, so its columns cannot be "
+                "compared. Use other or more batches, list it in exclude_modules, or use selection='random'."
+            )
