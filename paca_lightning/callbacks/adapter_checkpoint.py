@@ -57,8 +57,8 @@ class AdapterCheckpoint(Callback):
     @property
     @override
     def state_key(self) -> str:
-        """Of each of several such callbacks its own."""
-        return self._generate_state_key(dirpath=self.dirpath, monitor=self.monitor, mode=self.mode)
+        """Unique per instance."""
+        return f"{type(self).__qualname__}{dict(dirpath=self.dirpath, monitor=self.monitor, mode=self.mode)!r}"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

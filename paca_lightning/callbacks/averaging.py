@@ -9,6 +9,7 @@ from torch import nn
 
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import averaged_model
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
@@ -51,7 +52,7 @@ def settle_averages(trainer: Trainer, model: nn.Module) -> None:
     indices may be truncated to a neighbour; so both are set from what they are derived from.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None) if isinstance(callback, Averaging) else None
+        average = averaged_model(callback) if isinstance(callback, Averaging) else None
         if average is None:
             continue
         copies = [layer for _, layer in paca_layers(average)]

@@ -16,6 +16,7 @@ from paca_lightning.callbacks.method_hooks import replaced_methods
 from paca_lightning.conversion.select import select_columns
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import before_batch_transfer
 from paca_lightning.layers.base import PaCALayer
 
 BATCHES = 8
@@ -48,7 +49,7 @@ def select_on_training_data(
     numbered = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
 
     def step(batch: Any) -> Any:
-        batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+        batch = before_batch_transfer(pl_module, trainer.precision_plugin.convert_input(batch))
         batch = trainer.strategy.batch_to_device(batch)
         with trainer.precision_plugin.train_step_context():
             return pl_module.training_step(batch, 0) if numbered else pl_module.training_step(batch)

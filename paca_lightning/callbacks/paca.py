@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
@@ -38,6 +37,7 @@ from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.conversion.write_back import attach, layers_stepped_by
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import logged_step, should_log, spawns_workers
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
 FROM_ADAPTER = ("r", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -118,7 +118,7 @@ class PaCAStrategy(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove our hooks; the model stays converted."""
         self._remove_hooks()
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not self.full_checkpoints:
+        if spawns_workers(trainer) and not self.full_checkpoints:
             # Spawned workers send their state to the module of the main process, which is not converted. With the
             # whole state it becomes the merged model; with the adapter alone it would silently stay untrained.
             keep_everything(pl_module)
@@ -212,8 +212,8 @@ class PaCAStrategy(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log ``scaling * lr``, Adam's step on a column, where LearningRateMonitor logs the learning rate."""
-        if trainer.loggers and trainer._logger_connector.should_update_logs:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if trainer.loggers and should_log(trainer):
+            step = logged_step(trainer)
             for logger in trainer.loggers:
                 logger.log_metrics({"paca/scaled_lr": self._scaled_lr(trainer)}, step=step)
 

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.saved_modules import (
@@ -19,6 +18,7 @@ from paca_lightning.conversion.state import conversions_in, root_names
 from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
+from paca_lightning.core.private.torch import preserve_versions, version_of
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
 
@@ -36,8 +36,8 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         deltas = [local(layer.paca_delta) for layer in layers]
         weights = tuple(local(layer.base) for layer in layers)
-    versions = [delta._version for delta in deltas]
-    with _unsafe_preserve_version_counter(weights):
+    versions = [version_of(delta) for delta in deltas]
+    with preserve_versions(weights):
         try:
             for layer in layers:
                 layer.restore_columns()
@@ -51,7 +51,7 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
                 layer.write_columns()
             for _, module, state in tuned:
                 load_local_state(module, state)
-    if [delta._version for delta in deltas] != versions:
+    if [version_of(delta) for delta in deltas] != versions:
         for layer in layers:
             layer.write_columns()  # another weight than before: once more, so that autograd sees it
 
