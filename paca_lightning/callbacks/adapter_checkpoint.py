@@ -58,7 +58,8 @@ class AdapterCheckpoint(Callback):
     @override
     def state_key(self) -> str:
         """Unique per instance."""
-        return f"{type(self).__qualname__}{dict(dirpath=self.dirpath, monitor=self.monitor, mode=self.mode)!r}"
+        settings = {"dirpath": self.dirpath, "monitor": self.monitor, "mode": self.mode}
+        return f"{type(self).__qualname__}{settings!r}"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
