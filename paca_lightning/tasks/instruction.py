@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.chat import ChatEncoder
 from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
-from paca_lightning.tasks.data.formats import Format, TreePaths
+from paca_lightning.tasks.data.converters import TreePaths
+from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.records import Source, locate
 from paca_lightning.tasks.data.sampler import BatchOrder

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.formats import Conversation, is_text
+from paca_lightning.tasks.data.conversation import Conversation, is_text
 
 Span = tuple[int, int]
 

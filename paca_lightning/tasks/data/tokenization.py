@@ -12,7 +12,9 @@ from datasets.fingerprint import Hasher
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.chat import ChatEncoder
-from paca_lightning.tasks.data.formats import Conversation, Format, TreePaths, conversations, is_text
+from paca_lightning.tasks.data.conversation import Conversation, is_text
+from paca_lightning.tasks.data.converters import TreePaths
+from paca_lightning.tasks.data.formats import Format, conversations
 from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
