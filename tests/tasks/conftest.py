@@ -1,4 +1,4 @@
-"""Fixtures of the data tests."""
+"""Fixtures of the tests of tasks."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,10 @@ import pytest
 
 from paca_lightning.tasks.instruction import InstructionDataModule
 from tests.tasks.rows import FIXTURES
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model_directory, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer().save_pretrained(directory)
@@ -26,3 +26,9 @@ def module(tokenizer_directory: str, tmp_path: Path) -> Any:
         return InstructionDataModule(train=str(train), **(defaults | settings))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama and its tokenizer."""
+    return str(tiny_model_directory(tmp_path_factory.mktemp("tiny") / "model"))

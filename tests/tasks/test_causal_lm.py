@@ -1,69 +1,19 @@
-import json
+"""Training, evaluation and settings of CausalLMModule."""
+
 import math
-import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger
-from safetensors.torch import load_file, save_file
-from tokenizers import ByteLevelBPETokenizer
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.batch import model_inputs
-from paca_lightning.tasks.instruction import InstructionDataModule
-from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
-from tests.tiny import tiny_model_directory, tiny_tokenizer
-
-VOCABULARY = 384
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tiny_model_directory(tmp_path_factory.mktemp("tiny") / "model"))
-
-
-def batches(count=6, rows=2, seed=0):
-    """Batches of varied length and share of trained tokens, padded on the right, in a loader."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for index in range(count):
-        length = 8 + 3 * (index % 3)
-        ids = torch.randint(VOCABULARY, (rows, length), generator=generator)
-        labels, mask = ids.clone(), torch.ones_like(ids)
-        labels[:, : 1 + index % 4] = -100
-        labels[0, -2:], mask[0, -2:] = -100, 0
-        made.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
-    return DataLoader(made, batch_size=None)
-
-
-def trainer(tmp_path, **settings):
-    defaults = {
-        "accelerator": "cpu",
-        "logger": CSVLogger(tmp_path, name=None, version=""),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "log_every_n_steps": 1,
-        "max_epochs": 1,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**(defaults | settings))
-
-
-class Metrics(Callback):
-    """Collects what was logged, step by step."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_train_batch_end(self, trainer, *args):
-        self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+from tests.tasks.runs import VOCABULARY, Metrics, adamw, batches, trainer
 
 
 class FreezeAllButHead(Callback):
@@ -88,10 +38,6 @@ def learned(tmp_path, module, **settings):
     trainer(tmp_path, callbacks=[metrics, *settings.pop("callbacks", [])], **settings).fit(module, loader)
     losses = [row["train/loss"] for row in metrics.rows[1:]]
     return losses[0], losses[-1]
-
-
-def adamw(lr):
-    return lambda parameters: torch.optim.AdamW(parameters, lr=lr)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
@@ -202,26 +148,6 @@ def test_bf16_true_logs_the_mean_over_hundreds_of_batches(directory, tmp_path):
     assert run.callback_metrics["val/loss"] == pytest.approx(mean, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("cast", "dtype"),
-    [
-        (lambda module: module.bfloat16(), torch.float32),
-        (lambda module: module.to(torch.float16), torch.float32),
-        (lambda module: module.to(torch.float64), torch.float64),
-        (lambda module: module.to_empty(device="cpu"), torch.float32),
-    ],
-    ids=["bfloat16", "float16", "float64", "to_empty"],
-)
-def test_the_metric_keeps_its_state_in_fp32_or_wider_wherever_it_moves(cast, dtype):
-    metric = MeanTokenLoss()
-    metric.update(torch.tensor(1000.5), torch.tensor(3))
-    cast(torch.nn.ModuleList([metric]))
-    assert (metric.total.dtype, metric.tokens.dtype) == (dtype, torch.int64)
-    assert metric.compute() == torch.tensor(1000.5 / 3, dtype=dtype)
-    metric.reset()
-    assert (metric.total.dtype, metric.total.item(), metric.tokens.item()) == (dtype, 0, 0)
-
-
 def test_the_schedule_is_planned_over_the_whole_run(directory, tmp_path):
     class Rates(Callback):
         def __init__(self):
@@ -320,19 +246,6 @@ def test_logits_of_packed_documents_are_those_of_each_alone(directory):
     torch.testing.assert_close(packed, torch.cat(alone, 1))
 
 
-def test_random_weights_need_no_weight_file(tmp_path):
-    directory = tiny_model_directory(tmp_path / "model")
-    (directory / "model.safetensors").unlink()
-    module = CausalLMModule(str(directory), pretrained=False)
-    module.configure_model()
-    assert sum(p.numel() for p in module.parameters()) > 100_000
-
-    with torch.device("meta"):
-        shape = CausalLMModule(str(directory))
-        shape.configure_model()
-    assert {p.device.type for p in shape.parameters()} == {"meta"}
-
-
 def test_checkpoints_hold_primitive_settings_and_load_without_pickle(directory, tmp_path):
     run = trainer(tmp_path)
     module = CausalLMModule(directory, loss_chunk_size=7, lr_scheduler=LinearSchedule)
@@ -360,25 +273,6 @@ def test_wrong_settings_are_named(directory, settings, message):
         CausalLMModule(**({"model": directory} | settings)).configure_model()
 
 
-def test_a_directory_without_a_model_is_named(tmp_path):
-    (tmp_path / "notes.txt").write_text("no model")
-    with pytest.raises(PaCAError, match=r"no config.json.*notes\.txt"):
-        CausalLMModule(str(tmp_path)).configure_model()
-
-
-def test_a_directory_without_weights_is_named(tmp_path):
-    directory = tiny_model_directory(tmp_path / "model")
-    (directory / "model.safetensors").unlink()
-    with pytest.raises(PaCAError, match="could not be loaded"):
-        CausalLMModule(str(directory)).configure_model()
-
-
-def test_a_hub_id_while_offline_says_what_to_do(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(PaCAError, match="Without network, give a local directory"):
-        CausalLMModule("nobody/no-such-model").configure_model()
-
-
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_loss(directory):
     batch = next(iter(batches()))
@@ -386,94 +280,3 @@ def test_compiled_blocks_give_the_same_loss(directory):
     for module in (plain, compiled):
         module.configure_model()
     torch.testing.assert_close(compiled.training_step(batch, 0), plain.training_step(batch, 0))
-
-
-def test_weights_that_are_missing_or_cut_off_are_named(directory, tmp_path):
-    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    save_file({name: tensor for name, tensor in tensors.items() if "up_proj" not in name}, file, {"format": "pt"})
-    with pytest.raises(PaCAError, match=r"lack 2 tensors .*'model\.layers\.0\.mlp\.up_proj\.weight'"):
-        CausalLMModule(str(tmp_path)).configure_model()
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(PaCAError, match="could not be loaded"):
-        CausalLMModule(str(tmp_path)).configure_model()
-
-
-# Data and model together
-
-
-def write_gpt2(directory):
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
-
-
-def rows(tmp_path):
-    row = {"instruction": "What is your name?", "output": "My name is Ada."}
-    (tmp_path / "rows.json").write_text(json.dumps([row] * 4))
-    return str(tmp_path / "rows.json")
-
-
-def run_on(tmp_path, stage, module, tokenizer, **settings):
-    data = InstructionDataModule(str(tokenizer), *[rows(tmp_path)] * 3, **{"max_length": 48, **settings})
-    return getattr(trainer(tmp_path, max_steps=1), stage)(module, datamodule=data)
-
-
-@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path, stage):
-    directory = str(tiny_model_directory(tmp_path / "model", vocab_size=300))
-    with pytest.raises(
-        PaCAError, match=r"tokenizer .* has \d+ tokens, but the model has 300 embeddings: 'Qu' is number 300"
-    ):
-        run_on(tmp_path, stage, CausalLMModule(directory), directory)
-
-
-def test_added_tokens_without_an_embedding_are_refused_if_the_data_may_hold_them(tmp_path):
-    tokenizer = tiny_tokenizer()
-    directory = tiny_model_directory(tmp_path / "model", vocab_size=len(tokenizer))
-    module = CausalLMModule(str(directory))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as Gemma 3 has one
-    tokenizer.save_pretrained(tmp_path / "image")
-    run_on(tmp_path, "fit", module, tmp_path / "image")
-    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
-    tokenizer.save_pretrained(tmp_path / "padded")
-    with pytest.raises(PaCAError, match="'<new pad>' is number"):
-        run_on(tmp_path, "fit", module, tmp_path / "padded")
-
-
-def test_the_tokenizer_of_another_model_is_refused(directory, tmp_path):
-    other = ByteLevelBPETokenizer()
-    other.train_from_iterator(["To be or not to be"], vocab_size=300, special_tokens=["<eos>"], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=other._tokenizer, eos_token="<eos>").save_pretrained(tmp_path / "other")
-    with pytest.raises(PaCAError, match="is another one than that of the model"):
-        run_on(tmp_path, "fit", CausalLMModule(directory), tmp_path / "other", max_length=200)
-    # Random weights have learned no words yet.
-    run_on(tmp_path, "fit", CausalLMModule(directory, pretrained=False), tmp_path / "other", max_length=200)
-
-
-def test_a_copy_of_the_models_tokenizer_with_a_token_more_fits(directory, tmp_path):
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["<tool>"])
-    tokenizer.save_pretrained(tmp_path / "copy")
-    run_on(tmp_path, "fit", CausalLMModule(directory), tmp_path / "copy")
-
-
-def test_rows_longer_than_learned_positions_are_refused(tmp_path):
-    write_gpt2(tmp_path / "gpt2")
-    module = CausalLMModule(str(tmp_path / "gpt2"))
-    with pytest.raises(PaCAError, match=r"max_length is 128, but the model has learned 64 positions"):
-        run_on(tmp_path, "fit", module, tmp_path / "gpt2", max_length=128)
-    run_on(tmp_path, "fit", module, tmp_path / "gpt2", max_length=64)
-
-
-def test_other_peoples_data_modules_are_only_warned_of(tmp_path):
-    class Own(LightningDataModule):
-        tokenizer = tiny_tokenizer()
-
-        def train_dataloader(self):
-            return DataLoader([{name: t.clamp(max=299) for name, t in b.items()} for b in batches(1)], batch_size=None)
-
-    directory = str(tiny_model_directory(tmp_path / "model", vocab_size=300))
-    with pytest.warns(UserWarning, match="Own does not fit the model"):
-        trainer(tmp_path).fit(CausalLMModule(directory), datamodule=Own())

@@ -14,7 +14,7 @@ from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.loss import CausalLMLoss
 from tests.distributed_launch import launch
-from tests.tasks.test_causal_lm import adamw, batches
+from tests.tasks.runs import adamw, batches
 from tests.tiny import tiny_llama, tiny_model_directory
 
 pytestmark = pytest.mark.distributed

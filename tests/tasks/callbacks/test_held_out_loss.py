@@ -4,13 +4,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.callbacks import held_out_loss
 from paca_lightning.tasks.callbacks.held_out_loss import HeldOutLoss
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from tests.tasks.test_causal_lm import adamw, batches, trainer
-from tests.tiny import tiny_model_directory
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tiny_model_directory(tmp_path_factory.mktemp("tiny") / "model"))
+from tests.tasks.runs import adamw, batches, trainer
 
 
 @pytest.fixture

@@ -6,13 +6,7 @@ from paca_lightning.tasks.callbacks import loss_plot
 from paca_lightning.tasks.callbacks.held_out_loss import HeldOutLoss
 from paca_lightning.tasks.callbacks.loss_plot import LossPlot
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from tests.tasks.test_causal_lm import batches, trainer
-from tests.tiny import tiny_model_directory
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tiny_model_directory(tmp_path_factory.mktemp("tiny") / "model"))
+from tests.tasks.runs import batches, trainer
 
 
 def test_the_losses_of_a_run_are_drawn(directory, tmp_path, monkeypatch):

@@ -7,15 +7,10 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.callbacks.sample_answers import SampleAnswers
 from paca_lightning.tasks.causal_lm import CausalLMModule
-from tests.tasks.test_causal_lm import Metrics, adamw, trainer
-from tests.tiny import tiny_model_directory, tiny_tokenizer
+from tests.tasks.runs import Metrics, adamw, trainer
+from tests.tiny import tiny_tokenizer
 
 QUESTION, ANSWER = "What is your name?", "My name is Ada [bold]."
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tiny_model_directory(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 class Chat(LightningDataModule):

@@ -11,7 +11,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.callbacks.throughput import TokenThroughput, count_tokens, flops_per_token
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.collate import Documents, PadCollator
-from tests.tasks.test_causal_lm import batches, trainer
+from tests.tasks.runs import batches, trainer
 from tests.tiny import tiny_llama, tiny_model_directory
 
 
