@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import is_accumulating, should_log, trainer_of
+from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tasks.data.batch import TokenBatch, model_inputs, one_row
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.metrics import MeanTokenLoss
@@ -108,7 +110,8 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         settings = {key: value for key, value in self.hparams.items() if key != "loss_chunk_size"}
-        strategy = None if self._trainer is None else self._trainer.strategy
+        trainer = trainer_of(self)
+        strategy = None if trainer is None else trainer.strategy
         streamed = settings["pretrained"] and getattr(strategy, "streams_checkpoints", False)
         self.model = build_for_training(**settings, streamed=streamed)
 
@@ -139,7 +142,7 @@ class CausalLMModule(LightningModule):
         for name, buffer in self.named_buffers():
             if name in wide and buffer.dtype != torch.float32:
                 owner, _, key = name.rpartition(".")
-                self.get_submodule(owner)._buffers[key] = wide[name].to(buffer.device)
+                setattr(self.get_submodule(owner), key, wide[name].to(buffer.device))
         return self
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -176,14 +179,14 @@ class CausalLMModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the whole gradient, at logging steps."""
-        if self.trainer._logger_connector.should_update_logs:
+        if should_log(self.trainer):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         """Log the mean loss since the last log, at logging steps."""
-        if self.trainer.fit_loop._should_accumulate() or not self.trainer._logger_connector.should_update_logs:
+        if is_accumulating(self.trainer) or not should_log(self.trainer):
             return
         # On the host: the progress bar would wait for the device at every step.
         loss = self.train_loss.compute().cpu()
@@ -237,7 +240,7 @@ class CausalLMModule(LightningModule):
     def _loss(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Summed loss of a batch's trained tokens, and their number."""
         model = self._built()
-        if "position_ids" in batch and model.config._attn_implementation.startswith("flash"):
+        if "position_ids" in batch and attention_of(model.config).startswith("flash"):
             batch = one_row(batch)
         return self.loss(model, model_inputs(batch), batch["labels"])
 

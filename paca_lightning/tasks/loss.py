@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
+from paca_lightning.core.private.torch import is_fake
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
 
 MIN_CHUNK = 128

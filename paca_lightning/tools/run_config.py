@@ -49,7 +49,7 @@ class RunCLI(LightningCLI):
         Raises:
             PaCAError: If Lightning refuses its settings, or a logger could not write.
         """
-        settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        settings = {**self.config_init.get(str(self.subcommand), self.config_init).get("trainer", {}), **kwargs}
         if settings.get("enable_progress_bar") is not False and not settings.get("barebones"):
             kwargs["callbacks"] = with_progress_bar(settings.get("callbacks"))
         try:

@@ -272,7 +272,7 @@ def test_the_module_offers_it(tmp_path: Any) -> None:
 
 
 def test_the_module_refuses_it_with_compile() -> None:
-    with pytest.raises(PaCAError, match=r"torch\.compile itself chooses"):
+    with pytest.raises(PaCAError, match=r"torch\.compile chooses itself"):
         CausalLMModule("any", compile=True, activation_checkpointing="selective")
 
 

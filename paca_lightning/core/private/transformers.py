@@ -35,10 +35,12 @@ def ignored_keys(module: nn.Module) -> set[str]:
     return set(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
 
 
-def attention_of(config: Any) -> str | None:
-    """The attention implementation that a model runs: the public argument can be set, but not read."""
-    implementation: str | None = config._attn_implementation
-    return implementation
+def attention_of(config: Any) -> str:
+    """The attention implementation that a model runs, such as ``sdpa``: the public argument can be set, but not read.
+
+    Without a value, transformers chooses SDPA where a model has it.
+    """
+    return config._attn_implementation or "sdpa"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import is_accumulating, should_log
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
 
 
@@ -113,7 +114,7 @@ class TokenThroughput(Callback):
         tokens = count_tokens(batch)
         self._tokens += tokens
         self._flops += tokens * self._flops_of_length[length]
-        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+        if should_log(trainer) and not is_accumulating(trainer):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import restore_loader_states
 from paca_lightning.tasks.data.sampler import BatchOrder
 
 
@@ -58,7 +59,7 @@ class ResumableLoader:
         if self._trainer is not None:
             # Lightning (2.6) restores loaders as it makes them: before it reads the checkpoint, if a module asked for
             # the length of the run in configure_optimizers. What waits since then is restored here.
-            self._trainer.fit_loop._load_combined_loader_states()
+            restore_loader_states(self._trainer)
         if self._restored:
             self._restored = False
             if self._epoch_is_over():

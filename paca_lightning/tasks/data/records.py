@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.datasets import fingerprint_of
 from paca_lightning.tasks.data import json_list
 
 Row = dict[str, Any]
@@ -87,7 +88,7 @@ class Source:
         if self.path.is_file():
             stat = self.path.stat()
             return str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)
-        return self.location, str(self.subset), self.split, self._dataset()._fingerprint
+        return self.location, str(self.subset), self.split, fingerprint_of(self._dataset())
 
     def rows(self) -> Iterator[tuple[int, Row]]:
         """Yield (row number from 1, row). For JSON Lines the number is that of the line.

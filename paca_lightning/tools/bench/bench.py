@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tools.bench.measure import WARM_UP, Timing, time_methods
 from paca_lightning.tools.bench.methods import Method, parse_methods
 from paca_lightning.tools.bench.peak import check_budget, is_measurable, longest_sequence, peak_bytes
@@ -163,7 +164,7 @@ def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Ro
         "title": ", ".join([shape, *filter(None, options), _device_name(workload)]),
         "command": shlex.join(sys.argv),
         "workload": asdict(workload),
-        "attention": config._attn_implementation or "sdpa",
+        "attention": attention_of(config),
         "steps": steps,
         "warm_up_steps": WARM_UP,
         "max_length": max_length,

@@ -145,9 +145,8 @@ def _quantize(model: nn.Module, targets: list[Target]) -> nn.Module:
     """Put bitsandbytes' NF4 layers for the targets."""
     for target in targets:
         weight = target.module.get_parameter("weight")
-        layer = linear4bit(
-            weight.t() if target.layer_class is PaCAConv1D else weight, target.module._parameters["bias"]
-        ).train(model.training)
+        bias: Any = target.module.bias
+        layer = linear4bit(weight.t() if target.layer_class is PaCAConv1D else weight, bias).train(model.training)
         model.set_submodule(target.path, layer)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT then takes its layers for NF4
     return model

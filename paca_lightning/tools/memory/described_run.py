@@ -35,7 +35,7 @@ class _Config(LightningCLI):
     """A config's module, data module and settings of the trainer, which may name devices that are not here."""
 
     def instantiate_trainer(self, **_: Any) -> Any:
-        return self._get(self.config_init, "trainer")
+        return self.config_init.get("trainer")
 
 
 def read_config(arguments: list[str], preset: str | None = None) -> tuple[LightningModule, LightningDataModule, Any]:

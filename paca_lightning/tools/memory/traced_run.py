@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import fake_tensors, init_fake_process_group
 from paca_lightning.layers.nf4 import quantize_rows
 from paca_lightning.tools.memory.extrapolation import FEW, extrapolate
 from paca_lightning.tools.memory.traced_step import TracedRun, trace_step
@@ -81,7 +80,7 @@ class TracedModel:
         module = copy.deepcopy(self._module)
         if layers is not None:
             _truncate(module, run, layers)
-        with _fake_ranks(run) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        with _fake_ranks(run) as mesh, fake_tensors():
             _allocate(module)
             blocks = find_blocks(module, run.block_names)
             if run.strategy is not None:
@@ -99,7 +98,7 @@ def _fake_ranks(run: TracedRun) -> Iterator[DeviceMesh | None]:
         return
     if dist.is_initialized():
         raise PaCAError("A process group exists already: estimate in a process that does not train.")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=run.ranks)
+    init_fake_process_group(run.ranks)
     try:
         size = run.shard_size or run.ranks
         if size == run.ranks:
@@ -150,17 +149,14 @@ def _allocate(module: nn.Module) -> None:
     """Give every parameter and buffer a device, but no data. Parameters that are shared stay so."""
     made: dict[int, Tensor] = {}
     for child in module.modules():
-        stores: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)
-        for store in stores:
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    empty = torch.empty_like(tensor, device="cpu")
-                    if isinstance(tensor, nn.Parameter):
-                        empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = empty
-                store[name] = made[id(tensor)]
+        parameters = child.named_parameters(recurse=False, remove_duplicate=False)
+        for name, tensor in [*parameters, *child.named_buffers(recurse=False, remove_duplicate=False)]:
+            if id(tensor) not in made:
+                empty = torch.empty_like(tensor, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                made[id(tensor)] = empty
+            setattr(child, name, made[id(tensor)])
 
 
 def _optimizers(module: LightningModule, trainer: Trainer) -> list[Optimizer]:

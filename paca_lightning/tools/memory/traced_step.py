@@ -10,13 +10,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import masking_utils
 
 from paca_lightning.activation_checkpointing import blocks as checkpointing
 from paca_lightning.conversion.write_back import attach
+from paca_lightning.core.private.torch import shards_copied_before_gathering
+from paca_lightning.core.private.transformers import packing_not_detected
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from paca_lightning.tools.memory.tracing import Kind, MemoryTracer, Timeline
@@ -98,9 +98,9 @@ def trace_step(
     batch = _batch(run)
     tracer.hold(batch.values(), Kind.ACTIVATIONS)
     micro_batches = min(run.accumulate, 2)  # the second begins with the gradients of the first, as all later ones do
-    with ExitStack() as hooks, _documents(packed=run.packed), _host_memory(tracer), tracer:
+    with ExitStack() as hooks, nullcontext() if run.packed else packing_not_detected(), _host_memory(tracer), tracer:
         if offloaded:
-            hooks.enter_context(_copied_shards())
+            hooks.enter_context(shards_copied_before_gathering())
         for number, block in enumerate(blocks):
             for handle in _mark(tracer, number, block, last=number == len(blocks) - 1):
                 hooks.callback(handle.remove)
@@ -131,21 +131,6 @@ def trace_step(
 
 
 @contextmanager
-def _documents(*, packed: bool) -> Iterator[None]:
-    """Tell transformers whether rows hold several documents: it reads that from values, and takes it for granted here.
-
-    Where they do, attention needs a mask of all pairs of tokens; otherwise the kernel's own causal mask.
-    """
-    original = masking_utils.find_packed_sequence_indices
-    if not packed:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-
-
-@contextmanager
 def _host_memory(tracer: MemoryTracer) -> Iterator[None]:
     """Tell what is offloaded from what stays: all traced tensors are of one device."""
 
@@ -159,19 +144,6 @@ def _host_memory(tracer: MemoryTracer) -> Iterator[None]:
         yield
     finally:
         checkpointing.to_host, checkpointing.to_device = originals
-
-
-@contextmanager
-def _copied_shards() -> Iterator[None]:
-    """Let FSDP2 copy its shards before it gathers them: to it, all traced tensors are on the device already."""
-    original: Any = FSDPParam.all_gather_inputs
-    FSDPParam.all_gather_inputs = property(  # type: ignore[assignment,method-assign]
-        lambda self: [shard.clone() for shard in original.__get__(self)]
-    )
-    try:
-        yield
-    finally:
-        FSDPParam.all_gather_inputs = original  # type: ignore[method-assign]
 
 
 def _mark(tracer: MemoryTracer, number: int, block: nn.Module, *, last: bool) -> Iterator[Any]:

@@ -14,13 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
-from torch._guards import active_fake_mode
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from paca_lightning.core.dtensor import local
+from paca_lightning.core.private.torch import (
+    GATHERING_OPERATORS,
+    TorchDispatchMode,
+    active_fake_mode,
+    awaits_collective,
+    storage_id,
+    tensors_in,
+)
 
 
 class Kind(IntEnum):
@@ -36,9 +41,6 @@ class Kind(IntEnum):
     GRADIENTS = 3
     OPTIMIZER = 4
     TEMPORARY = 5
-
-
-_GATHERING = ("fsdp::all_gather_copy_in", "c10d::_allgather_base_", "fsdp::split_with_sizes_copy")
 
 
 @dataclass
@@ -181,20 +183,19 @@ class MemoryTracer(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again, as operators on the local tensors
         # Waiting returns its argument in truth; for tensors without data, PyTorch returns a new one.
-        waits = func is torch.ops._c10d_functional.wait_tensor.default
-        result = args[0] if waits else func(*args, **(kwargs or {}))
+        result = args[0] if awaits_collective(func) else func(*args, **(kwargs or {}))
         if active_fake_mode() is not self._fake_mode:
             return result  # DTensor works out a result's shape under a fake mode of its own
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
-                self._see(leaf.untyped_storage())
-        if func.name() in _GATHERING:
+        for tensor in tensors_in(result):
+            if tensor.device.type != "meta":
+                self._see(tensor.untyped_storage())
+        if func.name() in GATHERING_OPERATORS:
             self._gathers(args, kwargs or {})
         self._phases.append(self._phase)
         return result
 
     def _see(self, storage: UntypedStorage) -> _Allocation:
-        key = storage._cdata
+        key = storage_id(storage)
         if key not in self._live:
             self._begin(key, storage.nbytes() if self._counts else 0)
         if key not in self._references:
@@ -216,7 +217,7 @@ class MemoryTracer(TorchDispatchMode):
         self._references.pop(key, None)
 
     def _resized(self, storage: UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage_id(storage)
         before = self._live.get(key)
         self._end(key)
         self._begin(key, storage.nbytes(), Kind.GATHERED_PARAMETERS if before is None else before.kind)
@@ -224,8 +225,8 @@ class MemoryTracer(TorchDispatchMode):
 
     def _gathers(self, args: Any, kwargs: Any) -> None:
         """Mark what FSDP2 gathers into, and from there copies out of."""
-        for leaf in tree_leaves((args, kwargs)):
-            allocation = self._live.get(leaf.untyped_storage()._cdata) if isinstance(leaf, Tensor) else None
+        for tensor in tensors_in((args, kwargs)):
+            allocation = self._live.get(storage_id(tensor.untyped_storage()))
             if allocation is not None and allocation.kind is None:
                 allocation.kind = Kind.GATHERED_PARAMETERS
 
