@@ -72,9 +72,6 @@ class _WriteBack:
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Run after a step, while the gradients of that step are there."""
-        if self._first:
-            self._first = False
-            _warn_of_idle([path for path, layer in self._layers.items() if layer.paca_delta.grad is None])
         for path, layer in self._layers.items():
             if not isinstance(layer, PaCALayer):
                 raise PaCAError(
@@ -82,6 +79,9 @@ class _WriteBack:
                     "Remove the handle that attach() returned, or build a new optimizer."
                 )
             layer.write_columns()
+        if self._first:  # after the write, every delta is this rank's own, which has the gradient
+            self._first = False
+            _warn_of_idle([path for path, layer in self._layers.items() if layer.paca_delta.grad is None])
         self._note_thawed(optimizer)
 
     def _note_thawed(self, optimizer: torch.optim.Optimizer) -> None:

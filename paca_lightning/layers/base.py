@@ -1,6 +1,6 @@
 """What all PaCA layers share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ class PaCALayer(nn.Module):
         paca_conversion: What the converted model knows of its conversion; its layers share it. None for a layer of its
             own.
         paca_path: Path of the layer in the module that was converted.
+        paca_reshard: Frees gathered parameters before a write, which has to reach the shards. None if none are kept.
     """
 
     base_name: ClassVar[str] = "weight"  # of the parameter that holds the base weight
@@ -45,6 +46,7 @@ class PaCALayer(nn.Module):
     paca_pending: PendingSelection | None = None
     paca_conversion: Any = None
     paca_path: str = ""
+    paca_reshard: Callable[[], None] | None = None
 
     @property
     def base(self) -> Tensor:
@@ -90,9 +92,15 @@ class PaCALayer(nn.Module):
             self.restore_columns()
         del self.paca_delta, self.paca_base_columns, self.paca_indices
         base_class = self.paca_base_class
-        for name in ("r", "scaling", "paca_enabled", "paca_base_class", "paca_pending", "paca_conversion", "paca_path"):
+        added = ("r", "scaling", "paca_enabled", "paca_base_class", "paca_pending", "paca_conversion", "paca_path")
+        for name in (*added, "paca_reshard"):
             vars(self).pop(name, None)
         self.__class__ = base_class  # type: ignore[assignment]
+
+    def _reshard(self) -> None:
+        """Free the gathered parameters, if FSDP2 kept them after a forward."""
+        if self.paca_reshard is not None:
+            self.paca_reshard()
 
     def _read_columns(self) -> Tensor:
         """Selected columns of this rank's rows of the weight, shape (rows, r)."""
@@ -108,11 +116,13 @@ class PaCALayer(nn.Module):
     def write_columns(self) -> None:
         """Bring the weight up to date with the delta. Sharded alike, both are local: no communication."""
         if self.paca_enabled:
+            self._reshard()
             self._put_columns(torch.add(local(self.paca_base_columns), local(self.paca_delta), alpha=self.scaling))
 
     @torch.no_grad()
     def restore_columns(self) -> None:
         """Put the base columns back: the weight is bitwise the one before the conversion."""
+        self._reshard()
         self._put_columns(local(self.paca_base_columns))
 
     @torch.no_grad()

@@ -185,7 +185,8 @@ class QPaCALinear(PaCALayer):
         return weight.index_select(1, self.paca_indices)
 
     def write_columns(self) -> None:
-        """Do nothing: every forward takes the delta as it is."""
+        """Write nothing, as every forward reads the delta; only free a gathered copy of an older delta."""
+        self._reshard()
 
     def restore_columns(self) -> None:
         """Do nothing: the packed weight never changes."""

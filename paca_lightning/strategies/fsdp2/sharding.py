@@ -1,8 +1,9 @@
 """Which modules FSDP2 gathers together, and sharding them."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -12,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.linear import PaCAConv1D
+from paca_lightning.layers.nf4_linear import QPaCALinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +21,11 @@ class ShardingOptions:
     """How modules are sharded.
 
     Args:
-        reshard_after_forward: Free the gathered parameters of a block after its forward and gather them again for its
-            backward. A number gathers again from that many ranks only, of one node say.
-        mixed_precision: Dtypes of gathered parameters and of the reduction. Default: as the parameters are.
+        reshard_after_forward: True frees the gathered parameters of a block after its forward and gathers them again
+            for its backward. False keeps them until the backward has used them. A number keeps a share of them, so
+            that the backward gathers from that many ranks only, those of one node for example.
+        mixed_precision: Dtypes of gathered parameters and of the gradients' reduction. Default: those of the
+            parameters. NF4 layers whose scales it would narrow are units of their own and gathered as stored.
         cpu_offload: Keep this rank's rows, gradients and optimizer states in host memory.
     """
 
@@ -41,16 +45,16 @@ class _Unit:
 def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], options: ShardingOptions) -> None:
     """Shard a model's parameters on dim 0, in place, so that a block at a time is gathered.
 
-    A unit is what is gathered together: each block; the input embeddings and the output head of a Hugging Face model,
-    apart from each other unless they share a weight; each PaCA layer elsewhere; what else each Hugging Face model
-    holds; and the rest. A layer's weight, delta and base columns lie in one unit and are split alike, so that a rank
-    has the same rows of all of them.
+    A unit is what is gathered together. Units are: each block; the input embeddings and the output head of a Hugging
+    Face model, as one unit if they share a weight; each PaCA layer outside these; the remaining parameters of each
+    Hugging Face model; and all other parameters. A layer's weight, delta and base columns lie in one unit and are split
+    alike, so that a rank has the same rows of all of them.
 
     Args:
-        model: The root: what lies in no other unit is gathered when it is called. Parameters on ``meta`` stay there.
-        mesh: One dimension to shard over, behind another to replicate over or not.
+        model: The root. Parameters in no other unit are gathered when it is called. Parameters on ``meta`` stay there.
+        mesh: Has one dimension to shard over, or two: the first to replicate over, the second to shard over.
         blocks: Units within the model.
-        options: How.
+        options: How to shard.
 
     Raises:
         PaCAError: If a parameter cannot be sharded.
@@ -60,16 +64,16 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
     _check_parameters(model)
     units = [_Unit([block], options.reshard_after_forward) for block in blocks]
     units += _ends(model, options)
-    # A step may call the root's forward and go on, so its parameters stay gathered in between; written columns would
-    # then miss the sharded weight. PaCA layers elsewhere are gathered on their own.
+    # The root is gathered for the whole of a step, within which disable_paca may write columns: PaCA layers elsewhere
+    # are units of their own.
     inside = {child for unit in units for root in unit.modules for child in root.modules()}
-    units += [_Unit([m], True) for m in model.modules() if isinstance(m, PaCALayer) and m not in inside]
+    elsewhere = [m for m in model.modules() if isinstance(m, PaCALayer) and m not in inside]
+    units += [_Unit([layer], options.reshard_after_forward) for layer in elsewhere]
     units += [_Unit([module], options.reshard_after_forward) for module in _pretrained_models(model)]
     units.append(_Unit([model], False))
     _check_shared_parameters(model, units)
     for unit in units:
-        if not any(isinstance(module, FSDPModule) for module in unit.modules):
-            _shard_unit(unit, mesh, options)
+        _shard_unit(unit, mesh, options)
 
 
 def local_rows(tensor: Tensor) -> slice:
@@ -82,14 +86,21 @@ def local_rows(tensor: Tensor) -> slice:
 
 def _shard_unit(unit: _Unit, mesh: DeviceMesh, options: ShardingOptions) -> None:
     modules = [module for root in unit.modules for module in _outside_units(root)]
-    for module in _apart(modules):
+    wide = _with_wide_scales(modules, options.mixed_precision)
+    for module in wide:
+        assert options.mixed_precision is not None
+        as_stored = replace(options.mixed_precision, param_dtype=None)
+        _fully_shard([module], unit.reshard_after_forward, mesh, replace(options, mixed_precision=as_stored))
+    for module in _with_narrow_gradients([module for module in modules if module not in wide]):
         _fully_shard([module], unit.reshard_after_forward, mesh, options)
-    # A weight that stayed gathered after a forward would miss columns written then.
-    holds_columns = any(isinstance(module, PaCALayer) for module in modules)
-    _fully_shard(unit.modules, unit.reshard_after_forward or holds_columns, mesh, options)
+    _fully_shard(unit.modules, unit.reshard_after_forward, mesh, options)
 
 
 def _fully_shard(modules: list[nn.Module], reshard: bool | int, mesh: DeviceMesh, options: ShardingOptions) -> None:
+    """Make one unit of modules, without the units inside them."""
+    if any(isinstance(module, FSDPModule) for module in modules):
+        return
+    layers = [m for root in modules for m in _outside_units(root) if isinstance(m, PaCALayer)]
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if options.cpu_offload else OffloadPolicy()
     try:
         fully_shard(
@@ -101,6 +112,11 @@ def _fully_shard(modules: list[nn.Module], reshard: bool | int, mesh: DeviceMesh
         )
     except ValueError as error:
         raise PaCAError(f"{type(modules[0]).__name__} cannot be sharded: {error}") from error
+    if reshard is not True:  # gathered parameters outlive the forward: columns must not be written into them
+        unit = modules[0]
+        assert isinstance(unit, FSDPModule)
+        for layer in layers:
+            layer.paca_reshard = unit.reshard
 
 
 def _outside_units(root: nn.Module) -> Iterator[nn.Module]:
@@ -111,8 +127,21 @@ def _outside_units(root: nn.Module) -> Iterator[nn.Module]:
             yield from _outside_units(child)
 
 
-def _apart(modules: list[nn.Module]) -> list[nn.Module]:
-    """Modules whose trained parameters are narrower than others': gradients are reduced together in one dtype."""
+def _with_wide_scales(modules: list[nn.Module], policy: MixedPrecisionPolicy | None) -> list[nn.Module]:
+    """NF4 layers with scales that the policy would narrow. The weight is computed from them, so they stay exact."""
+    if policy is None or policy.param_dtype is None:
+        return []
+    dtype = policy.param_dtype
+    return [
+        module
+        for module in modules
+        if isinstance(module, QPaCALinear)
+        and any(s.is_floating_point() and torch.promote_types(s.dtype, dtype) != dtype for s in module.scales)
+    ]
+
+
+def _with_narrow_gradients(modules: list[nn.Module]) -> list[nn.Module]:
+    """Modules whose trained parameters are narrower than others': a unit reduces its gradients in one dtype."""
     dtypes = {
         module: {parameter.dtype for parameter in module.parameters(recurse=False) if parameter.requires_grad}
         for module in modules

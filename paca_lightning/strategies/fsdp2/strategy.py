@@ -1,7 +1,7 @@
 """FSDP2Strategy: shards any LightningModule over all devices of a run."""
 
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -187,6 +187,19 @@ class FSDP2Strategy(ModelParallelStrategy):
             yield
         finally:
             self.model.set_requires_gradient_sync(True)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: "pl.LightningModule | nn.Module | None" = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Steps, then frees parameters that were gathered since the last backward: they are older than the step."""
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._reshard()
+        return result
 
     @override
     def on_validation_end(self) -> None:

@@ -317,7 +317,7 @@ def described_run(directory: Path) -> dict[str, Any]:
     (expected,) = trainer().validate(module, data, verbose=False)
 
     sharded = {"strategy": "paca_fsdp2"}
-    with pytest.raises(PaCAError, match=r"an object of paca_lightning\.config\.PaCAConfig .*add_safe_globals"):
+    with pytest.raises(PaCAError, match=r"an object of paca_lightning\.core\.config\.PaCAConfig .*add_safe_globals"):
         trainer(**sharded).validate(fresh(), data, directory / "one.ckpt", verbose=False)
     with torch.serialization.safe_globals([PaCAConfig]):
         (found,) = trainer(**sharded).validate(fresh(), data, directory / "one.ckpt", verbose=False)
