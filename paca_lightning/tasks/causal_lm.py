@@ -109,7 +109,8 @@ class CausalLMModule(LightningModule):
         """
         if self.model is not None:
             return
-        settings = {key: value for key, value in self.hparams.items() if key != "loss_chunk_size"}
+        # LightningCLI adds hyperparameters of its own, such as "_class_path".
+        settings = {name: value for name, value in self.hparams.items() if name != "loss_chunk_size" and name[0] != "_"}
         trainer = trainer_of(self)
         strategy = None if trainer is None else trainer.strategy
         streamed = settings["pretrained"] and getattr(strategy, "streams_checkpoints", False)
