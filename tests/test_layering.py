@@ -36,7 +36,7 @@ FENCES: dict[str, set[str]] = {  # library: where it may be imported
     "lightning": {"callbacks", "strategies", "tasks", "tools", "cli", "core.private"},
     "transformers": {"tasks", "tools", "adapters.export", "core.private"},
     "datasets": {"tasks", "tools"},
-    "bitsandbytes": {"layers.nf4", "core.private"},
+    "bitsandbytes": {"layers.bitsandbytes", "layers.linear4bit", "core.private"},
     "habana_frameworks": {"strategies.hpu"},
 }
 NO_DISTRIBUTED_AT_IMPORT = {"core", "layers", "conversion", "adapters"}
@@ -141,7 +141,11 @@ def test_every_place_exists_and_imports_go_down_only() -> None:
         ("adapters.adapter", "from paca_lightning.core.files import _umask", "a private name of another folder"),
         ("conversion.report", "import lightning.pytorch as pl", "which belongs in"),
         ("strategies.fsdp2.sharding", "from transformers import AutoModel", "which belongs in"),
-        ("layers.linear", "def f():\n    import bitsandbytes", "which belongs in ['core.private', 'layers.nf4']"),
+        (
+            "layers.linear",
+            "def f():\n    import bitsandbytes",
+            "in ['core.private', 'layers.bitsandbytes', 'layers.linear4bit']",
+        ),
         ("strategies.fsdp2.sharding", "import habana_frameworks.torch", "which belongs in ['strategies.hpu']"),
         ("layers.linear", "from torch import distributed", "at import time"),
         ("layers.linear", "if True:\n    import torch.distributed as dist", "at import time"),

@@ -17,7 +17,8 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
 from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer
-from paca_lightning.layers.nf4 import dequantize_rows, from_linear4bit, linear4bit_class, linear4bit_obstacle
+from paca_lightning.layers.linear4bit import from_linear4bit, linear4bit_class, linear4bit_obstacle
+from paca_lightning.layers.nf4 import dequantize_rows
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
 DTYPE = torch.bfloat16

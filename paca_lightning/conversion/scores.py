@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.linear import PaCAConv1D
-from paca_lightning.layers.nf4 import dequantize_rows, from_linear4bit, squared_errors
+from paca_lightning.layers.linear4bit import from_linear4bit
+from paca_lightning.layers.nf4 import dequantize_rows, squared_errors
 
 BY_WEIGHT = ("weight_norm", "quant_error")
 

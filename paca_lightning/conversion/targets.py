@@ -16,7 +16,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import matches
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.linear import PaCAConv1D, PaCALinear
-from paca_lightning.layers.nf4 import linear4bit_class, linear4bit_obstacle
+from paca_lightning.layers.linear4bit import linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

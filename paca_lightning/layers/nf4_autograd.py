@@ -57,10 +57,10 @@ def merged_weight(
     indices: Tensor,
     scaling: float | Tensor,
     *,
-    anew: bool = False,
+    in_backward: bool = False,
 ) -> Tensor:
     """The weight to compute with: the NF4 base, and in the selected columns what was trained unless delta is None."""
-    weight = dequantize_rows(packed, scales, in_features, dtype, anew=anew)
+    weight = dequantize_rows(packed, scales, in_features, dtype, in_backward=in_backward)
     if delta is not None:
         trained = columns + delta * scaling if isinstance(scaling, Tensor) else columns.add(delta, alpha=scaling)
         weight.index_copy_(1, indices, trained.to(dtype))
@@ -99,7 +99,7 @@ class _DequantizedLinear(torch.autograd.Function):
             scaling = scales.pop() if ctx.scaling is None else ctx.scaling
             settings = (columns, delta, indices, scaling)
             grad_input = grad_output @ merged_weight(
-                packed, tuple(scales), ctx.in_features, grad_output.dtype, *settings, anew=True
+                packed, tuple(scales), ctx.in_features, grad_output.dtype, *settings, in_backward=True
             )
         if ctx.needs_input_grad[1]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)

@@ -9,16 +9,9 @@ from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.linear import PaCALinear
-from paca_lightning.layers.nf4 import Scales, dequantize_rows, from_linear4bit, quantize_rows
+from paca_lightning.layers.linear4bit import from_linear4bit, strip_linear4bit
+from paca_lightning.layers.nf4 import Scales, dequantize_rows, quantize_rows
 from paca_lightning.layers.nf4_autograd import dequantized_linear, merged_weight
-
-LINEAR4BIT_ATTRIBUTES = (
-    "compute_dtype",
-    "compute_type_is_set",
-    "quant_state",
-    "quant_storage",
-    "support_avx512bf16_for_cpu",
-)
 
 
 class QPaCALinear(PaCALayer):
@@ -116,12 +109,7 @@ class QPaCALinear(PaCALayer):
         weight: Any = module.weight
         whole = weight.detach() if weight.quant_state is None else None
         packed, scales, dtype = from_linear4bit(module)
-        del module.weight
-        for name in LINEAR4BIT_ATTRIBUTES:
-            vars(module).pop(name, None)
-        # Subclasses of Linear4bit (Lightning's) quantize what is loaded into them.
-        module._load_state_dict_pre_hooks.clear()
-        module._load_state_dict_post_hooks.clear()
+        strip_linear4bit(module)
         module.__class__ = cls
         module._hold(packed, scales, dtype)  # type: ignore[operator]
         module._add_columns(indices, scaling, nn.Linear)  # type: ignore[operator]

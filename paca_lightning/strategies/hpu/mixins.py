@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import paca_layers
-from paca_lightning.layers.nf4 import check_hpu_backend
+from paca_lightning.layers.bitsandbytes import check_hpu_backend
 
 SUPPORTED_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 

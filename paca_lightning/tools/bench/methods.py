@@ -16,7 +16,7 @@ from paca_lightning.conversion.targets import Target, resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.linear import PaCAConv1D
-from paca_lightning.layers.nf4 import linear4bit
+from paca_lightning.layers.linear4bit import linear4bit
 
 FLOOR = "floor"
 QFLOOR = "qfloor"

@@ -1,0 +1,45 @@
+"""bitsandbytes is loaded at first use, its levels in fp32, and its version checked for Gaudi."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from paca_lightning import PaCAError
+from paca_lightning.layers.bitsandbytes import check_hpu_backend
+from paca_lightning.layers.nf4 import dequantize_rows, quantize_rows
+from tests.distributed_launch import launch
+
+
+@pytest.mark.parametrize("version", ["0.46.1", "0.45.0.dev0"])
+def test_a_bitsandbytes_without_operators_for_gaudi_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "__version__", version)
+    for _ in range(2):
+        with pytest.raises(PaCAError, match=rf"bitsandbytes {version} has no NF4 .*'bitsandbytes>=0.47,<=0.49.2'"):
+            check_hpu_backend()
+
+
+def test_a_newer_bitsandbytes_than_recommended_for_gaudi_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "__version__", "0.51.0")
+    with pytest.warns(UserWarning, match=r"bitsandbytes 0.51.0 is newer than is recommended"):
+        check_hpu_backend()
+    check_hpu_backend()  # a second warning would be an error here
+
+
+@pytest.mark.parametrize(("version", "rank"), [("0.47.0", "0"), ("0.49.2", "0"), ("0.52.0", "1")])
+def test_other_versions_and_other_ranks_are_silent(version: str, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb, "__version__", version)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    check_hpu_backend()  # a warning would be an error here
+
+
+def weights_restored(default: torch.dtype) -> Tensor:
+    torch.set_default_dtype(default)
+    packed, absmax = quantize_rows(torch.linspace(-1, 1, 256, dtype=torch.float32).view(2, 128))
+    return dequantize_rows(packed, (absmax,), 128, torch.float32)
+
+
+def test_levels_do_not_depend_on_the_default_dtype_of_their_first_use() -> None:
+    """Lightning's bf16-true makes bf16 the default, and bitsandbytes keeps the levels that it made first."""
+    wide, narrow = (launch(weights_restored, 1, default)[0] for default in (torch.float32, torch.bfloat16))
+    assert torch.equal(wide, narrow)
