@@ -12,7 +12,7 @@ from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.saved_modules import is_marked, mark, original_state
 from paca_lightning.conversion.scores import BY_WEIGHT, weight_scores
 from paca_lightning.conversion.select import quantize_layers, select_columns
-from paca_lightning.conversion.state import Conversion, conversions_in, rooted_conversion
+from paca_lightning.conversion.state import Conversion, conversions_of, rooted_conversion
 from paca_lightning.conversion.targets import Target, in_features_of, resolve
 from paca_lightning.core.config import CALIBRATED, PaCAConfig
 from paca_lightning.core.dtensor import is_sharded
@@ -78,7 +78,7 @@ def convert(
     Raises:
         PaCAError: As for ``apply_paca``.
     """
-    _refuse_other_config(inventory.root, config)
+    _refuse_other_config(inventory, config)
     resolution = resolve(inventory, config)
     given = _given_columns(indices or {}, resolution.targets, inventory)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
@@ -150,8 +150,8 @@ def _refuse_other_columns(targets: list[Target], columns: dict[str, Tensor]) -> 
             )
 
 
-def _refuse_other_config(model: nn.Module, config: PaCAConfig) -> None:
-    for before, path, _ in conversions_in(model):
+def _refuse_other_config(inventory: Inventory, config: PaCAConfig) -> None:
+    for before, path, _ in conversions_of(inventory.layers):
         if before.config != config:
             raise PaCAError(
                 f"{path!r} was converted before with another configuration (different: "

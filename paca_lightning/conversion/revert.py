@@ -14,7 +14,7 @@ from paca_lightning.conversion.saved_modules import (
     saved_modules,
     unmark,
 )
-from paca_lightning.conversion.state import conversions_in, root_names
+from paca_lightning.conversion.state import conversions_in, conversions_of, root_names
 from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
@@ -99,7 +99,7 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
     """If the block fails, release the layers that it converted, and freeze and thaw parameters as they were."""
     layers, saved = inventory.layers, inventory.saved
     states = {path: (layer.paca_conversion, layer.paca_path) for path, layer in layers.items()}
-    seen = [(conversion, dict(conversion.was_trainable)) for conversion, _, _ in conversions_in(inventory.root)]
+    seen = [(conversion, dict(conversion.was_trainable)) for conversion, _, _ in conversions_of(layers)]
     flags = [(parameter, parameter.requires_grad) for parameter in inventory.parameters.values()]
     try:
         yield

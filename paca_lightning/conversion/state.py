@@ -1,6 +1,6 @@
 """Conversion: what a converted model knows of its conversion, in one object that its PaCA layers share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -46,10 +46,15 @@ class Conversion:
 
 def conversions_in(model: nn.Module) -> list[tuple[Conversion, str, PaCALayer]]:
     """Each conversion in a model, with the path and the layer that led to it."""
+    return conversions_of({clean_path(path): layer for path, layer in paca_layers(model)})
+
+
+def conversions_of(layers: Mapping[str, PaCALayer]) -> list[tuple[Conversion, str, PaCALayer]]:
+    """Each conversion that some layers are part of, with the path and the layer that led to it."""
     found: dict[int, tuple[Conversion, str, PaCALayer]] = {}
-    for path, layer in paca_layers(model):
+    for path, layer in layers.items():
         if layer.paca_conversion is not None:
-            found.setdefault(id(layer.paca_conversion), (layer.paca_conversion, clean_path(path), layer))
+            found.setdefault(id(layer.paca_conversion), (layer.paca_conversion, path, layer))
     return list(found.values())
 
 
@@ -88,7 +93,7 @@ def rooted_conversion(inventory: Inventory, config: PaCAConfig) -> Conversion:
         conversion: Conversion = present[0]
     else:
         conversion = Conversion(config)
-        for before, path, layer in conversions_in(inventory.root):
+        for before, path, layer in conversions_of(layers):
             _take_over(conversion, before, _renaming(layer.paca_path, path))
     for path, layer in layers.items():
         layer.paca_conversion, layer.paca_path = conversion, path
