@@ -7,7 +7,6 @@ from torch import nn
 from paca_lightning.adapters.fingerprint import base_samples
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.select import waits_for_data
-from paca_lightning.conversion.state import conversion_of
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import paca_layers
 
@@ -24,29 +23,6 @@ def remember_base(checkpoint: dict[str, Any], module: nn.Module) -> None:
 def columns_are_chosen(module: nn.Module) -> bool:
     """Whether no layer waits for data to choose its columns."""
     return not any(waits_for_data(layer) for _, layer in paca_layers(module))
-
-
-def note_chosen_columns(checkpoint: dict[str, Any], module: nn.Module, *, chosen: bool) -> None:
-    """Before a checkpoint is loaded, settle whose columns count: its own, or those of the module.
-
-    A checkpoint from before data chose the columns holds random columns and deltas of zero. A learning rate finder
-    restores such a one after the choice, which has to stay: a quantized layer cannot go back.
-
-    Args:
-        checkpoint: Lightning's, changed in place.
-        module: Converted, about to load it.
-        chosen: Whether the columns had been chosen when the checkpoint was saved.
-    """
-    conversion = conversion_of(module)
-    assert conversion is not None
-    conversion.columns_restored = chosen
-    if chosen or not columns_are_chosen(module):
-        return
-    state = checkpoint.get("state_dict", {})
-    for path, layer in paca_layers(module):
-        delta = state.get(f"{path}.paca_delta")
-        if delta is not None and not bool(delta.any()):
-            state[f"{path}.paca_indices"] = layer.paca_indices.detach().clone()
 
 
 def scalings(report: ConversionReport | None) -> dict[str, float]:

@@ -21,7 +21,6 @@ from paca_lightning.callbacks.checkpoint_compatibility import (
     BASE,
     check_scalings,
     columns_are_chosen,
-    note_chosen_columns,
     remember_base,
     scalings,
 )
@@ -106,7 +105,7 @@ class PaCAStrategy(Callback):
     def _note(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
         self._saved_base = checkpoint.get(BASE)
         own = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        note_chosen_columns(checkpoint, pl_module, chosen=own.get("selected", True))
+        _conversion(pl_module).columns_restored = own.get("selected", True)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)

@@ -2,12 +2,13 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers, write_columns
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, attach, merge, paca_layers, unload, write_columns
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
 
 
@@ -137,3 +138,62 @@ def test_a_file_of_another_rank_is_refused() -> None:
         PaCAError, match=r"The delta of '0' has shape \(6, 2\) in the checkpoint and \(6, 3\) in the model"
     ):
         fresh(r=3).load_state_dict(tuned().state_dict(), strict=False)
+
+
+@pytest.mark.parametrize("back", [merge, unload])
+def test_a_plain_model_again_is_as_strict_as_ever(back: Any) -> None:
+    model = tuned()
+    back(model)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0\.weight"'):
+        model.load_state_dict({}, strict=True)
+    missing = set(model.load_state_dict({}, strict=False).missing_keys)
+    assert missing == set(network().state_dict()) - {"1.num_batches_tracked"}  # which PyTorch lets old files lack
+
+
+def test_only_frozen_weights_may_be_absent() -> None:
+    state = tuned().state_dict()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "1\.running_mean"\.'):
+        fresh().load_state_dict(without(state, "1.running_mean"), strict=True)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "2\.weight"\.'):
+        fresh().load_state_dict(state | {"2.weight": torch.zeros(1)}, strict=True)
+
+
+def test_a_base_file_is_complete() -> None:
+    result = tuned().load_state_dict(network(seed=7).state_dict(), strict=True)
+    assert result.missing_keys == result.unexpected_keys == []
+
+
+def test_a_parameter_that_was_thawed_and_trained_for_a_while_is_kept() -> None:
+    model = tuned()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    attach(optimizer, model)
+
+    def step() -> None:
+        model(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    model[1].requires_grad_(True)
+    optimizer.add_param_group({"params": [model[1].weight]})  # as BackboneFinetuning does; the bias is only thawed
+    step()
+    model[1].requires_grad_(False)
+    step()
+    assert set(model.state_dict()) == ADAPTER | BUFFERS | HEAD | {"1.weight"}
+    keep_trained_state(model)  # a later run
+    assert set(model.state_dict()) == ADAPTER | BUFFERS | HEAD | {"1.weight"}
+    other = fresh()
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(other[1].weight, model[1].weight)
+
+
+def test_a_frozen_parameter_in_the_optimizer_is_kept_once_it_is_trained() -> None:
+    model = tuned()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # frozen ones, too
+    attach(optimizer, model)
+    assert set(model.state_dict()) == ADAPTER | BUFFERS | HEAD
+    model[1].bias.requires_grad_(True)
+    model(torch.ones(4, 8)).sum().backward()
+    optimizer.step()
+    model[1].bias.requires_grad_(False)
+    assert set(model.state_dict()) == ADAPTER | BUFFERS | HEAD | {"1.bias"}

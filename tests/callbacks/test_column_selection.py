@@ -6,11 +6,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, QPaCALinear, paca_layers
+from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, QPaCALinear, apply_paca, paca_layers
+from paca_lightning.conversion.scores import calibrate
 from tests.callbacks.test_paca import DATA, Module, loader, trainer  # noqa: F401  (a fixture)
 from tests.distributed_launch import launch
 
@@ -193,3 +195,67 @@ def test_gradients_of_the_choice_stay_out_of_the_first_sharded_step() -> None:
     )
     assert sharded_indices == indices
     assert all(torch.equal(a, b) for a, b in zip(plain, sharded, strict=True))
+
+
+def test_a_later_callback_chooses_what_an_earlier_one_left_open(trainer: Any, chosen: list[list[int]]) -> None:  # noqa: F811
+    module = Module()
+    trainer(PaCAStrategy(BY_ACTIVATION)).validate(module, loud(), verbose=False)
+    assert columns(module) != chosen
+    trainer(PaCAStrategy(BY_ACTIVATION)).fit(module, loud())
+    assert columns(module) == chosen
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("use", ["lr_find", "scale_batch_size"])
+@pytest.mark.parametrize("same_callback", [True, False])
+def test_a_tuner_leaves_the_choice_as_it_is(
+    same_callback: bool,
+    use: str,
+    quantize: str | None,
+    trainer: Any,  # noqa: F811
+) -> None:
+    class Tunable(Module):
+        lr = 1e-2
+        batch_size = 4
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(LOUD, batch_size=self.batch_size)  # type: ignore[arg-type]
+
+        val_dataloader = train_dataloader
+
+    config = PaCAConfig(r=4, alpha=8, selection="activation_norm", quantize=quantize)
+    plain, tuned = Tunable(), Tunable()
+    trainer(PaCAStrategy(config)).fit(plain)
+    callback = PaCAStrategy(config)
+    run = trainer(callback)
+    if use == "lr_find":
+        Tuner(run).lr_find(tuned, num_training=5, update_attr=False)
+    else:
+        Tuner(run).scale_batch_size(tuned, steps_per_trial=1, max_trials=2)
+        tuned.batch_size = 4
+    assert not any(bool(layer.paca_delta.any()) for _, layer in paca_layers(tuned))
+    trainer(callback if same_callback else PaCAStrategy(config)).fit(tuned)
+    assert columns(tuned) == columns(plain)
+    for (_, layer), (_, expected) in zip(paca_layers(tuned), paca_layers(plain), strict=True):
+        assert torch.equal(layer.paca_delta, expected.paca_delta)
+
+
+def test_scores_are_where_the_layer_computes() -> None:
+    """An offloaded delta lies in host memory while its layer computes elsewhere: here on meta."""
+
+    class Offloaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            for hook in self.linear._forward_hooks.values():
+                hook(self.linear, (input,), {}, input)
+            return input
+
+    model = Offloaded()
+    apply_paca(model, PaCAConfig(r=2))
+    layers, batches = dict(paca_layers(model)), [torch.ones(3, 4, device="meta")]
+    scores = calibrate(model, layers, "activation_norm", batches, step=model)
+    assert scores["linear"].is_meta
+    assert model.linear.paca_delta.device.type == "cpu"

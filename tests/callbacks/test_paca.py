@@ -1,6 +1,8 @@
 """PaCAStrategy on Lightning's clock: where models are built, how they are trained, saved and resumed."""
 
+import copy
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -629,3 +631,49 @@ def test_adapter_of_another_model_is_refused(trainer: Any, tmp_path: Path) -> No
     nn.init.normal_(other.net[0].weight)
     with pytest.raises(PaCAError, match="another base model"):
         trainer(PaCAStrategy(adapter=str(tmp_path / "adapter"))).fit(other, loader())
+
+
+def test_a_config_that_contradicts_its_adapter_is_refused(trainer: Any, tmp_path: Path) -> None:
+    adapter = str(tmp_path / "adapter")
+    trainer(PaCAStrategy(PaCAConfig(r=8)), AdapterCheckpoint(adapter)).fit(Module(), loader())
+    assert PaCAStrategy(adapter=adapter).config == PaCAConfig(r=8)
+    assert PaCAStrategy(PaCAConfig(r=8, seed=5), adapter=adapter).config.seed == 5  # the columns are the adapter's
+    with pytest.raises(
+        PaCAError, match=r"config says r=16, and the adapter '.*' was trained with r=8\. Leave config out"
+    ):
+        PaCAStrategy(PaCAConfig(r=16), adapter=adapter)  # the default rank, but given
+    with pytest.raises(PaCAError, match=r"target_modules=\['0'\]"):
+        PaCAStrategy(PaCAConfig(r=8, target_modules=["0"]), adapter=adapter)
+
+
+def test_a_module_is_copied_and_pickled_within_a_run(trainer: Any) -> None:
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+            self.copy = copy.deepcopy(module)
+            file = io.BytesIO()
+            torch.save(module, file)
+            file.seek(0)
+            self.pickled = torch.load(file, weights_only=False)
+            self.weight = module.net[0].weight.detach().clone()
+
+    module, copies = BuiltInConfigureModel(), Copies()
+    trainer(PaCAStrategy(CONFIG), copies, max_steps=2).fit(module, loader())
+    for other in (copies.copy, copies.pickled):
+        assert torch.equal(other.net[0].weight, copies.weight)
+        other.configure_model()  # its own, without the run's conversion
+        assert other.net is not module.net
+        trainer(PaCAStrategy(CONFIG)).fit(other, loader())
+        assert moved(other)
+        assert in_step(other)
+
+
+def test_checkpoints_are_as_strict_as_before_but_for_frozen_weights(trainer: Any, tmp_path: Path) -> None:
+    trainer(PaCAStrategy(CONFIG), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loader())
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    checkpoint["state_dict"]["net.9.weight"] = torch.zeros(2)
+    torch.save(checkpoint, tmp_path / "foreign.ckpt")
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "net\.9\.weight"'):
+        trainer(PaCAStrategy(CONFIG)).validate(Module(), loader(), ckpt_path=tmp_path / "foreign.ckpt")
+    module = Module()
+    trainer(PaCAStrategy(CONFIG)).validate(module, loader(), verbose=False)
+    assert module.strict_loading

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
-from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, apply_paca, attach
-from tests.callbacks.test_paca import Module, loader, network, trainer  # noqa: F401  (a fixture)
+from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, apply_paca, attach, merge, unload
+from tests.callbacks.test_paca import DATA, Module, in_step, loader, moved, network, trainer  # noqa: F401  (a fixture)
 
 
 def test_a_learning_rate_finder_sees_the_weights_move(trainer: Any) -> None:  # noqa: F811
@@ -56,3 +56,51 @@ def test_layers_that_never_train_are_told_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+def trained_network() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = network()
+    apply_paca(model, PaCAConfig(r=4))
+    return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+
+@pytest.mark.parametrize("back", [merge, unload])
+def test_a_step_after_going_back_says_what_to_do(back: Any) -> None:
+    model, optimizer = trained_network()
+    handle = attach(optimizer, model)
+    model(DATA).sum().backward()
+    back(model)
+    with pytest.raises(PaCAError, match=r"'0' is a plain layer again .*Remove the handle that attach\(\) returned"):
+        optimizer.step()
+    handle.remove()
+    optimizer.step()
+
+
+class Wrapper:
+    """An optimizer around another one, without PyTorch's hooks; Accelerate's and others are such."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+def test_a_wrapped_optimizer_is_unwrapped() -> None:
+    model, optimizer = trained_network()
+    wrapper = Wrapper(optimizer)
+    attach(wrapper, model)  # type: ignore[arg-type]
+    model(DATA).sum().backward()
+    wrapper.step()
+    assert moved(model)
+    assert in_step(model)
+
+
+def test_an_optimizer_without_hooks_is_refused() -> None:
+    class Own:
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            self.param_groups = [{"params": parameters}]
+
+    model, _ = trained_network()
+    with pytest.raises(PaCAError, match=r"Own takes no step hooks.*call write_columns\(model\) after each step"):
+        attach(Own(list(model.parameters())), model)  # type: ignore[arg-type]
