@@ -1,4 +1,4 @@
-"""A language model's answer in a conversation, in the chat template of its training."""
+"""Generates a chat model's next message with the chat template it was trained on."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ def answer(
     messages: list[dict[str, str]],
     **settings: Any,
 ) -> str:
-    """The model's next message in a conversation.
+    """The next message of a conversation, without special tokens.
 
     Args:
         model: A causal language model in eval mode.
         tokenizer: Its tokenizer, with a chat template.
         messages: The conversation so far: ``role`` and ``content`` of each turn.
-        settings: Of ``transformers.GenerationConfig``, such as ``max_new_tokens`` and ``do_sample``.
+        **settings: Settings of ``transformers.GenerationConfig``, such as ``max_new_tokens`` and ``do_sample``.
 
     Raises:
         PaCAError: If the chat template refuses the messages.
@@ -32,7 +32,7 @@ def answer(
     except TemplateError as error:
         raise PaCAError(f"The chat template refuses these messages: {error}") from error
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    # The tokenizer's end, and those of the model's own settings.
+    # Generation stops at the tokenizer's end of sequence, and at those in the model's generation config.
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
     config = GenerationConfig(

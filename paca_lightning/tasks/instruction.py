@@ -1,4 +1,4 @@
-"""Instruction-tuning data: conversations in any common format, tokenized, batched, and resumable in mid-epoch."""
+"""The data module for instruction tuning: conversations in common formats, tokenized, batched and resumable."""
 
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,45 +21,49 @@ from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
 
 
 class InstructionDataModule(LightningDataModule):
-    """Conversations for instruction tuning, as batches of `input_ids`, `labels` and, where needed, a mask or positions.
+    """Conversations for instruction tuning, as batches of `input_ids` and `labels`.
 
     A source is a local file (JSON list, JSON Lines, either of them gzipped, or Parquet), several of them (a list, a
     directory, or a pattern such as `shards/*.parquet`), a directory written by `datasets`' `save_to_disk`, or a data
-    set id on the Hugging Face hub. The loaders share the data over the
-    processes themselves (the Trainer's `use_distributed_sampler` does not matter), use every row exactly once an
-    epoch, and resume in the middle of one. A process for which no row is left in an epoch's last step gets one whose
-    labels are all -100. After `setup`, `tokenizer` is the tokenizer and `splits` holds the tokenized splits.
+    set id on the Hugging Face hub.
+
+    Batches have an `attention_mask` if there is padding, or `position_ids` if rows are packed. The loaders shard the
+    data over the processes themselves (the Trainer's `use_distributed_sampler` has no effect), use every row exactly
+    once an epoch, and resume in the middle of an epoch. If an epoch's last step has fewer rows than processes, the
+    others get a row whose labels are all -100. After `setup`, `tokenizer` is the tokenizer and `splits` holds the
+    tokenized splits.
 
     Args:
         tokenizer: Directory or hub id of the tokenizer; usually the model's.
         train: Source of the training conversations.
         validation: Source of the validation conversations. None: see `validation_fraction`.
-        test: Source of the test conversations, which `predict` takes, too. None: there are none.
+        test: Source of the test conversations, also used by `predict`. None: no test.
         format: Layout of a row: `chat` (messages with role and content), `sharegpt` (conversations with from and
             value), `alpaca` (instruction, input, output), `prompt_completion`, `guanaco` (text with ### Human: and
-            ### Assistant:), `oasst` (message trees), `oasst_messages` (flat messages), or `auto` to tell by the first
-            row of each file. `text` is raw text for continued pretraining: no chat template, every token trained.
-        max_length: Tokens kept of a conversation; longer raw text is split. With `packing`, tokens of a row.
+            ### Assistant:), `oasst` (message trees), `oasst_messages` (flat messages), or `auto`: told by the first
+            row of each file. `text` is raw text for continued pretraining: no chat template, every token is trained.
+        max_length: Most tokens of a conversation, which is cut there; longer raw text is split. With `packing`, tokens
+            of a row.
         batch_size: Rows in a batch of each process.
         validation_fraction: Share of `train` held out if `validation` is None, drawn by `seed`. 0: no validation.
         loss_on: `assistant` trains the answers and their end-of-turn tokens; `all` trains every token.
-        packing: Put several conversations into each row. Attention stays inside each of them and positions restart, so
-            the model must be called without a cache, and without `attention_mask`; the batches have none.
-        group_by_length: Batch conversations of similar length, which saves padding. Packed rows are long anyway.
-        pad_to_multiple_of: Rows are padded on the right to a multiple of this length (but not beyond max_length).
-        num_workers: Processes that prepare batches ahead. Rows come ready from disk, so 0 is usually fast enough.
-        seed: Of the validation split and the order of the batches.
-        chat_template: Jinja template, or a file with one, instead of the tokenizer's. A tokenizer that has none gets
-            ChatML whose turns end with its own end-of-sequence token.
+        packing: Put several conversations into each row. Positions restart in each, which keeps attention inside it;
+            the model must be called without a cache and without `attention_mask`.
+        group_by_length: Batch conversations of similar length, which saves padding.
+        pad_to_multiple_of: Rows are padded on the right to a multiple of this length, up to max_length.
+        num_workers: Processes that prepare batches ahead. Rows are read as tokens, so 0 is usually fast enough.
+        seed: Seed of the validation split and of the order of batches.
+        chat_template: Jinja template, or a file with one, that replaces the tokenizer's. A tokenizer without a template
+            gets ChatML whose turns end with its own end-of-sequence token.
         revision: Branch, tag or commit of the tokenizer on the hub.
         trust_remote_code: Whether to run code that comes with the tokenizer.
-        cache_dir: Where tokenized data and downloads are kept. None: where `datasets` keeps its own.
-        tree_paths: Of a message tree, `best` takes the best-ranked reply at every message; `all` takes every path.
+        cache_dir: Directory of tokenized data and downloads. None: the cache of `datasets`.
+        tree_paths: `best` follows the best-ranked reply at every message of a tree; `all` takes every path.
         text_column: Field with the text of a `guanaco` or `text` row.
         subset: Configuration name of a hub data set.
-        train_split: Split to take of a hub id or saved DatasetDict given as `train`.
-        validation_split: Likewise for `validation`.
-        test_split: Likewise for `test`.
+        train_split: Split of the hub id or saved DatasetDict given as `train`.
+        validation_split: Split of the one given as `validation`.
+        test_split: Split of the one given as `test`.
 
     Raises:
         PaCAError: A number out of its range; and, from `prepare_data` and `setup`, a tokenizer, source or row that
@@ -116,7 +120,7 @@ class InstructionDataModule(LightningDataModule):
                 rank_zero_info(self._tokenize(name, encoder).describe())
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the splits that a stage needs, from the cache that `prepare_data` filled."""
+        """Load the splits that a stage needs from the cache."""
         needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
         missing = [name for name in needed.get(stage or "", ["train", "validation", "test"]) if name not in self.splits]
         if not missing:
@@ -135,7 +139,7 @@ class InstructionDataModule(LightningDataModule):
         return self._loader("train", shuffle=not overfitting)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
-        """Batches of the validation split; none if there is no such split."""
+        """Batches of the validation split, if there is one."""
         return self._loader("validation") if "validation" in self.splits else []
 
     def test_dataloader(self) -> ResumableLoader:
@@ -168,7 +172,7 @@ class InstructionDataModule(LightningDataModule):
         )
 
     def _hold_out(self, train: TokenizedSplit) -> None:
-        # By rows of the source, not by conversations: paths through one message tree share their first turns.
+        # Split by rows, not conversations, as paths through one message tree share their first turns.
         numbers = train.column("row").astype(np.int64)
         numbers += train.column("file") * (numbers.max() + 1)
         rows, conversation_rows = np.unique(numbers, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a causal language model from its hidden states, so that its full logits never exist.
+"""Next-token cross-entropy from hidden states, without materializing the full logits.
 
 Shapes: B sequences, T tokens each, N = B·T rows, D hidden features, V vocabulary.
 """
@@ -19,10 +19,10 @@ MIN_CHUNK = 128
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy summed over chunks of rows, whose gradients are computed together with the loss.
+    """Summed cross-entropy over chunks of rows; the forward computes the gradients too.
 
-    What is kept for the backward is the gradient of the hidden states, as large as they are, and that of the weight
-    and bias if those are trained. Products are taken in the weight's dtype, softmax and sums in fp32 (fp64 for fp64).
+    Saved for backward: the gradient of the hidden states (N, D), and those of weight and bias if trained. GEMMs run in
+    the weight's dtype, softmax and sums in fp32 (fp64 for fp64).
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += ((log_normalizer - logits.gather(1, targets)).squeeze(1) * trained).sum()
             if not any(needs_grad):
                 continue
-            # softmax(logits) - onehot(target), in place; rows that are not trained get no gradient
+            # softmax(logits) - onehot(target), in place; zero for rows without a loss
             grad_logits = logits.sub_(log_normalizer).exp_()
             grad_logits.scatter_add_(1, targets, torch.full_like(log_normalizer, -1.0))
             grad_logits.mul_(trained.unsqueeze(1))
@@ -66,7 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Widened first, so that a mean over the tokens or a loss scale is not rounded to half precision.
+        # Multiply in fp32: a mean over tokens or a loss scale would be rounded in half precision.
         scaled = (
             None if grad is None else (grad.to(grad_outputs[0].dtype) * grad_outputs[0]).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -77,33 +77,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, chunk_size: int | None = None
 ) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T + bias`` against labels, with a few rows of logits at a time.
+    """Summed cross-entropy of ``hidden @ weight.T + bias`` against labels, a chunk of rows at a time.
 
-    fp32 and fp64 go through PyTorch's own ``torch.nn.functional.linear_cross_entropy`` where it exists (2.13). Half
-    precision, and older versions, go through a chunked loop of ours: PyTorch 2.13 adds up and returns the loss of
-    bf16 hidden states in bf16, two or three digits of it.
+    fp32 and fp64 use ``torch.nn.functional.linear_cross_entropy`` where it exists (PyTorch 2.13). Half precision and
+    older versions use a chunked loop of ours, as PyTorch 2.13 sums the loss of bf16 hidden states in bf16.
 
     Args:
         hidden: Hidden states (N, D).
         weight: Weight of the head (V, D), trained or not.
-        labels: Class of each row (N,), int64; -100 marks rows that are not trained.
+        labels: Class of each row (N,), int64; -100 marks rows without a loss.
         bias: Bias of the head (V,).
-        chunk_size: Rows of logits that exist at a time. Default: as many as take the space of the hidden states,
-            at least 128.
+        chunk_size: Rows of logits that exist at a time. Default: as many as take the memory of the hidden states, at
+            least 128.
 
     Returns:
-        The sum as a scalar of at least fp32. 0 if no row is trained.
+        The sum as a scalar of at least fp32; 0 without any label.
     """
     if torch.is_autocast_enabled(hidden.device.type):
-        # Once here: autocast does not cache the cast of a frozen weight, so each chunk would repeat it.
+        # Cast once: autocast does not cache the cast of a frozen weight, so each chunk would repeat it.
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     else:
         hidden = hidden.to(weight.dtype)
     if hidden.device.type == "cpu" and not is_fake(hidden):
-        # Rows that are not trained cost nothing. Elsewhere their number would have to be awaited, and tensors that are
-        # traced have no values.
+        # Drop rows without a loss. On other devices this would wait for the device; traced tensors have no values.
         trained = labels != IGNORE_INDEX
         hidden, labels = hidden[trained], labels[trained]
     if chunk_size is None:
@@ -124,15 +122,14 @@ def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
 
 
 class CausalLMLoss:
-    """Next-token cross-entropy of a Hugging Face causal language model, from the model's own forward.
+    """Next-token cross-entropy of a Hugging Face causal language model, computed inside the model's own forward.
 
-    For the time of a call the output head computes the loss of the hidden states it is given, in place of their
-    logits. The model and the head are still called as modules, so that hooks on either (FSDP2 gathers parameters in
-    them) run as ever, and whatever the model does before its head is kept.
+    During the call, the forward of the output head returns the loss of its hidden states instead of their logits. The
+    model and the head are still called as modules, so their hooks run (FSDP2 gathers parameters in them).
 
-    A model that changes its logits after the head (soft-capping, scaling) returns something else than what its head
-    returned. It is noticed in the first call; from then on the loss is taken from the model's own logits. So it is
-    with a head that is not a plain ``nn.Linear``.
+    Some models change their logits after the head (soft-capping, scaling), so they do not return what the head
+    returned. The first call detects this; from then on, the loss is computed from the model's full logits. The same
+    holds for a head that is not a plain ``nn.Linear``.
 
     Args:
         chunk_size: Rows of logits that exist at a time (see :func:`linear_cross_entropy`).
@@ -143,12 +140,12 @@ class CausalLMLoss:
         self.fused = True
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the cross-entropies of all trained tokens, and their number.
+        """Summed cross-entropy of the trained tokens, and their number.
 
         Args:
             model: A causal language model with ``get_output_embeddings()`` and an output with ``logits``.
             inputs: Its inputs: ``input_ids`` (B, T) and the like.
-            labels: Aligned with ``input_ids`` (B, T): the logits at t are trained towards the label at t + 1.
+            labels: Aligned with ``input_ids`` (B, T): the logits at t predict the label at t + 1.
 
         Returns:
             Two scalars on the model's device: the sum, at least fp32, and the number of tokens, int64.
@@ -164,7 +161,7 @@ class CausalLMLoss:
         return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"), count
 
     def _fused(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor | None:
-        """The sum computed in the head, or None where that is not the model's loss."""
+        """The sum computed in the head, or None if the head's output is not the model's."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         if type(head).forward is not nn.Linear.forward:
             rank_zero_info(
@@ -190,13 +187,13 @@ class CausalLMLoss:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; not counted in inference mode."""
+    """Number of in-place changes of a tensor; inference mode does not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a module's call, hooks included, run another forward for a while."""
+    """Replace a module's forward; its hooks still run."""
     module.forward = forward
     try:
         yield
@@ -205,7 +202,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) ->
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's loss, by itself.
+    """Mean loss of each row.
 
     Args:
         logits: Shape (B, T, V), of any dtype.
@@ -216,7 +213,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         int64.
     """
     logits, labels = logits[:, :-1], labels[:, 1:]
-    # One at a time, because the losses are taken of logits in fp32.
+    # Row by row, as each row's logits are cast to fp32.
     totals = [F.cross_entropy(row.float(), label, reduction="sum") for row, label in zip(logits, labels, strict=True)]
     tokens = (labels != IGNORE_INDEX).sum(1)
     return torch.stack(totals) / tokens.clamp(min=1), tokens

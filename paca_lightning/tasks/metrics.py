@@ -1,4 +1,4 @@
-"""Mean loss over tokens, equal however the tokens are spread over batches and processes."""
+"""Mean loss over tokens, independent of how they are spread over batches and processes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,10 +9,10 @@ from torchmetrics import Metric
 
 
 class MeanTokenLoss(Metric):
-    """Total loss of all tokens since the last reset over their number, summed over the processes.
+    """Summed loss of all tokens since the last reset, divided by their number, over all processes.
 
-    Without the NaN check of ``torchmetrics.MeanMetric``, which awaits the device at each update. The total is fp32 or
-    wider under every precision: a sum in bf16 stops growing at 256 times what is added.
+    Unlike ``torchmetrics.MeanMetric``, an update does not wait for the device. The sum is fp32 or wider under every
+    precision, as a bf16 sum stops growing at 256 times the summand.
     """
 
     full_state_update = False
@@ -27,7 +27,7 @@ class MeanTokenLoss(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, tokens: Tensor) -> None:
-        """Add the summed loss of some tokens, and their number; both scalars."""
+        """Add a summed loss and its number of tokens, both scalars."""
         self.total += total.detach()
         self.tokens += tokens
 
@@ -36,7 +36,7 @@ class MeanTokenLoss(Metric):
         return self.total / self.tokens
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Move, but never narrow the state, as ``bf16-true`` would, nor lose it, as ``to_empty`` would."""
+        """Move the state, but neither narrow it (``bf16-true``) nor leave it uninitialized (``to_empty``)."""
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

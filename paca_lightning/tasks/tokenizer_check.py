@@ -1,4 +1,4 @@
-"""Whether the token ids and row lengths that data come in are those that a model knows."""
+"""Checks that the tokenizer and row length of the data fit the model."""
 
 from pathlib import Path
 
@@ -12,21 +12,21 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule
 
-_RENAMED = 0.01  # share of a vocabulary that people rename, reserved tokens mostly, without making it another one
+_RENAMED = 0.01  # share of tokens, mostly reserved ones, that a copy of a tokenizer may rename
 
 
 def check_data(datamodule: object, model: PreTrainedModel, name: str | None, revision: str | None = None) -> None:
-    """See that what a data module makes is what a model knows, as far as its `tokenizer` and `max_length` tell.
+    """Check a data module's `tokenizer` and `max_length`, if it has them, against the model.
 
     Args:
-        datamodule: Any, or None.
-        model: Its embeddings may be sharded or on the meta device.
-        name: Directory or hub id that its weights come from; None for random ones.
+        datamodule: Any data module, or None.
+        model: The model; its embeddings may be sharded or on the meta device.
+        name: Directory or hub id of its weights; None for random weights.
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        PaCAError: If a data module of this package makes ids or rows that the model has no embeddings for, or that
-            mean something else to it. Of any other data module it is only warned, as its names may mean other things.
+        PaCAError: If a data module of this package makes token ids or positions without an embedding, or uses another
+            model's vocabulary. For other data modules this is a warning, as their attributes may mean something else.
     """
     tokenizer = getattr(datamodule, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -46,16 +46,16 @@ def check_data(datamodule: object, model: PreTrainedModel, name: str | None, rev
 def tokenizer_misfit(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str | None, revision: str | None = None
 ) -> str | None:
-    """What is wrong with the use of a tokenizer with a model, as a sentence; None if nothing is.
+    """Why a tokenizer does not fit a model, as a sentence; None if it fits.
 
     Args:
-        tokenizer: Of the data.
-        model: Its embeddings may be sharded or on the meta device.
-        name: Directory or hub id that the model's weights come from; its `tokenizer.json`, where there is one, is
-            compared with the tokenizer. None for random weights, which fit any.
+        tokenizer: The tokenizer of the data.
+        model: The model; its embeddings may be sharded or on the meta device.
+        name: Directory or hub id of the model's weights. Its `tokenizer.json`, if there is one, is compared with the
+            tokenizer. None for random weights, which fit any vocabulary.
         revision: Branch, tag or commit on the hub.
     """
-    # Not the weight's shape: some strategies keep but a piece of it.
+    # Not from the weight's shape, as some strategies shard it.
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", float("inf"))
     unknown = {token: number for token, number in tokenizer.get_vocab().items() if number >= embeddings}
     if used := sorted((number, token) for token, number in unknown.items() if _may_occur(tokenizer, token, number)):
@@ -71,7 +71,7 @@ def tokenizer_misfit(
         return None
     try:
         own = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=False)
-    except Exception:  # tokenizers raises nothing narrower; the run's own tokenizer is another file
+    except Exception:  # all that tokenizers raises; the data's tokenizer was read from another file
         return None
     given = tokenizer.get_vocab()
     others = sum(given.get(token) != number for token, number in own.items())
@@ -85,7 +85,7 @@ def tokenizer_misfit(
 
 
 def length_misfit(max_length: int, model: PreTrainedModel) -> str | None:
-    """What is wrong with rows of so many tokens, as a sentence; None if nothing is, as with rotary positions."""
+    """Why rows of this length do not fit a model, as a sentence; None if they fit, as with rotary positions."""
     positions = learned_positions(model)
     if positions is None or max_length <= positions:
         return None
@@ -93,16 +93,16 @@ def length_misfit(max_length: int, model: PreTrainedModel) -> str | None:
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """Positions that a model has embeddings for; None if it computes them (rotary, ALiBi)."""
+    """Number of learned position embeddings; None if positions are computed (rotary, ALiBi)."""
     limit = getattr(model.config, "max_position_embeddings", None)
     tables = {path.rpartition(".")[2]: part for path, part in model.named_modules() if isinstance(part, nn.Embedding)}
     rows = [table.num_embeddings for name, table in tables.items() if name == "wpe" or "position" in name]
-    # OPT and BART leave the first two unused. A table of any other size is of something else, such as an image.
+    # OPT and BART have two unused rows. A table of any other size is not for text positions, but for images, say.
     return int(limit) if limit and any(limit <= count <= limit + 2 for count in rows) else None
 
 
 def _may_occur(tokenizer: PreTrainedTokenizerBase, token: str, number: int) -> bool:
-    """False for what only other uses of a tokenizer put into a text, as Gemma 3's image token."""
+    """Whether a token may occur in text data; False for special tokens of other uses, such as Gemma 3's image token."""
     added = tokenizer.added_tokens_decoder.get(number)
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     return added is None or not added.special or token in named or token in str(tokenizer.chat_template)
@@ -115,5 +115,5 @@ def _tokenizer_file(name: str, revision: str | None) -> Path | None:
         return file if file.is_file() else None
     try:
         return Path(hf_hub_download(name, "tokenizer.json", revision=revision))
-    except (OSError, ValueError):  # the model has none, or there is no network: nothing to compare with
+    except (OSError, ValueError):  # no such file or no network: nothing to compare with
         return None

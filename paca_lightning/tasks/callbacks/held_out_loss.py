@@ -1,4 +1,4 @@
-"""How much the held-out loss fell, from before the first step to the last validation."""
+"""The fall of the validation loss over a run."""
 
 import math
 
@@ -9,13 +9,13 @@ from paca_lightning.core.errors import PaCAError
 
 
 class HeldOutLoss(Callback):
-    """Measures the validation loss before training too, logs it as step 0, and prints its fall at the end.
+    """Measures the validation loss before training, logs it at step 0, and prints how far it fell at the end.
 
-    The loss before training comes out of Lightning's sanity check, which this callback extends to the whole validation
-    set. A run that resumes from a checkpoint does not start before training, so it has no such loss.
+    The loss before training comes from Lightning's sanity check, which this callback extends to the whole validation
+    set. A run resumed from a checkpoint has no loss before training.
 
     Args:
-        metric: Name under which the module logs the loss.
+        metric: Name of the logged validation loss.
 
     Raises:
         PaCAError: If the run has no validation, or the loss before training is NaN or infinite.
@@ -28,7 +28,7 @@ class HeldOutLoss(Callback):
         self.steps: int
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for validation on everything before training."""
+        """Extend the sanity check to the whole validation set."""
         if stage != "fit":
             return
         self.before, self.after, self.steps = None, None, 0
@@ -40,7 +40,7 @@ class HeldOutLoss(Callback):
         trainer.num_sanity_val_steps = float("inf")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the loss; the first one, before training, is logged here, as Lightning does not log sanity checks."""
+        """Keep the loss, and log the one before training, as Lightning does not log sanity checks."""
         if trainer.state.fn != "fit" or (trainer.sanity_checking and trainer.global_step > 0):
             return
         if self.metric not in trainer.callback_metrics:
@@ -64,7 +64,7 @@ class HeldOutLoss(Callback):
             rank_zero_info(f"Held-out loss before training: {self.before:.4f}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print both losses and the fall in per cent."""
+        """Print both losses and the fall in percent."""
         if self.after is None or self.steps == 0:
             rank_zero_info("Held-out loss: no validation ran after training began.")
         elif self.before is None:

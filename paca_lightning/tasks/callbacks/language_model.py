@@ -1,4 +1,4 @@
-"""The model in a LightningModule that callbacks ask."""
+"""The Hugging Face model inside a LightningModule."""
 
 from typing import Any, cast
 
@@ -12,14 +12,14 @@ def language_model(pl_module: LightningModule, asked_by: str) -> PreTrainedModel
     """The Hugging Face causal language model in a module's attribute ``model``.
 
     Args:
-        pl_module: Any module; its model may be made in ``configure_model``.
+        pl_module: Any module whose ``configure_model`` has run.
         asked_by: The callback that needs it, for the message.
 
     Raises:
         PaCAError: If there is none.
     """
     model: Any = getattr(pl_module, "model", None)
-    # By what it can do, not by its class: PEFT wraps models.
+    # Not by class, as PEFT wraps models.
     if not hasattr(getattr(model, "config", None), "get_text_config") or not hasattr(model, "generate"):
         raise PaCAError(
             f"{asked_by} needs a Hugging Face causal language model in the attribute 'model' of "

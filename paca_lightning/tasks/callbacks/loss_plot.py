@@ -1,4 +1,4 @@
-"""A picture of a run's losses."""
+"""A plot of the losses of a run."""
 
 import csv
 from pathlib import Path
@@ -15,11 +15,11 @@ Curve = tuple[list[int], list[float]]
 
 
 class LossPlot(Callback):
-    """Draws the training and held-out loss over the steps into ``loss.png`` beside ``metrics.csv`` when a run ends.
+    """Plots the training and held-out loss over the steps to ``loss.png``, beside ``metrics.csv``, when a run ends.
 
     Args:
-        train: Column of ``metrics.csv`` with the training loss.
-        held_out: Column with the held-out loss.
+        train: Column of the training loss in ``metrics.csv``.
+        held_out: Column of the held-out loss.
 
     Raises:
         PaCAError: If the trainer has no ``CSVLogger``, or its directory cannot be written.
@@ -29,7 +29,7 @@ class LossPlot(Callback):
         self.labels = {train: "training", held_out: "held out"}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check before training that there will be something to draw."""
+        """Check before training that there will be metrics to plot."""
         if stage != "fit":
             return
         if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
@@ -41,7 +41,7 @@ class LossPlot(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the plot."""
+        """Plot the losses."""
         logger = next(logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
         logger.save()
         metrics = Path(logger.log_dir) / "metrics.csv"
@@ -54,7 +54,7 @@ class LossPlot(Callback):
         rank_zero_info(f"Metrics: {metrics}\nLoss plot: {path}")
 
     def _draw(self, curves: dict[str, Curve], path: Path) -> None:
-        # Not pyplot: no window, no global state.
+        # Not pyplot, which opens windows and keeps global state.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -71,7 +71,7 @@ class LossPlot(Callback):
 
 
 def read_curves(metrics: Path, names: list[str]) -> dict[str, Curve]:
-    """Steps and values of some columns, where a row has a value."""
+    """Steps and values of the named columns of a CSV file; rows without a value are skipped."""
     curves: dict[str, Curve] = {name: ([], []) for name in names}
     with metrics.open(newline="") as file:
         for row in csv.DictReader(file):

@@ -1,4 +1,4 @@
-"""The loss of each row of a data set, by which mislabelled and hard examples are found."""
+"""Writes the loss of each row of a data set: high ones show mislabelled and hard examples."""
 
 import json
 from collections.abc import Iterator
@@ -23,21 +23,21 @@ FILE_NAME = "row_losses.jsonl"
 class RowLosses(Callback):
     """Writes the loss of each conversation to ``row_losses.jsonl`` in the run's directory: ``paca-lightning predict``.
 
-    The rows are those of the data module's ``test`` source, so to look at the training data name them there. A line is
-    ``{"conversation": ..., "file": ..., "row": ..., "loss": ..., "tokens": ...}``: a number of its own, as a row may
-    hold several conversations or a long text; the row's number in its file, as in error messages; its mean loss per
-    trained token, and their number. The lines stand in the order of the data.
+    Rows come from the data module's ``test`` source; to inspect the training data, name it there. A line is
+    ``{"conversation": ..., "file": ..., "row": ..., "loss": ..., "tokens": ...}``: the number of the conversation (a
+    row may hold several), the file and row as in error messages, the mean loss per trained token, and the number of
+    trained tokens. Lines are in the order of the data.
 
     Raises:
-        PaCAError: If the module is no ``CausalLMModule``, the data module no ``InstructionDataModule``, or its rows are
-            packed.
+        PaCAError: If the module is not a ``CausalLMModule``, the data module is not an ``InstructionDataModule``, or
+            rows are packed.
     """
 
     _batches: Iterator[Batch]
     _lines: list[tuple[int, dict[str, Any]]]
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out which conversations each batch holds."""
+        """Look up which conversations each batch holds."""
         if not isinstance(pl_module, CausalLMModule):
             raise PaCAError(
                 f"RowLosses writes what a CausalLMModule predicts, and this is a {type(pl_module).__name__}."
@@ -62,7 +62,7 @@ class RowLosses(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Note the losses of a batch."""
+        """Collect the losses of a batch."""
         planned = next(self._batches)
         if planned.repeated:
             return
@@ -72,7 +72,7 @@ class RowLosses(Callback):
             self._lines.append((document, {**where, "loss": loss, "tokens": count}))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the losses of all processes, from the first."""
+        """Gather the losses of all processes and write them on the first."""
         ranks: list[list[tuple[int, dict[str, Any]]]] = [self._lines]
         if trainer.world_size > 1:
             ranks = [[] for _ in range(trainer.world_size)]

@@ -1,4 +1,4 @@
-"""Where a run leaves its files."""
+"""The directory of a run's files."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from paca_lightning.core.files import check_writable
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """The directory of a run, created: its logger's, or else the trainer's ``default_root_dir``.
+    """Create and return the run's directory: the logger's, or the trainer's ``default_root_dir`` without a logger.
 
-    Call it on all processes.
+    Must be called on all processes, as loggers broadcast their version.
 
     Raises:
-        PaCAError: If it cannot be created or written.
+        PaCAError: If the directory cannot be created or written.
     """
     directory = Path(trainer.log_dir or trainer.default_root_dir)
     check_writable(directory, "The run's directory")

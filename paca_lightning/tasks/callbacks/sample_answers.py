@@ -1,4 +1,4 @@
-"""What a chat model answers to a few questions, before and after training."""
+"""A chat model's answers to a few questions, before and after training."""
 
 import json
 
@@ -23,10 +23,9 @@ FILE_NAME = "answers.json"
 class SampleAnswers(Callback):
     """Asks the model in ``pl_module.model`` some questions before and after training, and keeps the answers.
 
-    Answers are greedy, each as the first turn of a conversation in the tokenizer's chat template. They are printed as a
-    table and written to ``answers.json`` in the run's directory. All processes generate them, as a sharded model
-    needs all; the first prints and writes. A run that resumes from a checkpoint does not start before training, so it
-    asks afterwards only.
+    Each question is a conversation of its own in the tokenizer's chat template, and decoding is greedy. The answers
+    are printed as a table and written to ``answers.json`` in the run's directory. All processes generate, as a sharded
+    model needs; the first one prints and writes. A run resumed from a checkpoint asks after training only.
 
     Args:
         prompts: The questions.
@@ -60,7 +59,7 @@ class SampleAnswers(Callback):
         language_model(pl_module, "SampleAnswers")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask before the first step."""
+        """Ask before the first step of a new run."""
         self.answers = {}
         if trainer.global_step == 0:
             self._ask_and_show(trainer, pl_module, "before")
@@ -90,12 +89,12 @@ class SampleAnswers(Callback):
         self._show(f"Answers {' and '.join(self.answers)} training")
 
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
-        """Answers of the model, which is left as it was."""
+        """The model's answers; each module's training mode is restored afterwards."""
         model = language_model(pl_module, "SampleAnswers")
         training = [module for module in model.modules() if module.training]
-        model.eval()  # without dropout, and with a cache also where activations are checkpointed
+        model.eval()  # no dropout, and a key-value cache also with activation checkpointing
         try:
-            # Compiled blocks would be compiled anew for each length of the cache.
+            # Compiled blocks would be recompiled for each length of the cache.
             with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
                 return [self._answer(model, prompt) for prompt in self.prompts]
         finally:
@@ -112,7 +111,7 @@ class SampleAnswers(Callback):
         for column in ("question", *self.answers):
             table.add_column(column)
         for row in zip(self.prompts, *self.answers.values(), strict=True):
-            table.add_row(*map(Text, row))  # no markup: models write brackets too
+            table.add_row(*map(Text, row))  # not as markup: answers may contain brackets
         Console().print(table)
 
     @rank_zero_only

@@ -1,4 +1,4 @@
-"""Speed of training: tokens per second, and model FLOPs utilization (MFU)."""
+"""Training speed: tokens per second and model FLOPs utilization (MFU)."""
 
 import time
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from paca_lightning.tasks.data.batch import IGNORE_INDEX
 
 
 def flops_per_token(module: nn.Module, length: int) -> float:
-    """Floating-point operations that training on one token needs, by the shapes of the linear layers and attention.
+    """FLOPs of a training step per token, from the shapes of the linear layers and the attention.
 
-    Per linear layer and token, with 2 FLOPs to a multiplication: 2 in·out forward, as many for the gradient of the
-    input, and 2 per parameter of the layer that is trained. So 6 per weight in full training, as usual, and hardly
-    more than 4 where weights are frozen. Attention adds 12 d·T per layer (PaLM, arXiv 2204.02311, appendix B: d
-    features of all heads, T tokens in a row, causality not discounted). Recomputation does not count.
+    Per linear layer and token: 2 in·out FLOPs forward, 2 in·out for the gradient of the input, and 2 per trained
+    parameter. That is 6 per weight in full training, and about 4 with frozen weights. Attention adds 12 d·T per layer
+    (PaLM, arXiv 2204.02311, appendix B: d features of all heads, T tokens in a row, causality not discounted).
+    Recomputation does not count.
 
     Args:
-        module: Any module; layers are those with ``in_features`` and ``out_features``, and Hugging Face's ``Conv1D``.
-            The attention is that of the first submodule with a Hugging Face ``config``, if there is one.
-        length: T.
+        module: Any module. Layers with ``in_features`` and ``out_features`` count, and Hugging Face's ``Conv1D``. The
+            attention's shape is that of the first submodule with a Hugging Face ``config``, if there is one.
+        length: Tokens in a row, T.
     """
     total = 0.0
     text = None
@@ -46,12 +46,11 @@ def flops_per_token(module: nn.Module, length: int) -> float:
 
 
 def count_tokens(batch: Mapping[str, Tensor]) -> Tensor | int:
-    """How many tokens of a batch are not padding; on a device, it is not awaited.
+    """Number of tokens of a batch that are not padding, without waiting for the device.
 
     Args:
-        batch: ``input_ids`` (B, T) and whatever tells of padding: ``attention_mask`` (B, T); or, for packed rows,
-            ``position_ids`` and ``labels`` (B, T), as padding is a document of its own then, in which nothing is
-            trained.
+        batch: ``input_ids`` (B, T) and what marks the padding: ``attention_mask`` (B, T), or for packed rows
+            ``position_ids`` and ``labels`` (B, T), where the padding is a last document without trained tokens.
     """
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None:
@@ -67,13 +66,12 @@ def count_tokens(batch: Mapping[str, Tensor]) -> Tensor | int:
 class TokenThroughput(Callback):
     """Logs ``train/tokens_per_second`` of all devices together and ``train/mfu``, at the trainer's logging steps.
 
-    Tokens that are padding do not count; validation, and what runs before the first step, do not count as time. The
-    device is awaited at logging steps only, where Lightning's ``ThroughputMonitor``, whose table of devices this uses,
-    awaits it at every step.
+    Padding does not count as tokens. Validation, and anything before the first step, does not count as time. It waits
+    for the device at logging steps only; Lightning's ``ThroughputMonitor`` does so at every step.
 
     Args:
-        peak_flops: FLOPs per second that one device can do at best. Default: what Lightning's table says of the device
-            and dtype. No MFU is logged where it says nothing, as for a CPU.
+        peak_flops: Peak FLOPs per second of one device. Default: the entry of Lightning's table for the device and
+            dtype. Without an entry, as for a CPU, no MFU is logged.
 
     Raises:
         PaCAError: If ``peak_flops`` is not positive; before the first step, if batches have no ``input_ids``.
@@ -91,7 +89,7 @@ class TokenThroughput(Callback):
         self._flops: Tensor
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up the device."""
+        """Look up the device's peak and reset the counters."""
         device = pl_module.device
         self._peak = self.peak_flops or get_available_flops(device, _compute_dtype(trainer, pl_module))
         self._flops_of_length.clear()
@@ -99,7 +97,7 @@ class TokenThroughput(Callback):
         self._started = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Start the clock at the first batch, as other callbacks may be busy long at the start of training."""
+        """Start the clock at the first batch, as other callbacks may take long at the start of training."""
         if self._started is None:
             _check_batch(batch)
             self._started = time.perf_counter()
@@ -119,7 +117,7 @@ class TokenThroughput(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         counted = torch.stack([self._tokens, self._flops])
-        # Reading the sums awaits the device, so that the clock is read when the work is done.
+        # Reading the sums waits for the device, so the clock is read after the work is done.
         tokens, flops = trainer.strategy.reduce(counted, reduce_op="sum").tolist()
         now = time.perf_counter()
         assert self._started is not None
@@ -136,7 +134,7 @@ class TokenThroughput(Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on."""
+        """Resume the clock."""
         if self._started is not None and trainer.state.fn == TrainerFn.FITTING:
             self._started += time.perf_counter() - self._paused
 

@@ -1,4 +1,4 @@
-"""Conversations to token ids, with a mask of the tokens that the assistant itself has to produce."""
+"""Tokenizes conversations and marks the tokens that the assistant has to produce."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from paca_lightning.tasks.data.conversation import Conversation, is_text
 
 Span = tuple[int, int]
 
-_SENTINEL = "qPaCAq0turn0qPaCAq"  # stands in for an answer; plain letters, so that no template changes it
+_SENTINEL = "qPaCAq0turn0qPaCAq"  # replaces an answer; plain letters and digits, which no template changes
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized conversation: ids (T,), whether each is trained (T,) bool, and whether its end was cut off."""
+    """A tokenized conversation: ids (T,), whether each is trained (T,) bool, and whether the end was cut off."""
 
     input_ids: np.ndarray
     trained: np.ndarray
     truncated: bool = False
 
     def cut(self, max_length: int) -> "Encoded":
-        """Return the first tokens."""
+        """The first `max_length` tokens."""
         longer = len(self.input_ids) > max_length
         return Encoded(self.input_ids[:max_length], self.trained[:max_length], longer)
 
     def split(self, max_length: int) -> list["Encoded"]:
-        """Return all tokens in pieces, whose first tokens are not trained: nothing comes before them."""
+        """All tokens in pieces. The first token of each is not trained, as nothing precedes it."""
         starts = range(0, len(self.input_ids), max_length)
         pieces = [Encoded(self.input_ids[i : i + max_length], self.trained[i : i + max_length].copy()) for i in starts]
         for piece in pieces:
@@ -40,15 +40,14 @@ class Encoded:
 class ChatEncoder:
     """Tokenizes conversations with the tokenizer's chat template and marks the tokens to train.
 
-    Which characters are the assistant's is found by comparing renderings of the template, so that it works with any
-    template, also without `{% generation %}` marks: the answer to turns 0..i-1 starts where these end, rendered with
-    the generation prompt, and ends where turns 0..i end. Templates that rewrite earlier turns (dropping their
-    reasoning, say) break that; then the answer is located by rendering the conversation with another text in its
-    place.
+    The assistant's characters are found by comparing renderings, which works with any template, also without
+    `{% generation %}` marks: answer i starts where turns 0..i-1 with the generation prompt end, and ends where turns
+    0..i end. If a template rewrites earlier turns (drops their reasoning, say), the answer is found by rendering the
+    conversation with another text in its place.
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        max_length: Tokens to keep of a conversation, for those who cut what `encode` returns.
+        max_length: Most tokens of a conversation. Callers cut what `encode` returns.
         loss_on: "assistant" trains every assistant turn with its end-of-turn token, "all" trains everything.
     """
 
@@ -66,7 +65,7 @@ class ChatEncoder:
         self._stops = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
 
     def render(self, conversation: Conversation, generation_prompt: bool = False) -> str:
-        """Return the conversation's text by the chat template.
+        """The conversation as text, by the chat template.
 
         Raises:
             PaCAError: The template fails.
@@ -75,7 +74,7 @@ class ChatEncoder:
             text = self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=generation_prompt
             )
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             roles = ", ".join(message["role"] for message in conversation)
             raise PaCAError(
                 f"the chat template fails on turns of the roles {roles}: {type(error).__name__}: {error}. "
@@ -85,10 +84,10 @@ class ChatEncoder:
         return text
 
     def spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """Return the rendered text, and the characters [start, end) of it that the assistant produces, by turn.
+        """The rendered text, and the spans [start, end) of characters to train, one for each answer.
 
-        A raw text is bare of the template, and produced whole; where the tokenizer has tokens to begin and end a text
-        with, they are put around it.
+        A raw text does not pass the template and is trained whole, between the tokenizer's tokens that begin and end a
+        text.
         """
         if is_text(conversation):
             text = f"{self._bos}{conversation[0]['content']}{self.tokenizer.eos_token or ''}"
@@ -100,9 +99,9 @@ class ChatEncoder:
         return text, [self._span(text, conversation, i) for i in turns]
 
     def encode(self, rendered: Sequence[tuple[str, list[Span]]]) -> list[Encoded]:
-        """Tokenize a batch of texts with their spans to train, as `spans` returned them.
+        """Tokenize a batch of texts with their spans to train, as `spans` returns them.
 
-        The first token of a conversation is never marked: nothing comes before it to predict it from.
+        The first token of a conversation is never trained, as nothing precedes it.
         """
         texts = [text for text, _ in rendered]
         if self.tokenizer.is_fast:
@@ -132,7 +131,7 @@ class ChatEncoder:
         return self._span_by_substitution(text, conversation, turn)
 
     def _span_by_substitution(self, text: str, conversation: Conversation, turn: int) -> Span:
-        """Locate an answer by what changes when it is replaced, and its end of turn by what follows it when last."""
+        """Find an answer by replacing it, and its end of turn by what follows it as the last turn."""
         other = [*conversation[:turn], {**conversation[turn], "content": _SENTINEL}, *conversation[turn + 1 :]]
         changed = self.render(other)
         last = self.render(other[: turn + 1])
@@ -149,7 +148,7 @@ class ChatEncoder:
         return start, self._end(text[start:end] + close, start) if text.startswith(close, end) else end
 
     def _end(self, answer: str, start: int) -> int:
-        """The end of an answer that starts at `start`, less white space that follows an end-of-turn token."""
+        """The end of an answer that starts at `start`, without white space after an end-of-turn token."""
         stripped = answer.rstrip()
         return start + len(stripped if stripped.endswith(self._stops) else answer)
 
@@ -157,7 +156,7 @@ class ChatEncoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _token_bounds(self, ids: list[int], text: str, spans: list[Span]) -> np.ndarray:
-        """Spans in tokens, for tokenizers that report no offsets: how many tokens the text before each bound has."""
+        """Spans in tokens for tokenizers without offsets: the number of tokens of the text before each bound."""
 
         def count(end: int) -> int:
             prefix = self._ids(text[:end])
@@ -169,6 +168,6 @@ class ChatEncoder:
 
 
 def _overlapping(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """The tokens [first, last) that share a character with each span; `offsets` are the tokens' own spans (T, 2)."""
+    """The tokens [first, last) that overlap each span; `offsets` (T, 2) are the tokens' own spans."""
     firsts, lasts = np.array(spans).T
     return np.stack([np.searchsorted(offsets[:, 1], firsts, "right"), np.searchsorted(offsets[:, 0], lasts)], axis=1)

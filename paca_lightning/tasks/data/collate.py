@@ -1,4 +1,4 @@
-"""From tokenized documents to a padded batch, without a Python loop over tokens or rows."""
+"""Collates tokenized documents into a padded batch, without a Python loop over tokens or rows."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from paca_lightning.tasks.data.sampler import Batch
 
 
 class Documents(NamedTuple):
-    """Documents laid end to end: ids and whether each is trained (tokens,), lengths (documents,), `Batch.per_row`."""
+    """Concatenated documents: ids and whether each is trained (tokens,), lengths (documents,), `Batch.per_row`."""
 
     input_ids: np.ndarray
     trained: np.ndarray
@@ -21,7 +21,7 @@ class Documents(NamedTuple):
 
 
 class DocumentReader(torch.utils.data.Dataset[Documents]):
-    """Reads a batch of documents out of memory-mapped Arrow as flat arrays.
+    """Reads a batch of documents from memory-mapped Arrow as flat arrays.
 
     Args:
         dataset: With columns `input_ids` and `trained`, lists of equal length.
@@ -30,7 +30,7 @@ class DocumentReader(torch.utils.data.Dataset[Documents]):
     def __init__(self, dataset: Dataset) -> None:
         self._table = dataset.select_columns(["input_ids", "trained"]).with_format("arrow")
 
-    def __getitems__(self, batch: Batch) -> Documents:  # torch's fetcher hands it the whole batch
+    def __getitems__(self, batch: Batch) -> Documents:  # torch's fetcher passes the whole batch
         table = self._table[batch.documents]
         ids = table.column("input_ids").combine_chunks()
         trained = table.column("trained").combine_chunks()
@@ -43,15 +43,15 @@ class DocumentReader(torch.utils.data.Dataset[Documents]):
 
 
 class PadCollator:
-    """Puts documents into a right-padded batch.
+    """Makes a right-padded batch of documents.
 
     Args:
         pad_token_id: Fills `input_ids` after a row's end.
-        pad_to_multiple_of: Rows are padded to a multiple of this length, as tensor cores like it.
-        max_length: But not beyond this.
-        packed: Several documents a row: return `position_ids`, which restart with every document (padding counts as a
-            document), and by which transformers keeps attention within documents. It does so only without an
-            attention mask and a cache.
+        pad_to_multiple_of: Rows are padded to a multiple of this length, which suits tensor cores.
+        max_length: Limit of the padded length.
+        packed: Several documents a row: return `position_ids` that restart with every document, padding included.
+            transformers derives the attention within documents from them, if there is neither an attention mask nor a
+            cache.
 
     Returns:
         `input_ids` (B, T) int64; `labels` (B, T) int64, aligned with them, -100 where not trained; packed,

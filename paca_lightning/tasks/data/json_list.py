@@ -1,4 +1,4 @@
-"""Reading a JSON list element by element, so that a large file never stands in memory whole."""
+"""Streams a JSON list element by element, without loading the whole file."""
 
 import codecs
 import json
@@ -11,7 +11,7 @@ _CHUNK_BYTES = 1 << 20
 def iterate(stream: BinaryIO) -> Iterator[tuple[Any, str]]:
     """Yield each element of a JSON list, and its text.
 
-    Bytes that are not UTF-8 become lone surrogates in the text, so that the element which holds them can be named.
+    Bytes that are not UTF-8 become lone surrogates, so that the caller can name the element.
 
     Raises:
         json.JSONDecodeError: At the element, or the comma or bracket after it, that is malformed or missing.
@@ -28,7 +28,7 @@ def iterate(stream: BinaryIO) -> Iterator[tuple[Any, str]]:
 
 
 class _Text:
-    """The part of a text that is not parsed yet, read in pieces as it is needed."""
+    """The unparsed rest of a text, read in pieces as needed."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._decoder = json.JSONDecoder()
@@ -36,7 +36,7 @@ class _Text:
         self._rest = next(self._pieces, "").removeprefix("\ufeff")
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """The next non-white-space character; empty at the end."""
         self._rest = self._rest.lstrip()
         while not self._rest and (piece := next(self._pieces, "")):
             self._rest = piece.lstrip()
@@ -55,12 +55,12 @@ class _Text:
             try:
                 value, end = self._decoder.raw_decode(self._rest)
             except json.JSONDecodeError:
-                # Double what is there, so that a long element is not decoded over and over.
+                # Double the text, so that a long element is decoded a logarithmic number of times.
                 if not self._read(len(self._rest)):
                     raise
                 continue
             if end == len(self._rest) and self._read(1):
-                continue  # a number may go on
+                continue  # a number may continue
             text, self._rest = self._rest[:end], self._rest[end:]
             return value, text
 

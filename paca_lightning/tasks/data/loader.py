@@ -1,4 +1,4 @@
-"""A data loader that knows where it is, and goes on from there."""
+"""A data loader that saves its position and resumes in the middle of an epoch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,21 +13,20 @@ from paca_lightning.tasks.data.sampler import BatchOrder
 
 
 class ResumableLoader:
-    """Iterates over an epoch's batches, and resumes in the middle of one.
+    """Iterates over the batches of an epoch, and resumes in the middle of one.
 
-    Lightning saves the state of every training loader that has `state_dict`, and restores it before the loader's
-    first batch. A position counts batches handed out, whatever the workers have prefetched, so it is that of the step
-    just finished.
+    Lightning saves the state of a training loader that has `state_dict`, and restores it before the loader's first
+    batch. The position counts the batches handed out, not those that workers have prefetched.
 
-    This is deliberately no `torch.utils.data.DataLoader`: Lightning leaves such loaders alone, while it would rebuild a
-    DataLoader around a `DistributedSampler` and so share the rows a second time. The global random state is never used.
+    Not a `torch.utils.data.DataLoader`: Lightning would rebuild that around a `DistributedSampler`, which would shard
+    the rows a second time. The global random state is never used.
 
     Args:
-        dataset: Its `__getitems__` gets what the order yields, and returns what `collate_fn` takes.
-        order: The batches of each epoch, already shared over the ranks.
+        dataset: `__getitems__` takes what the order yields, and returns what `collate_fn` takes.
+        order: The batches of each epoch for this rank.
         collate_fn: Makes a batch.
-        num_workers: Processes that prepare batches ahead; 0 does it in this process.
-        trainer: The trainer that trains on the loader. Its progress tells where a restored epoch ends.
+        num_workers: Processes that prepare batches ahead; 0 prepares them in this process.
+        trainer: The trainer that trains on the loader; its progress tells where a restored epoch ends.
     """
 
     def __init__(
@@ -38,8 +37,8 @@ class ResumableLoader:
         num_workers: int = 0,
         trainer: Trainer | None = None,
     ) -> None:
-        # `sampler` is where Lightning looks for `set_epoch`. There must be no attribute `dataset`: with
-        # `overfit_batches` Lightning would try to rebuild the loader around it.
+        # Lightning looks for `set_epoch` at `sampler`. There must be no attribute `dataset`, or Lightning would rebuild
+        # the loader for `overfit_batches`.
         self.sampler = self.batch_sampler = order
         self.num_workers = num_workers
         self._dataset = dataset
@@ -48,17 +47,16 @@ class ResumableLoader:
         self._epoch = order.epoch
         self._position = 0
         self._restored = False
-        self._lag = 0  # epochs that Lightning's count is ahead of this loader's
+        self._lag = 0  # by how many epochs Lightning's count is ahead of this loader's
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        # Lightning creates the iterator first and sets the epoch afterwards: nothing may be decided before the first
-        # batch.
+        # Lightning sets the epoch after it creates the iterator, so nothing is decided before the first batch.
         if self._trainer is not None:
-            # Lightning (2.6) restores loaders as it makes them: before it reads the checkpoint, if a module asked for
-            # the length of the run in configure_optimizers. What waits since then is restored here.
+            # Lightning 2.6 restores a loader's state when it creates the loader. If configure_optimizers asks for the
+            # length of the run, that is before the checkpoint is read, so the state is restored here.
             restore_loader_states(self._trainer)
         if self._restored:
             self._restored = False
@@ -71,14 +69,14 @@ class ResumableLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch, its batches handed out so far, and what their order depends on; equal on all ranks."""
+        """The epoch, the batches handed out, and what their order depends on; equal on all ranks."""
         return {"epoch": self._epoch, "position": self._position, "order": self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a saved loader stood.
+        """Resume from a saved position.
 
         Raises:
-            PaCAError: The loader stood in mid-epoch, and its order was another: other data, seed, batch size or world
+            PaCAError: The position is in mid-epoch, and the order has changed: other data, seed, batch size or world
                 size.
         """
         saved, here = state_dict["order"], self._identity()
@@ -93,11 +91,11 @@ class ResumableLoader:
         self.sampler.set_epoch(self._epoch)
 
     def _epoch_is_over(self) -> bool:
-        """Settle where a restored loader goes on; true if the trainer, or else the position, is past the epoch's end.
+        """Find where a restored loader resumes; True if its epoch has no batches left.
 
-        A run that `max_steps` stopped has counted its last epoch as done, complete or not, and Lightning goes on in it
-        under the next number, even if not a batch of it is left (Lightning issue 19617). So its count is only good for
-        telling later epochs apart, and it is the loader's own that says which one this is.
+        When `max_steps` stops a run in mid-epoch, Lightning counts that epoch as done and resumes it under the next
+        number, even if no batch of it is left (Lightning issue 19617). So the loader keeps its own count, and
+        Lightning's only tells later epochs apart.
         """
         if self._trainer is None:
             if self._epoch != self.sampler.epoch:
@@ -117,7 +115,7 @@ class ResumableLoader:
             collate_fn=self._collate_fn,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            # Else the seed of the workers is drawn from the global random state.
+            # Without a generator, DataLoader draws the workers' seed from the global random state.
             generator=torch.Generator().manual_seed(order.seed),
         )
         return iter(loader)

@@ -1,7 +1,7 @@
 """Paths through OpenAssistant (OASST1) message trees.
 
 A node is `{"message_id", "text", "role": "prompter" | "assistant", "rank": int | null, "deleted": bool, "replies":
-[node]}`; a tree is its first prompt. Rank 0 is the reply that the annotators liked best. Schema:
+[node]}`; a tree is given by its first prompt. Rank 0 is the reply that annotators preferred. Schema:
 https://projects.laion.ai/Open-Assistant/docs/data/schemas
 """
 
@@ -16,7 +16,7 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 def role(node: Node) -> str:
-    """Return a node's chat role.
+    """The chat role of a node.
 
     Raises:
         PaCAError: The node's role is neither prompter nor assistant.
@@ -28,7 +28,7 @@ def role(node: Node) -> str:
 
 
 def best_path(prompt: Node) -> Iterator[list[Node]]:
-    """Yield the one path that takes the best-ranked reply at every message."""
+    """Yield the path that follows the best-ranked reply at every message."""
     path = [prompt]
     while replies := _replies(path[-1]):
         path.append(replies[0])
@@ -36,7 +36,7 @@ def best_path(prompt: Node) -> Iterator[list[Node]]:
 
 
 def all_paths(prompt: Node) -> Iterator[list[Node]]:
-    """Yield every path from the first prompt to a last assistant message, better-ranked ones first."""
+    """Yield every path from the first prompt to a last assistant message, the best-ranked first."""
     stack = [[prompt]]
     while stack:
         path = stack.pop()
@@ -47,7 +47,7 @@ def all_paths(prompt: Node) -> Iterator[list[Node]]:
 
 
 def assemble(rows: list[tuple[int, Node]]) -> Node:
-    """Build one tree from its messages, given as (row number, message), and return its first prompt.
+    """Build a tree from its messages, given as (row number, message), and return its first prompt.
 
     Raises:
         PaCAError: A parent is not among the messages, or there is not exactly one first prompt.
@@ -71,7 +71,7 @@ def assemble(rows: list[tuple[int, Node]]) -> Node:
 
 
 def _replies(node: Node) -> list[Node]:
-    """A node's replies, best rank first, less the deleted ones and the prompts that nobody answered."""
+    """A node's replies, best rank first, without deleted messages and unanswered prompts."""
     replies = [reply for reply in _listed_replies(node) if not reply.get("deleted")]
     return sorted((reply for reply in replies if role(reply) == "assistant" or _replies(reply)), key=_rank)
 

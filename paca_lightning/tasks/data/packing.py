@@ -8,14 +8,14 @@ import numpy as np
 
 
 class Packing:
-    """Packs documents into as few rows of `capacity` tokens as best-fit-decreasing finds.
+    """Packs documents into rows of `capacity` tokens by best-fit decreasing.
 
-    The plan of a pack, the lengths that it holds, depends on the lengths alone and is made once; which documents of
-    each length go there is drawn anew by `draw`. So the number of packs is the same in every epoch.
+    Which lengths share a pack depends on the lengths alone and is planned once; `draw` chooses among documents of equal
+    length. So every epoch has the same number of packs.
 
     Args:
         lengths: Tokens of each document, shape (documents,); none may exceed the capacity.
-        capacity: Tokens of a pack.
+        capacity: Most tokens of a pack.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int) -> None:
@@ -29,20 +29,20 @@ class Packing:
         return len(self.sizes)
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Return the documents in the order of the packs, shape (documents,): the first `sizes[0]` are pack 0's.
+        """The documents in the order of the packs, shape (documents,): the first `sizes[0]` are in pack 0.
 
         Args:
-            rng: Draws among documents of equal length.
+            rng: Chooses among documents of equal length.
         """
         ties = rng.permutation(len(self.lengths))
         return np.lexsort((ties, -self.lengths))[self._by_pack]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Assign documents to packs: each goes to the fullest pack that still has room for it.
+    """Assign each document to the fullest pack that still has room for it.
 
-    Documents of a length, and packs with the same room, are alike; both are handled as groups. The steps then number
-    about as many as there are distinct lengths, whatever the number of documents: a million take well under a second.
+    Documents of equal length, and packs with equal room, are handled as groups. So the number of steps grows with the
+    distinct lengths, not with the documents: a million documents take well under a second.
 
     Args:
         lengths: Lengths in descending order, shape (documents,).
@@ -52,7 +52,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
         Each document's pack, shape (documents,), int64; packs are numbered from 0 without gaps.
     """
     packs = np.empty(len(lengths), dtype=np.int64)
-    room: dict[int, list[np.ndarray]] = {}  # packs by the room that is left in them
+    room: dict[int, list[np.ndarray]] = {}  # packs by the room left in them
     rooms: list[int] = []  # its keys, ascending
     opened = 0
 
@@ -72,7 +72,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
                 left = capacity
                 open_packs = np.arange(opened, opened - (first - last) // (capacity // length) + 1)
                 opened += len(open_packs)
-            each = left // length  # a pack that fits best goes on fitting best until it has no room for another
+            each = left // length  # the best-fitting pack stays the best until it has no room for another
             used = min(len(open_packs), -((first - last) // each))
             filled = min(each * used, last - first)
             packs[first : first + filled] = np.repeat(open_packs[:used], each)[:filled]

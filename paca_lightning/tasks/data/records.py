@@ -1,4 +1,4 @@
-"""Rows of a data set, from a local file, a saved `datasets` directory or the Hugging Face hub, one at a time."""
+"""Streams the rows of a local file, a saved `datasets` directory or a Hugging Face hub data set."""
 
 import glob
 import gzip
@@ -26,7 +26,7 @@ _SPLITS = re.compile(r"(?:^|[-_.])(train|valid(?:ation)?|val|dev|eval|test)(?=[-
 
 
 def locate(location: str | Sequence[str]) -> list[str]:
-    """The files that a location means, or the location itself if it is one, a saved data set or a hub id.
+    """The files of a location, or the location itself if it is a file, a saved data set or a hub id.
 
     Args:
         location: A file, a directory of files, a pattern (`shards/*.parquet`), any other location of a `Source`, or a
@@ -63,7 +63,7 @@ def locate(location: str | Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the rows of a split come from.
+    """A file or data set that rows are read from.
 
     Args:
         location: A local file (JSON list, JSON Lines, either of them gzipped, or Parquet; told apart by content), a
@@ -84,7 +84,7 @@ class Source:
         return Path(self.location).expanduser()
 
     def fingerprint(self) -> tuple[str, ...]:
-        """What changes whenever the rows may have: size and time of a file, or the data set's own fingerprint."""
+        """What changes when the rows change: size and time of a file, or the data set's own fingerprint."""
         if self.path.is_file():
             stat = self.path.stat()
             return str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)
@@ -196,7 +196,7 @@ class Source:
 
 
 def _first_character(stream: BinaryIO) -> bytes:
-    """Return the first byte that is neither white space nor a byte-order mark, and rewind."""
+    """The first byte that is neither white space nor a byte-order mark; the stream is rewound."""
     first = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     stream.seek(0)
     return first

@@ -1,4 +1,4 @@
-"""The order of batches: a pure function of the seed, the epoch and the rank."""
+"""The order of batches, a pure function of seed, epoch and rank."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,13 +8,13 @@ import numpy as np
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.packing import Packing
 
-_GROUPED_STEPS = 50  # rows are sorted by length within this many steps: little padding, and still well mixed
+_GROUPED_STEPS = 50  # rows are sorted by length within so many steps: little padding, yet well mixed
 
 
 class Batch(NamedTuple):
-    """The documents of a batch, row after row, and how many of them each row holds: one, unless packed.
+    """The documents of a batch, row after row, and how many each row holds (one, unless packed).
 
-    A batch that only repeats a row of another rank counts for nothing: none of its tokens may be trained or measured.
+    A `repeated` batch repeats a row of another rank: none of its tokens may be trained or measured.
     """
 
     documents: np.ndarray
@@ -25,27 +25,26 @@ class Batch(NamedTuple):
 class BatchOrder:
     """Batches of documents for one rank, epoch by epoch.
 
-    Every document is used exactly once an epoch. Every rank gets the same number of batches, whose sizes differ by at
-    most one row (so a last, small batch is spread over all of them). Where there is not a row for each of them (single
-    rows that do not divide by the ranks), some ranks' batch of one step only repeats a row, and is marked so.
+    Every document is used exactly once an epoch. Every rank gets the same number of batches, and batch sizes differ by
+    at most one row. If a step has fewer rows than ranks, some ranks get a batch that repeats a row and is marked so.
 
-    The batches that the ranks take in one step are neighbours in length, so that none waits for another. The steps
-    are mixed, so that the first few, which is what `limit_val_batches` takes, are like the rest; but with shuffling
-    the step with the longest row comes first, so that a batch too large for the memory fails at once.
+    In each step, the batches of the ranks are similar in length, so that no rank waits for another. Steps are shuffled,
+    so that the first few (`limit_val_batches`) are like the rest. With `shuffle`, the step with the longest row comes
+    first, so that a batch too large for the memory fails at once.
 
     Lightning calls `set_epoch` before each epoch (it looks for it on a loader's `sampler`).
 
     Args:
         lengths: Tokens of each document, shape (documents,).
         batch_size: Rows in a batch, at most.
-        shuffle: Draw the order anew from (seed, epoch). Otherwise it is the same in every epoch: drawn once from the
-            seed if rows are grouped or packed, else that of the documents.
-        group_by_length: Put rows of similar length together, so that there is less padding.
+        shuffle: Draw a new order from (seed, epoch) in each epoch. Otherwise the order is the same in every epoch:
+            drawn once from the seed if rows are grouped or packed, else that of the documents.
+        group_by_length: Batch rows of similar length, for less padding.
         pack_to: Pack documents into rows of this many tokens; None for one document a row.
-        seed: Of the order.
-        rank: This process among `world_size`.
+        seed: Seed of the order.
+        rank: Rank of this process.
         world_size: Processes that share the documents.
-        name: What the documents are, for messages.
+        name: Name of the documents in messages.
 
     Raises:
         PaCAError: There are fewer rows than processes.
@@ -103,7 +102,7 @@ class BatchOrder:
             row_lengths = np.add.reduceat(self.lengths[documents], firsts)
         rows = self._row_order(row_lengths, rng)
         count = len(self) * self.world_size
-        # Fewer than one step's batches, all of the last step: no step is without a row of its own.
+        # Fewer than one step's batches, all in the last step: every step has a row of its own.
         repeats = max(0, count - self.num_rows)
         rows = np.append(rows, np.repeat(rows[-1:], repeats))
         bounds = np.arange(count + 1) * len(rows) // count
@@ -116,7 +115,7 @@ class BatchOrder:
 
     @property
     def _mixed(self) -> bool:
-        # Packing puts long documents first.
+        # Packing sorts by length, so its rows must be shuffled.
         return self.shuffle or self.group_by_length or self._packing is not None
 
     def _row_order(self, row_lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:

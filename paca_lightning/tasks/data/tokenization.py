@@ -1,4 +1,4 @@
-"""A split's conversations, tokenized once and kept on disk as memory-mapped Arrow."""
+"""Tokenizes the conversations of a split once, and caches them as memory-mapped Arrow."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from paca_lightning.tasks.data.formats import Format, conversations
 from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
-_VERSION = 2  # of what is cached: raise it when the same rows and settings come to give other tokens
+_VERSION = 2  # of the cached tokens: raise it when the same rows and settings give other tokens
 
 _CONVERSATIONS = Features(
     {
@@ -47,11 +47,11 @@ class TokenizedSplit:
 
     Args:
         name: train, validation or test.
-        location: Where its rows came from.
-        dataset: `input_ids`, `trained` (whether each is), their numbers `length` and `trained_length`, `truncated`,
-            and where it came from: the `row` number in the `file` of that number, and, of a raw text, the `piece`.
-        dropped: Conversations left out because truncation left them no token to train.
-        locations: The files, or whatever else the source is made of.
+        location: Where its rows come from, in words.
+        dataset: Columns `input_ids`, `trained` (bool per token), their numbers `length` and `trained_length`,
+            `truncated`, and the origin: number of the `file`, number of the `row` in it, `piece` of a raw text.
+        dropped: Conversations dropped because truncation left no token to train.
+        locations: The files or other parts of the source, by number.
     """
 
     name: str
@@ -61,19 +61,19 @@ class TokenizedSplit:
     locations: tuple[str, ...]
 
     def column(self, name: str) -> np.ndarray:
-        """Return one number per conversation, such as `length`, as an array."""
+        """A column with one number per conversation, such as `length`."""
         return np.asarray(self.dataset.select_columns(name).with_format("numpy")[:][name])
 
     def files(self) -> list[str]:
-        """Return the file that each conversation came from."""
+        """The file of each conversation."""
         return [self.locations[number] for number in self.column("file")]
 
     def select(self, keep: np.ndarray) -> "TokenizedSplit":
-        """Return the split with some of its conversations; `keep` (conversations,) bool says which."""
+        """The conversations for which `keep` (conversations,) is True."""
         return replace(self, dataset=self.dataset.select(np.flatnonzero(keep), keep_in_memory=True))
 
     def describe(self) -> str:
-        """One sentence: how many conversations there are, and how many were cut or dropped."""
+        """How many conversations there are, and how many were cut or dropped, as a sentence."""
         truncated = int(self.column("truncated").sum())
         return (
             f"{self.name}: {len(self.dataset):,} conversations from {self.location} ({truncated:,} cut to max_length; "
@@ -90,20 +90,20 @@ def tokenize(
     text_column: str,
     tree_paths: TreePaths,
 ) -> TokenizedSplit:
-    """Read, convert and tokenize a split, or load it from the cache if neither its files nor a setting changed.
+    """Read, convert and tokenize a split, or load it from the cache if no file and no setting has changed.
 
-    Rows stream through `datasets` in batches, so that memory stays bounded whatever the number of rows.
+    Rows stream through `datasets` in batches, so memory is bounded for any number of rows.
 
     Args:
-        name: The split's name.
-        sources: Its rows, one file after another; at least one.
-        encoder: Turns conversations into tokens.
-        format: See `formats`; as are `text_column` and `tree_paths`.
+        name: Name of the split.
+        sources: The files of the split; at least one.
+        encoder: Tokenizes the conversations.
+        format: Format of the rows, see `formats`.
         text_column: The field of `guanaco` and `text` rows.
         tree_paths: Which paths to take through message trees.
 
     Raises:
-        PaCAError: A source or row that cannot be used, or a split of which nothing is left.
+        PaCAError: A source or row cannot be used, or no conversation has a token to train.
     """
     locations = tuple(source.location for source in sources)
     location = locations[0] if len(locations) == 1 else f"{len(locations)} files ({locations[0]}, ...)"

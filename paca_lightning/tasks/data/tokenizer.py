@@ -1,4 +1,4 @@
-"""The tokenizer of a data module, and the chat template it uses."""
+"""Loads the tokenizer of a data module and its chat template."""
 
 from pathlib import Path
 
@@ -14,16 +14,16 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""For tokenizers without a template: ChatML, but every turn ends with the tokenizer's own end-of-sequence token.
+"""For tokenizers without a template: ChatML whose turns end with the tokenizer's own end-of-sequence token.
 
-So generation stops where it always does, and no embedding of a token that the model has never seen is needed.
+So generation stops as usual, and the model needs no embedding of a token it has never seen.
 """
 
 
 def load_tokenizer(
     name: str, chat_template: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and settle its chat template.
+    """Load a tokenizer and set its chat template.
 
     Args:
         name: A local directory or a hub id.
@@ -58,13 +58,13 @@ def load_tokenizer(
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with; which one does not matter, for padding is masked and never trained."""
+    """An id to pad with. Any will do, as padding is masked and never trained."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash everything about a tokenizer that decides which tokens a conversation becomes."""
+    """Hash of all that decides how a tokenizer renders and tokenizes a conversation."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     template, special = tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())
     return Hasher.hash([type(tokenizer).__name__, backend, template, special])

@@ -16,11 +16,11 @@ class Score:
     """Accuracy on one group of questions.
 
     Attributes:
-        level: What the group is: all questions, a category or a subject.
-        name: Of the group; overall, ``micro`` or ``macro``.
+        level: Whether the group is all questions, a category or a subject.
+        name: Name of the group; ``micro`` or ``macro`` for all questions.
         correct: Questions answered rightly.
         questions: Questions asked.
-        accuracy: The share answered rightly; for ``macro``, the mean of the subjects' shares.
+        accuracy: Share answered rightly; for ``macro``, the mean of the subjects' accuracies.
         low: Lower end of its confidence interval.
         high: Upper end.
     """
@@ -35,7 +35,7 @@ class Score:
 
 
 def wilson_interval(correct: float, questions: float, confidence: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927): it stays within 0 and 1, also for few."""
+    """Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927), within 0 and 1 also for few questions."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, weight = correct / questions, z * z / questions
     centre = (share + weight / 2) / (1 + weight)
@@ -67,8 +67,8 @@ def _pooled(level: Level, name: str, counts: Sequence[tuple[int, int]], confiden
 def _macro(counts: Sequence[tuple[int, int]], confidence: float) -> Score:
     """Mean of the subjects' accuracies, with a normal interval of their summed variances.
 
-    A subject with few questions, all right or all wrong, would have no variance: so each gets z^2 more questions, half
-    of them right (Agresti and Coull, Am. Stat. 52, 1998).
+    Each subject gets z^2 more questions, half of them right (Agresti and Coull, Am. Stat. 52, 1998), as a subject with
+    all answers right or wrong would have no variance.
     """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     accuracy = fmean(c / n for c, n in counts)

@@ -1,4 +1,4 @@
-"""MMLU accuracy at each validation and test of any LightningModule around a Hugging Face causal language model."""
+"""A callback that evaluates any LightningModule around a Hugging Face causal language model on MMLU."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,10 +26,9 @@ from paca_lightning.tasks.mmlu.subjects import check_subjects
 class MMLUEvaluation(Callback):
     """Reports MMLU accuracy (Hendrycks et al., 2021, arXiv 2009.03300) after each validation and test.
 
-    It asks its own questions of the model, whatever data the trainer runs on: so a model that is trained on
-    conversations can be followed on MMLU. All that it needs of the module is a Hugging Face causal language model in
-    its attribute ``model``. Validation asks the validation split, testing the test split; examples come from the dev
-    split. Every process asks its share, and the result does not depend on how many there are.
+    It has its own questions, so a model trained on any data can be evaluated. The module needs a Hugging Face causal
+    language model in its attribute ``model``. Validation uses the validation split, testing the test split; the solved
+    examples come from the dev split. The processes share the questions; the result does not depend on their number.
 
     Logged: ``mmlu/accuracy`` (micro, of the first method), and for each method ``mmlu/letter/micro``,
     ``mmlu/letter/macro``, ``mmlu/letter/STEM`` and so on. Printed as a table, and written as CSV and JSON into
@@ -39,17 +38,17 @@ class MMLUEvaluation(Callback):
         source: A local directory of MMLU (original CSV folders, saved data sets, Parquet) or a hub id such as
             ``cais/mmlu``. Default: that of the ``MMLUDataModule``, if the trainer has one.
         tokenizer: Directory or hub id. Default: the tokenizer of the trainer's data module, or of the module.
-        methods: ``letter`` lists the choices and compares the probabilities of the letters. ``likelihood`` does not
-            list them and compares the log-likelihood of their texts per UTF-8 byte.
+        methods: ``letter`` lists the choices and compares the probabilities of their letters. ``likelihood`` does not
+            list them, and compares the log-likelihood per UTF-8 byte of their texts.
         shots: Solved examples in each prompt, 0 to 5.
-        subjects: Subjects to ask. Default: those of the ``MMLUDataModule``, or all 57.
+        subjects: Subjects to evaluate. Default: those of the ``MMLUDataModule``, or all 57.
         limit: Questions of each subject, drawn by ``seed``. Default: that of the ``MMLUDataModule``, or all.
-        seed: Of the draw.
+        seed: Seed of the draw.
         batch_size: Questions scored at a time on each process.
         max_length: Most tokens of a prompt with its answer. Longer prompts lose examples, the first ones first.
-        validation_split: Split to ask in validations. Default: that of the ``MMLUDataModule``, or ``validation``.
-        baseline: Also evaluate before the first training step, and show those results beside the later ones. A run
-            that resumes from a checkpoint does not start before training, so it has no such results.
+        validation_split: Split that validation uses. Default: that of the ``MMLUDataModule``, or ``validation``.
+        baseline: Also evaluate before the first training step, and show that result beside the later ones. A resumed
+            run has none.
         confidence: Level of the confidence intervals.
 
     Raises:
@@ -90,7 +89,7 @@ class MMLUEvaluation(Callback):
         self._evaluators: dict[str, MMLUEvaluator] = {}
 
     def take_defaults(self, **settings: Any) -> None:
-        """Fill in settings that were left open; called by a data module that knows them."""
+        """Set settings that were left at None; a data module calls it."""
         for name, value in settings.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -126,7 +125,7 @@ class MMLUEvaluation(Callback):
                 )
         self._evaluators[split] = evaluator
 
-    # Each raises before anything runs, if the model cannot be used.
+    # These raise before anything runs if the model cannot be used.
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,7 +161,7 @@ class MMLUEvaluation(Callback):
     def _evaluate_and_log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.results = self._evaluate(trainer, pl_module, stage)
         for name, value in _metrics(self.results).items():
-            # All processes have the same value, which the maximum keeps exactly. Lightning warns where nothing is done.
+            # Equal on all processes, and the maximum keeps it exactly. Without a reduction, Lightning warns.
             pl_module.log(f"mmlu/{name}", value, sync_dist=True, reduce_fx="max")
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> Results:
@@ -179,7 +178,7 @@ class MMLUEvaluation(Callback):
             )
         if trainer.is_global_zero:
             title = f"MMLU: {split} split, {self.shots}-shot, step {trainer.global_step}"
-            # Within a training run the subjects would fill the screen again and again; the files have them.
+            # The 57 subjects would fill the screen at every validation; the files have them.
             fitting = trainer.state.fn == TrainerFn.FITTING
             rich.print(result_table(title, results, self._before, subjects=not fitting))
             name = f"{stage}-step={trainer.global_step:06d}"
@@ -214,7 +213,7 @@ class MMLUEvaluation(Callback):
 
 
 def _metrics(results: Results) -> dict[str, float]:
-    """Overall accuracies and those of the categories, by the names they are logged under."""
+    """Accuracies overall and by category, by the names they are logged under."""
     named = {"accuracy": next(iter(results.values()))[0].accuracy}
     for method, scores in results.items():
         named |= {f"{method}/{s.name.replace(' ', '_')}": s.accuracy for s in scores if s.level != "subject"}

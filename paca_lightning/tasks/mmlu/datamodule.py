@@ -1,4 +1,4 @@
-"""MMLU to train on: multiple-choice questions with their answers, batched, and resumable in mid-epoch."""
+"""A data module of MMLU questions with their answers, resumable in the middle of an epoch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,27 +22,27 @@ from paca_lightning.tasks.mmlu.training_samples import LossOn, Overlong, Trainin
 class MMLUDataModule(LightningDataModule):
     """MMLU (Hendrycks et al., 2021, arXiv 2009.03300) as batches of ``input_ids``, ``labels`` and ``attention_mask``.
 
-    A sample is a question with its choices in the benchmark's wording, and the letter of its answer; it begins with
-    the beginning-of-sequence token where the tokenizer sets one, and has no end-of-sequence token. The batches of the
-    validation and test splits look the same, so their loss compares with the training loss; accuracy comes from
-    :class:`MMLUEvaluation`, which is added to the trainer's callbacks if it is not among them.
+    A sample is a question with its choices in the benchmark's wording, and the letter of its answer. It begins with a
+    beginning-of-sequence token if the tokenizer adds one, and has no end-of-sequence token. Batches of the validation
+    and test splits look alike, so their loss compares with the training loss. :class:`MMLUEvaluation` measures the
+    accuracy; it is added to the trainer's callbacks if it is missing.
 
     Args:
         tokenizer: Directory or hub id of the tokenizer; usually the model's.
         source: A local directory of MMLU (the original CSV folders, saved data sets, Parquet), or a hub id.
         train: What to train on: splits of the source, or files of questions (.csv as the original ones, .parquet,
             .json, .jsonl, saved data sets). ``[dev, validation]`` where there is no ``auxiliary_train``.
-        validation_split: The split that validations run on. It must not be trained on.
+        validation_split: Split of the validation. It must not be trained on.
         subjects: Subjects to use. Default: all 57. ``auxiliary_train`` has none and is used whole.
         limit: Questions of each subject in validation and test, drawn by ``seed``. Default: all.
         loss_on: Train the ``answer`` alone, or the whole ``text``.
         max_length: Most tokens of a sample.
-        overlong: What to do with samples that are longer: raise an ``error``, ``drop`` them, or ``cut`` the beginning
-            of their question; how many is reported.
+        overlong: What to do with longer samples: raise an ``error``, ``drop`` them, or ``cut`` the beginning of their
+            question. The number is reported.
         batch_size: Samples in a batch of each process.
-        pad_to_multiple_of: Batches are padded to a multiple of this length (but not beyond ``max_length``).
-        num_workers: Processes that prepare batches ahead. Samples are tokenized once, at the start, so 0 is fast.
-        seed: Of the order of the batches and of the draw.
+        pad_to_multiple_of: Batches are padded to a multiple of this length, up to ``max_length``.
+        num_workers: Processes that prepare batches ahead. Samples are tokenized once at the start, so 0 is fast.
+        seed: Seed of the order of batches and of the draw.
         revision: Branch, tag or commit of the tokenizer on the hub.
         trust_remote_code: Whether to run code that comes with the tokenizer.
 
@@ -88,7 +88,7 @@ class MMLUDataModule(LightningDataModule):
                 read_split(self.hparams["source"], split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenize what a stage needs, and see to the evaluation."""
+        """Read and tokenize what a stage needs, and add the evaluation callback."""
         needed = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
         if not self.samples:
             self.tokenizer = load_tokenizer(

@@ -1,4 +1,4 @@
-"""MMLU on a Hugging Face causal language model: prompts made once, scored again and again, by any number of ranks."""
+"""Evaluates a Hugging Face causal language model on MMLU. Prompts are built once and scored at each evaluation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ from paca_lightning.tasks.mmlu.questions import Question
 
 
 class MMLUEvaluator:
-    """Scores a model on questions, by answer letter, by option likelihood, or both.
+    """Scores a model on questions by answer letter, by option likelihood, or both.
 
     ``letter`` lists the choices and takes the letter of the highest probability. ``likelihood`` does not list them and
-    takes the choice of the highest log-likelihood per UTF-8 byte, which small models answer better.
+    takes the choice of the highest log-likelihood per UTF-8 byte, at which small models do better.
 
     Args:
         questions: The questions to ask.
-        examples: Questions to draw the solved examples from, as the dev split.
+        examples: Questions that the solved examples are taken from, such as the dev split.
         tokenizer: The model's tokenizer.
         methods: How to answer.
         shots: Solved examples in each prompt: 0 to 5.
@@ -61,7 +61,7 @@ class MMLUEvaluator:
 
     @property
     def shortened(self) -> dict[Method, int]:
-        """How many prompts of each method had to leave out examples."""
+        """Number of prompts of each method that lost examples."""
         return {method: sum(p.shots < self.shots for p in prompts) for method, prompts in self.prompts.items()}
 
     def evaluate(
@@ -70,9 +70,9 @@ class MMLUEvaluator:
         """Score the model with every method. All processes get the same result.
 
         Args:
-            model: The model; its training mode is put back afterwards.
-            rank: This process among those that share the questions.
-            world_size: How many share them.
+            model: The model. The training mode of its modules is restored afterwards.
+            rank: Rank of this process.
+            world_size: Processes that share the questions.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -85,7 +85,7 @@ class MMLUEvaluator:
         self, model: PreTrainedModel, method: Method, rank: int, world_size: int, progress: bool
     ) -> list[Score]:
         prompts = self.prompts[method]
-        # Prompts with examples are batched by subject, as they share the examples; others by length alone.
+        # Prompts of a subject share their examples, so they are batched together; others are batched by length alone.
         groups = [question.subject if self.shots else None for question in self.questions]
         batches = list(deal(plan_batches(prompts, groups, self.batch_size), rank, world_size))
         several_tokens = any(len(option) > 1 for prompt in prompts for option in prompt.options)
@@ -124,7 +124,7 @@ def _examples_by_subject(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, after which each module gets its own mode back."""
+    """Evaluation mode; each module's own mode is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

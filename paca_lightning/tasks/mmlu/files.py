@@ -1,4 +1,4 @@
-"""Readers of the file formats that MMLU comes in: each yields the fields and the place of every row."""
+"""Readers of the file formats of MMLU. Each yields the origin and the fields of every row."""
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,14 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.records import Source
 
 Row = tuple[str, Mapping[str, Any]]
-"""Where a row stands, for messages, and its fields."""
+"""Origin of a row, for messages, and its fields."""
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of one file (.csv as the original ones; JSON, JSON Lines, Parquet) or of one saved data set.
+    """Rows of one file (CSV like the original ones, JSON, JSON Lines, Parquet) or of one saved data set.
 
     Raises:
-        PaCAError: If it is of another kind, empty, or cannot be read.
+        PaCAError: If the file is of another kind, empty or unreadable.
     """
     for number, fields in _csv_rows(path) if path.suffix == ".csv" else Source(str(path)).rows():
         nested = fields.get("train")  # as in the hub's auxiliary_train files

@@ -1,4 +1,4 @@
-"""The log-likelihood of four continuations of each prompt, with as little work as the model's cache allows."""
+"""Log-likelihood of the four continuations of each prompt; shared prefixes run once, through the key-value cache."""
 
 import copy
 from array import array
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from paca_lightning.tasks.mmlu.prompts import Prompt
 
-_LEAST_FILLED = 0.7  # of a row: rather a smaller batch than more padding
+_LEAST_FILLED = 0.7  # of a row: below, a new batch is started rather than padding more
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # as configurations call them; the last: GPT-Neo's
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -27,11 +27,10 @@ class ScoringBatch:
 
 
 def plan_batches(prompts: Sequence[Prompt], groups: Sequence[object], batch_size: int) -> list[ScoringBatch]:
-    """Batches of prompts of one group and of similar length, longest first.
+    """Batches of prompts of one group and similar length, longest first.
 
-    Prompts with examples should be grouped by subject: they share the examples, which are then computed once a batch.
-    The plan does not depend on the number of processes, which deal the batches among themselves: each batch is
-    computed with the same padding, and so with the same result, on any number of them.
+    Prompts with examples should be grouped by subject: they share the examples, which then run once a batch. The
+    batches do not depend on the number of processes, so neither do their padding and their results.
 
     Args:
         prompts: The prompts; a row is a position in this list.
@@ -51,29 +50,29 @@ def plan_batches(prompts: Sequence[Prompt], groups: Sequence[object], batch_size
                 longest = length
             batches[-1].rows.append(row)
             batches[-1].prompts.append(prompts[row])
-    # The longest first, so that what does not fit into memory shows at once.
+    # The longest first, so that a batch too large for the memory fails at once.
     return sorted(batches, key=lambda batch: -max(len(prompt.tokens) for prompt in batch.prompts))
 
 
 def deal(batches: Sequence[ScoringBatch], rank: int, world_size: int) -> Iterator[ScoringBatch]:
-    """Every ``world_size``-th batch; all processes get equally many, the last round being filled up with the first.
+    """Every ``world_size``-th batch. The last round is filled up with the first batches.
 
-    Sharded models communicate in their forward, so that each process must do as many. The metric counts a question
-    once, however often it was scored.
+    So all processes get equally many, as the forward of a sharded model is collective. The metric counts each question
+    once.
     """
     for start in range(0, len(batches), world_size):
         yield batches[(start + rank) % len(batches)]
 
 
 def cache_serves(config: PreTrainedConfig, prompts: Sequence[Prompt]) -> bool:
-    """Whether prompts can be continued from a padded cache: not if a layer sees less than a whole sequence.
+    """Whether prompts can be continued from a padded cache. They cannot if a layer sees less than a whole sequence.
 
-    The padding between a prompt's cached tokens would take up room in its window, and the cache of a window has
-    forgotten what the shorter prompts of a batch still see. Recurrent layers would take the padding for tokens.
+    In a sliding window, padding would take the place of tokens, and the cache has dropped tokens that shorter prompts
+    of the batch still see. Recurrent layers would process the padding as tokens.
 
     Args:
-        config: Of the model.
-        prompts: All that are to be scored with it.
+        config: Config of the model.
+        prompts: All prompts to be scored.
     """
     text = config.get_text_config()
     if not getattr(text, "num_attention_heads", None):  # RWKV
@@ -90,17 +89,17 @@ def cache_serves(config: PreTrainedConfig, prompts: Sequence[Prompt]) -> bool:
 def score(model: PreTrainedModel, prompts: Sequence[Prompt], *, several_tokens: bool, cached: bool = True) -> Tensor:
     """Length-normalized log-likelihood of each prompt's options.
 
-    Cached, the tokens that all prompts share are run once, the rest of each prompt once, and its options continue from
-    its cache: sorted by length and as many at a time as there are prompts, so that little is padded and the cache is
-    never more than twice its size. Only the last position of a prompt has logits. Otherwise each option is run with
-    its whole prompt, which takes several times as long where options have more than one token.
+    With a cache, the tokens shared by all prompts run once, then the rest of each prompt, then its options from its
+    cache. Options are sorted by length and run as many at a time as there are prompts, so there is little padding, and
+    the cache is at most doubled. Only the last position of a prompt has logits. Without a cache, each option runs with
+    its whole prompt, which takes several times as long if options have more than one token.
 
     Args:
         model: A causal language model.
-        prompts: Prompts that begin with the same token at least, all with N options.
-        several_tokens: Whether options of any prompt, on any process, have more than one token. It alone decides the
-            number of forward passes, which sharded models need to be equal on all processes.
-        cached: Whether a key-value cache may be used, as :func:`cache_serves` says.
+        prompts: Prompts with at least one token in common, each with N options.
+        several_tokens: Whether any option of any prompt, on any process, has more than one token. It alone decides the
+            number of forward passes, which must be equal on all processes of a sharded model.
+        cached: Whether to use a key-value cache, see :func:`cache_serves`.
 
     Returns:
         Scores, shape (B, N), float32.
@@ -127,7 +126,7 @@ def score(model: PreTrainedModel, prompts: Sequence[Prompt], *, several_tokens: 
 
 
 def _read(model: PreTrainedModel, prompts: Sequence["array[int]"]) -> tuple[Any, Tensor, Tensor]:
-    """The cache of all prompts, its attention mask (B, P + Q) and the logits (B, V) after each prompt's last token."""
+    """Cache of all prompts, its attention mask (B, P + Q), and the logits (B, V) after each prompt's last token."""
     shared = _shared_length(prompts)
     ids = torch.tensor([prompts[0][:shared]], dtype=torch.long, device=model.device)  # (1, P)
     mask = torch.ones_like(ids)
@@ -142,7 +141,7 @@ def _read(model: PreTrainedModel, prompts: Sequence["array[int]"]) -> tuple[Any,
 def _continue(
     model: PreTrainedModel, cache: Any, mask: Tensor, rows: Tensor, options: Sequence["array[int]"]
 ) -> Tensor:
-    """Log-likelihood of each option's tokens but the first, after the prompt whose row in the cache is given."""
+    """Log-likelihood of each option's tokens after the first, given the prompt at its row of the cache."""
     cache = copy.deepcopy(cache)
     cache.batch_select_indices(rows)
     ids, option_mask = _padded(options, mask.device, left=False)  # (B, L)
@@ -150,7 +149,7 @@ def _continue(
         ids, option_mask = pad(ids, (0, 1)), pad(option_mask, (0, 1))
     logits = _forward(model, ids[:, :-1], torch.cat([mask[rows], option_mask[:, :-1]], dim=1), cache)  # (B, L - 1, V)
     total = torch.zeros(len(options), device=mask.device)
-    for position in range(logits.shape[1]):  # one at a time, as all of them in float32 would take much memory
+    for position in range(logits.shape[1]):  # one at a time, as float32 logits take much memory
         log_likelihood = logits[:, position].float().log_softmax(-1).gather(1, ids[:, position + 1, None])
         total += log_likelihood.squeeze(1) * option_mask[:, position + 1]
     return total
@@ -163,7 +162,7 @@ def _read_whole(model: PreTrainedModel, sequences: Sequence["array[int]"], kept:
 
 
 def _continue_whole(model: PreTrainedModel, prompts: Sequence["array[int]"], options: Sequence["array[int]"]) -> Tensor:
-    """Log-likelihood of each option's tokens but the first, after its prompt."""
+    """Log-likelihood of each option's tokens after the first, given its prompt."""
     sequences = [prompt + option for prompt, option in zip(prompts, options, strict=True)]
     longest = max(map(len, options))
     logits = _read_whole(model, sequences, longest)
@@ -177,21 +176,21 @@ def _continue_whole(model: PreTrainedModel, prompts: Sequence["array[int]"], opt
 
 
 def _shared_length(sequences: Sequence["array[int]"]) -> int:
-    """How many tokens all sequences begin with, but leaving each at least one."""
-    first, last = min(sequences), max(sequences)  # in the order of sorting, those between share what these two share
+    """Length of the prefix common to all sequences, less one token if a sequence has no other."""
+    first, last = min(sequences), max(sequences)  # sequences between these two in sorting order share their prefix
     limit = min(map(len, sequences)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Tensor:
-    """Logits of tokens that continue a cache, if there is one, which takes them up; masked tokens take no position."""
+    """Logits of tokens after those in a cache, which is extended if given. Masked tokens take no position."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     caching = {"past_key_values": cache, "use_cache": cache is not None}
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **caching, **kwargs).logits
 
 
 def _padded(sequences: Sequence["array[int]"], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Sequences as one tensor filled up with zeros on one side, and its attention mask."""
+    """Sequences padded with zeros on one side, and their attention mask."""
     width = max(map(len, sequences))
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros_like(ids)

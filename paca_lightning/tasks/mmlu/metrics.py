@@ -1,4 +1,4 @@
-"""Which questions were answered rightly, counted by subject: exact on any number of processes."""
+"""Counts right answers by subject, exactly on any number of processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,20 +12,20 @@ from paca_lightning.tasks.mmlu.subjects import SUBJECTS
 
 
 class MMLUAccuracy(Metric):
-    """Accuracy on a fixed list of questions, each counted once however often and by whomever it was scored.
+    """Accuracy on a fixed list of questions. Each counts once, however many processes score it.
 
-    The state is the choice made for each question, not a sum: so neither the padding of a distributed sampler nor
+    The state is the choice made for each question, not a sum. So neither the padding of a distributed sampler nor
     tensor-parallel copies of a process count a question twice.
 
     Args:
         questions: The questions; a row is a position in this list.
-        kwargs: For ``torchmetrics.Metric``.
+        **kwargs: Settings of ``torchmetrics.Metric``.
     """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
-    choices: Tensor  # (N,): 0 to 3, or -1 where not answered yet
+    choices: Tensor  # (N,): 0 to 3, or -1 if not answered yet
 
     def __init__(self, questions: Sequence[Question], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -34,14 +34,14 @@ class MMLUAccuracy(Metric):
         self._subjects = torch.tensor([SUBJECTS.index(str(question.subject)) for question in questions])
 
     def update(self, rows: Sequence[int], choices: Tensor) -> None:
-        """Note the choices made, shape (B,), for the questions at these rows."""
+        """Store the choices (B,) made for the questions at these rows."""
         self.choices[torch.as_tensor(rows, device=self.choices.device)] = choices.to(self.choices)
 
     def compute(self) -> dict[str, Tensor]:
-        """Counts of the questions answered so far, for :func:`~paca_lightning.tasks.mmlu.accuracy.score_groups`.
+        """Counts by subject, for :func:`~paca_lightning.tasks.mmlu.accuracy.score_groups`.
 
         Returns:
-            ``correct`` and ``questions`` by subject, int64 of shape (57,), as ``SUBJECTS``.
+            ``correct`` and ``questions`` (those answered so far), int64 of shape (57,), in the order of ``SUBJECTS``.
         """
         choices = self.choices.cpu()
         answered = choices >= 0

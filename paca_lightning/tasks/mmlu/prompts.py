@@ -1,7 +1,7 @@
-"""Questions as tokens: few-shot prompts with their four continuations.
+"""Few-shot prompts with their four continuations, as tokens.
 
-The wording of letter prompts is that of the benchmark's authors (arXiv 2009.03300). Likelihood prompts do not list the
-choices, as a continuation is scored, not a letter.
+Letter prompts have the wording of the benchmark's authors (arXiv 2009.03300). Likelihood prompts do not list the
+choices, as the text of a choice is scored, not its letter.
 """
 
 from array import array
@@ -24,10 +24,10 @@ class Prompt:
     """A question ready to be scored.
 
     Attributes:
-        tokens: The prompt, beginning-of-sequence token included where the tokenizer sets one.
+        tokens: The prompt, with a beginning-of-sequence token if the tokenizer adds one.
         options: Tokens of the four continuations.
-        lengths: What the log-likelihood of each continuation is divided by: 1 for letters, UTF-8 bytes for texts.
-        shots: How many examples fitted into it.
+        lengths: Divisor of each continuation's log-likelihood: 1 for letters, UTF-8 bytes for texts.
+        shots: Number of examples in the prompt.
     """
 
     tokens: "array[int]"  # C ints: 4 bytes a token, where a list takes up to 36
@@ -66,22 +66,22 @@ def prompt_text(question: Question, examples: Sequence[Question], method: Method
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer sets one before a text by itself."""
+    """The beginning-of-sequence token, if the tokenizer adds one to a text."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text after the start tokens, and never an end-of-sequence token."""
+    """Start tokens and tokens of each text, without an end-of-sequence token."""
     start = start_tokens(tokenizer)
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [start + tokens for tokens in encoded]
 
 
 def continuations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text as it stands after ``Answer:`` and a space.
+    """Tokens of each text after ``Answer:`` and a space.
 
-    SentencePiece tokenizers add a space of their own to the front of a text, so that it must be tokenized in its place.
+    The text is tokenized in its place, as SentencePiece tokenizers add a space to the front of a text.
 
     Raises:
         PaCAError: If the tokenizer merges the colon with what follows, so that a prompt cannot end there.
@@ -101,14 +101,14 @@ def build_prompt(
     method: Method,
     max_length: int,
 ) -> Prompt:
-    """Tokenize a question with as many examples as fit, leaving out the first ones first.
+    """Tokenize a question with as many examples as fit; the first ones are dropped first.
 
     Args:
         tokenizer: The model's tokenizer.
         question: The question to score.
         examples: Solved questions to show before it, usually of the same subject.
         method: ``letter`` (choices are listed) or ``likelihood`` (they are not).
-        max_length: Most tokens that prompt and continuation may have together.
+        max_length: Most tokens of the prompt and a continuation together.
 
     Raises:
         PaCAError: If the question does not fit even without examples.

@@ -1,4 +1,4 @@
-"""A multiple-choice question, checked field by field, and seeded samples of them."""
+"""Multiple-choice questions: checked field by field, and sampled by seed."""
 
 import random
 from collections import defaultdict
@@ -17,11 +17,11 @@ class Question:
     """One question with four choices.
 
     Attributes:
-        where: Its file and row, for messages.
-        subject: One of the 57 subjects, or None in training data that has none.
+        where: File and row, for messages.
+        subject: One of the 57 subjects, or None in training data without subjects.
         question: The question, stripped.
         choices: The four choices, stripped.
-        answer: Which of them is right: 0 to 3.
+        answer: Index of the right one: 0 to 3.
     """
 
     where: str
@@ -67,9 +67,9 @@ def _answer(where: str, answer: object) -> int:
 
 
 def sample(questions: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
-    """Up to ``limit`` questions of each subject, drawn by seed, in their order; all of them for ``None``.
+    """Up to ``limit`` questions of each subject, drawn by seed, in their order; all for ``None``.
 
-    A subject's draw depends on the seed and its name alone, so it is the same whatever other subjects are there.
+    A subject's draw depends on the seed and its name alone, not on the other subjects.
 
     Raises:
         PaCAError: If the limit is not positive.

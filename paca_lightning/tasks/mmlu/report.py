@@ -1,4 +1,4 @@
-"""Results of an evaluation as a rich table, CSV and JSON."""
+"""Reports an evaluation as a rich table, CSV and JSON."""
 
 import csv
 import json
@@ -20,9 +20,9 @@ def result_table(title: str, results: Results, baseline: Results | None = None, 
     """A table of accuracies in percent with their confidence intervals, one column for each method.
 
     Args:
-        title: Of the table.
+        title: Title of the table.
         results: Scores by method; all methods have the same groups.
-        baseline: Earlier results, whose difference is shown.
+        baseline: Earlier results, shown beside.
         subjects: Whether to list the subjects too.
     """
     table = Table(title=title)
@@ -53,11 +53,11 @@ def _percent(score: Score) -> str:
 
 
 def write_results(directory: Path, name: str, results: Results, about: Mapping[str, Any]) -> None:
-    """Write ``<name>.json`` and ``<name>.csv`` into a directory; each appears complete or not at all.
+    """Write ``<name>.json`` and ``<name>.csv`` to a directory; each appears complete or not at all.
 
     Args:
         directory: Created if need be.
-        name: Of both files, without suffix.
+        name: Name of both files, without suffix.
         results: Scores by method.
         about: What was evaluated and how, for the JSON file.
     """

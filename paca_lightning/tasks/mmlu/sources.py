@@ -1,4 +1,4 @@
-"""Where MMLU questions come from: the hub, the original CSV folders, saved data sets, Parquet, or single files."""
+"""Reads MMLU questions from the hub, the original CSV folders, saved data sets, Parquet or single files."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +25,10 @@ def read_split(source: str, split: str, subjects: Sequence[str] | None = None) -
         source: A local directory in one of the known layouts, or a Hugging Face data set with the configuration
             ``all`` and a column ``subject``, such as ``cais/mmlu``.
         split: ``dev``, ``validation``, ``test`` or ``auxiliary_train``; the last has no subjects.
-        subjects: Subjects to read; each must be there. Default: all that the split has.
+        subjects: Subjects to read; each must exist. Default: all subjects of the split.
 
     Returns:
-        The questions, subjects in alphabetical order, within a subject in the order of the source.
+        The questions, sorted by subject, within a subject in the order of the source.
 
     Raises:
         PaCAError: If the source or the split is missing or empty, or a row is malformed (file, row and field).
@@ -49,7 +49,7 @@ def read_file(path: Path) -> list[Question]:
     """Read and check one file of questions (CSV, JSON, JSON Lines, Parquet) or one saved data set.
 
     Raises:
-        PaCAError: If it is missing, empty, of another kind, or a row is malformed.
+        PaCAError: If the file is missing, empty or of another kind, or a row is malformed.
     """
     path = path.expanduser()
     if not path.exists():
@@ -80,7 +80,7 @@ def _local_rows(root: Path, split: str, subjects: Sequence[str] | None) -> Itera
 
 
 def _parts(root: Path, split: str) -> list[tuple[Path, str | None]]:
-    """Files or saved data sets of a split, and the subject of each where its path tells."""
+    """Files or saved data sets of a split, and the subject of each if its path names one."""
     short = "val" if split == "validation" else split
     layouts: dict[str, Callable[[Path], str | None]] = {
         f"*/{split}/state.json": lambda path: path.parent.parent.name,

@@ -1,6 +1,6 @@
-"""The 57 subjects of MMLU and the four categories they are reported under.
+"""The 57 subjects of MMLU and their four categories.
 
-The grouping is that of the benchmark's authors: Hendrycks et al., "Measuring Massive Multitask Language
+The categories are those of the benchmark's authors: Hendrycks et al., "Measuring Massive Multitask Language
 Understanding" (ICLR 2021, arXiv 2009.03300).
 """
 
@@ -80,14 +80,14 @@ _SUBJECTS_BY_CATEGORY = {
 CATEGORIES = tuple(_SUBJECTS_BY_CATEGORY)
 CATEGORY_OF = {subject: category for category, subjects in _SUBJECTS_BY_CATEGORY.items() for subject in subjects}
 SUBJECTS = tuple(sorted(CATEGORY_OF))
-"""Names of the 57 subjects, in alphabetical order; a subject's number in a metric is its position here."""
+"""Names of the 57 subjects in alphabetical order; metrics number subjects by their position here."""
 
 
 def check_subjects(names: Sequence[str] | None) -> tuple[str, ...]:
-    """The chosen subjects in alphabetical order, all 57 for ``None``.
+    """The chosen subjects in alphabetical order; all 57 for ``None``.
 
     Raises:
-        PaCAError: If a name is not a subject (with the closest ones) or none is chosen.
+        PaCAError: If a name is not a subject (the closest ones are named), or none is chosen.
     """
     if names is None:
         return SUBJECTS
@@ -99,14 +99,14 @@ def check_subjects(names: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def check_subject(name: object, where: str) -> None:
-    """Refuse a name that is none of the 57 subjects.
+    """Refuse a name that is not one of the 57 subjects.
 
     Args:
         name: The name to check.
-        where: Where it was found, for the message: a setting, or a file and row.
+        where: Its setting, or its file and row, for the message.
 
     Raises:
-        PaCAError: If it is unknown.
+        PaCAError: If the name is unknown.
     """
     if name not in CATEGORY_OF:
         close = get_close_matches(str(name), SUBJECTS, n=3) or list(SUBJECTS[:3])

@@ -1,4 +1,4 @@
-"""Questions with their answers as tokenized training samples."""
+"""Tokenizes questions with their answers as training samples."""
 
 from array import array
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ class TrainingSamples:
     """Tokenized samples.
 
     Attributes:
-        dataset: Columns ``input_ids`` and ``trained``, whether each token has a loss.
+        dataset: Columns ``input_ids`` and ``trained`` (whether each token has a loss).
         lengths: Tokens of each sample, shape (samples,).
-        cut: Samples that lost the beginning of their question.
-        dropped: Samples left out, as they were too long.
+        cut: Number of samples that lost the beginning of their question.
+        dropped: Number of samples dropped because they were too long.
     """
 
     dataset: Dataset
@@ -45,17 +45,17 @@ def training_samples(
     loss_on: LossOn,
     overlong: Overlong,
 ) -> TrainingSamples:
-    """Tokenize questions in the wording of zero-shot letter prompts, each followed by its letter.
+    """Tokenize questions as zero-shot letter prompts, each followed by the letter of its answer.
 
-    A sample begins with the beginning-of-sequence token where the tokenizer sets one, and has no end-of-sequence token.
+    A sample begins with a beginning-of-sequence token if the tokenizer adds one, and has no end-of-sequence token.
 
     Args:
         questions: At least one.
         tokenizer: The model's tokenizer.
         max_length: Most tokens of a sample.
         loss_on: Train the ``answer`` alone, or the whole ``text``.
-        overlong: What to do with a sample that is longer: raise an ``error``, ``drop`` it, or ``cut`` the beginning of
-            its question.
+        overlong: What to do with a longer sample: raise an ``error``, ``drop`` it, or ``cut`` the beginning of its
+            question.
 
     Raises:
         PaCAError: If a sample is too long, or none is left.
