@@ -3,7 +3,6 @@
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +19,19 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.sharding import local_rows
 
 METADATA = "meta.pt"  # Lightning's name for what is not sharded: loops, callbacks, ...
 
 
-def load_directory(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool) -> dict[str, Any]:
+def load_directory(
+    location: Location, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool
+) -> dict[str, Any]:
     """Restore from a directory that the ranks wrote together; each reads its rows.
 
     Args:
-        path: The directory.
+        location: The directory.
         model: Sharded. Its state dict says what is looked for.
         optimizers: Built for it.
         strict: Whether everything that the model has must be there, and nothing else.
@@ -42,20 +44,20 @@ def load_directory(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]
     """
     # Copies: read in place, new indices would replace the old ones before the old columns are put back.
     state = {name: _copy(tensor) for name, tensor in get_model_state_dict(model).items()}
-    _read({"state_dict": state}, path)
+    _read({"state_dict": state}, location)
     model.load_state_dict(state, strict=strict)
     for index, optimizer in enumerate(optimizers):
         optimizer_state = {f"optimizer_{index}": get_optimizer_state_dict(model, optimizer)}
-        _read(optimizer_state, path)
+        _read(optimizer_state, location)
         set_optimizer_state_dict(model, optimizer, optim_state_dict=optimizer_state[f"optimizer_{index}"])
-    return _torch_load(path / METADATA)
+    return _torch_load(location / METADATA)
 
 
-def load_file(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool) -> dict[str, Any]:
+def load_file(location: Location, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool) -> dict[str, Any]:
     """Restore from a single file, such as one of a run on one device; each rank keeps its rows.
 
     Args:
-        path: The file, which every rank can read.
+        location: The file, which every rank can read.
         model: Sharded or not.
         optimizers: Built for it, in the order in which they were saved.
         strict: Whether everything that the model has must be there, and nothing else.
@@ -66,14 +68,14 @@ def load_file(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], *, 
     Raises:
         PaCAError: If the checkpoint is of another model, or damaged.
     """
-    checkpoint = _torch_load(path)
+    checkpoint = _torch_load(location)
     named: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     state = {name: _like(tensor, named.get(name), name) for name, tensor in checkpoint.pop("state_dict").items()}
     model.load_state_dict(state, strict=strict)
     states = checkpoint.get("optimizer_states", [])
     if optimizers and len(states) != len(optimizers):
         raise PaCAError(
-            f"{str(path)!r} holds the states of {len(states)} optimizers and this run has {len(optimizers)}, so it "
+            f"{location.name!r} holds the states of {len(states)} optimizers and this run has {len(optimizers)}, so it "
             "cannot resume. Files saved with save_weights_only hold none."
         )
     for optimizer, optimizer_state in zip(optimizers, states, strict=False):  # an evaluation has no optimizers
@@ -145,12 +147,13 @@ def _like(saved: Any, current: Tensor | None, name: str) -> Any:
     )
 
 
-def _read(state: dict[str, Any], path: Path) -> None:
+def _read(state: dict[str, Any], location: Location) -> None:
     try:
-        load(state, checkpoint_id=path)
+        load(state, checkpoint_id=location.name)
     except (CheckpointException, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise PaCAError(
-            f"The checkpoint {str(path)!r} does not fit this model and optimizer, or is damaged: {_first_cause(error)}"
+            f"The checkpoint {location.name!r} does not fit this model and optimizer, or is damaged: "
+            f"{_first_cause(error)}"
         ) from error
 
 
@@ -161,9 +164,14 @@ def _first_cause(error: BaseException) -> str:
     return str(error)
 
 
-def _torch_load(path: Path) -> dict[str, Any]:
+def _torch_load(location: Location) -> dict[str, Any]:
     try:
-        checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any]
+        if location.is_local:
+            checkpoint = torch.load(location.name, mmap=True, map_location="cpu", weights_only=True)
+        else:
+            with location.open("rb") as file:
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error)
         if found := re.search(r"GLOBAL (\S+)", reason):
@@ -172,5 +180,5 @@ def _torch_load(path: Path) -> dict[str, Any]:
                 f"it holds an object of {found[1]} (of the hyperparameters, or a callback's). Allow the classes that "
                 "you trust, with torch.serialization.add_safe_globals([...]), before the run."
             )
-        raise PaCAError(f"The checkpoint {str(path)!r} cannot be read: {reason}") from error
+        raise PaCAError(f"The checkpoint {location.name!r} cannot be read: {reason}") from error
     return checkpoint

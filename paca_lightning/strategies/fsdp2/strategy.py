@@ -1,40 +1,33 @@
 """FSDP2Strategy: shards any LightningModule over all devices of a run."""
 
-import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
-from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.strategies.fsdp2.materializing import materialize
-from paca_lightning.strategies.fsdp2.restoring import METADATA, by_position, load_directory, load_file
 from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(ShardedCheckpointStrategy):
     """Fully sharded data parallelism (PyTorch's ``fully_shard``) for any LightningModule: ``strategy="paca_fsdp2"``.
 
     Every rank holds its rows of each parameter, of its gradient and of its optimizer state, and its own part of the
@@ -201,90 +194,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._reshard()
         return result
 
-    @override
-    def on_validation_end(self) -> None:
-        """Frees what the last forward kept for a backward."""
-        self._reshard()
-
-    @override
-    def on_test_end(self) -> None:
-        """Frees what the last forward kept for a backward."""
-        self._reshard()
-
-    @override
-    def on_predict_end(self) -> None:
-        """Frees what the last forward kept for a backward."""
-        self._reshard()
-
     def _reshard(self) -> None:
+        """Free all gathered parameters."""
         assert self.model is not None
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimizer: sharded and by name, or whole and by number, as on one device, on the first rank."""
-        if self._save_distributed_checkpoint:
-            return super().optimizer_state(optimizer)
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        assert self.model is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return by_position(get_optimizer_state_dict(self.model, optimizer, options=options))
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint beside its destination and renames it, so that an interruption leaves no half one.
-
-        Raises:
-            PaCAError: On every rank, before anything is written, if the disk of one has too little space.
-        """
-        path = Path(self.broadcast(filepath))
-        self._check_space(checkpoint, path)
-        if not self._save_distributed_checkpoint:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        scratch = path.with_name(f".{path.name}.partial")
-        super().save_checkpoint(checkpoint, scratch, storage_options)
-        self.barrier()
-        if self.global_rank == 0:
-            _replace(path, scratch)
-        self.barrier()
-
-    def _check_space(self, checkpoint: dict[str, Any], path: Path) -> None:
-        own = sum(local(leaf).nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor))
-        needed = int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="sum"))
-        free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
-        if not self.reduce_boolean_decision(needed < free):
-            raise PaCAError(
-                f"A checkpoint of {needed / 2**20:.0f} MiB does not fit on the disk of {str(path)!r} "
-                f"({free / 2**20:.0f} MiB free on rank {self.global_rank}). Make room, or save elsewhere."
-            )
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restores the model and the optimizers, and returns the rest.
-
-        Raises:
-            PaCAError: If there is no such checkpoint, or it is of another model.
-        """
-        path = Path(self.broadcast(checkpoint_path))
-        module = self.lightning_module
-        assert module is not None
-        if (path / METADATA).is_file():
-            return load_directory(path, module, self.optimizers, strict=module.strict_loading)
-        if path.is_file():
-            return load_file(path, module, self.optimizers, strict=module.strict_loading)
-        raise PaCAError(f"{str(path)!r} is neither a checkpoint file nor a directory with {METADATA}.")
-
-
-def _replace(path: Path, replacement: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    replacement.rename(path)
+    # An evaluation leaves gathered what a backward would have freed.
+    on_validation_end = on_test_end = on_predict_end = _reshard
 
 
 StrategyRegistry.register("paca_fsdp2", FSDP2Strategy, description="FSDP2 over all devices, for any LightningModule")

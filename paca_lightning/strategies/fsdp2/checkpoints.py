@@ -1,0 +1,89 @@
+"""A strategy whose checkpoints are written and read by all ranks, at a local path or a URL of fsspec."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from paca_lightning.core.dtensor import local
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.strategies.fsdp2.location import Location
+from paca_lightning.strategies.fsdp2.restoring import METADATA, by_position, load_directory, load_file
+from paca_lightning.strategies.fsdp2.saving import save_directory
+
+
+class ShardedCheckpointStrategy(ModelParallelStrategy):
+    """Lightning's strategy for sharded models, with checkpoints that resume on any number of ranks.
+
+    A checkpoint is a directory to which each rank writes its rows; or, with ``save_distributed_checkpoint=False``, one
+    file as a run on one device writes it. Both are loaded, whichever is set.
+    """
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimizer: sharded and by name, or whole and by number, as on one device, on the first rank."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return by_position(get_optimizer_state_dict(self.model, optimizer, options=options))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint to a path or a URL of fsspec; an interruption leaves no half one that could be loaded.
+
+        Raises:
+            PaCAError: On every rank, before anything is written, if the disk of one has too little space.
+            TypeError: If ``storage_options`` are given.
+        """
+        if storage_options is not None:
+            raise TypeError(f"{type(self).__name__} does not support save_checkpoint(..., storage_options=...).")
+        location = Location.of(self.broadcast(filepath))
+        if location.is_local:
+            self._check_space(checkpoint, location)
+        if self._save_distributed_checkpoint:
+            save_directory(checkpoint, location, is_first_rank=self.is_global_zero, barrier=self.barrier)
+            return
+        if location.is_directory():
+            if not (location / METADATA).is_file():
+                raise IsADirectoryError(f"The checkpoint path exists and is a directory: {location}")
+            if self.is_global_zero:
+                location.remove()
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, location.name)
+
+    def _check_space(self, checkpoint: dict[str, Any], location: Location) -> None:
+        own = sum(local(leaf).nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor))
+        needed = int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="sum"))
+        free = shutil.disk_usage(next(parent for parent in Path(location.name).parents if parent.exists())).free
+        if not self.reduce_boolean_decision(needed < free):
+            raise PaCAError(
+                f"A checkpoint of {needed / 2**20:.0f} MiB does not fit on the disk of {location.name!r} "
+                f"({free / 2**20:.0f} MiB free on rank {self.global_rank}). Make room, or save elsewhere."
+            )
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Restores the model and the optimizers, and returns the rest.
+
+        Raises:
+            PaCAError: If there is no such checkpoint, or it is of another model.
+        """
+        location = Location.of(self.broadcast(checkpoint_path))
+        module = self.lightning_module
+        assert module is not None
+        if (location / METADATA).is_file():
+            return load_directory(location, module, self.optimizers, strict=module.strict_loading)
+        if location.is_file():
+            return load_file(location, module, self.optimizers, strict=module.strict_loading)
+        raise PaCAError(f"{location.name!r} is neither a checkpoint file nor a directory with {METADATA}.")
