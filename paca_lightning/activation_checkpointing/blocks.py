@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from paca_lightning.activation_checkpointing.selective import contexts
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import storage_id
+from paca_lightning.core.private.transformers import block_classes
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
@@ -32,7 +33,7 @@ def find_blocks(model: nn.Module, class_names: Iterable[str] | None = None) -> l
         PaCAError: If no module has a class of a given name.
     """
     if class_names is None:
-        wanted = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+        wanted = set().union(*map(block_classes, model.modules()))
     else:
         wanted = set(class_names)
         _check_class_names(model, wanted)

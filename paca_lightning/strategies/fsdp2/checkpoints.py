@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import tensors_in
 from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.restoring import METADATA, by_position, load_directory, load_file
 from paca_lightning.strategies.fsdp2.saving import save_directory
@@ -27,10 +26,14 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
     file as a run on one device writes it. Both are loaded, whichever is set.
     """
 
+    def __init__(self, *, save_distributed_checkpoint: bool = True, **settings: Any) -> None:
+        super().__init__(save_distributed_checkpoint=save_distributed_checkpoint, **settings)
+        self.save_distributed_checkpoint = save_distributed_checkpoint
+
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of an optimizer: sharded and by name, or whole and by number, as on one device, on the first rank."""
-        if self._save_distributed_checkpoint:
+        if self.save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
@@ -51,7 +54,7 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
         location = Location.of(self.broadcast(filepath))
         if location.is_local:
             self._check_space(checkpoint, location)
-        if self._save_distributed_checkpoint:
+        if self.save_distributed_checkpoint:
             save_directory(checkpoint, location, is_first_rank=self.is_global_zero, barrier=self.barrier)
             return
         if location.is_directory():
@@ -63,7 +66,7 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, location.name)
 
     def _check_space(self, checkpoint: dict[str, Any], location: Location) -> None:
-        own = sum(local(leaf).nbytes for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor))
+        own = sum(local(tensor).nbytes for tensor in tensors_in(checkpoint))
         needed = int(self.reduce(torch.tensor(own, device=self.root_device), reduce_op="sum"))
         free = shutil.disk_usage(next(parent for parent in Path(location.name).parents if parent.exists())).free
         if not self.reduce_boolean_decision(needed < free):

@@ -8,6 +8,8 @@ from torch.distributed.tensor import DTensor
 
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import apply_to_tensors, non_persistent_buffers
+from paca_lightning.core.private.transformers import initialise, initialises
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.layers.nf4_linear import QPaCALinear
 from paca_lightning.strategies.fsdp2.streaming import stream
@@ -39,7 +41,7 @@ def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = F
     loaded = {child for source in sources for child in source.modules()}
     initialisers = _initialisers(model)
     for path, module in model.named_modules():
-        computed = module._non_persistent_buffers_set if module in loaded else on_meta[module]
+        computed = non_persistent_buffers(module) if module in loaded else on_meta[module]
         if on_meta[module].intersection(computed):
             _initialise(module, initialisers.get(module), path)
     for path, layer in paca_layers(model):
@@ -69,7 +71,7 @@ def _allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None
             return tensor
         return torch.empty_like(tensor, device="cpu" if cpu_offload and isinstance(tensor, DTensor) else device)
 
-    model._apply(allocate)
+    apply_to_tensors(model, allocate)
     for (first, first_name), *others in owners.values():
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
@@ -77,13 +79,13 @@ def _allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None
 
 def _initialisers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """For each module, the innermost Hugging Face model that it is a part of."""
-    outer_first = [module for module in model.modules() if hasattr(module, "_init_weights")]
+    outer_first = [module for module in model.modules() if initialises(module)]
     return {child: owner for owner in outer_first for child in owner.modules()}
 
 
 def _initialise(module: nn.Module, owner: nn.Module | None, path: str) -> None:
     if owner is not None:
-        owner._init_weights(module)  # type: ignore[operator]
+        initialise(owner, module)
     elif callable(reset := getattr(module, "reset_parameters", None)):
         reset()
     else:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.transformers import is_pretrained_model
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.linear import PaCAConv1D
 from paca_lightning.layers.nf4_linear import QPaCALinear
@@ -80,8 +80,8 @@ def local_rows(tensor: Tensor) -> slice:
     """The rows of a tensor that this rank holds: all of them, unless it is sharded."""
     if not isinstance(tensor, DTensor):
         return slice(0, len(tensor))
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return slice(offset[0], offset[0] + shape[0])
+    (chunk,) = tensor.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
+    return slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
 
 
 def _shard_unit(unit: _Unit, mesh: DeviceMesh, options: ShardingOptions) -> None:
@@ -158,7 +158,7 @@ def _with_narrow_gradients(modules: list[nn.Module]) -> list[nn.Module]:
 
 def _pretrained_models(model: nn.Module) -> list[nn.Module]:
     """Hugging Face models within a model, inner before outer."""
-    return [m for m in reversed(list(model.modules())) if hasattr(m, "_no_split_modules") and m is not model]
+    return [m for m in reversed(list(model.modules())) if is_pretrained_model(m) and m is not model]
 
 
 def _ends(model: nn.Module, options: ShardingOptions) -> list[_Unit]:

@@ -6,8 +6,6 @@ from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.device_dtype_mixin import _update_properties
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -20,6 +18,7 @@ from typing_extensions import override
 
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import optimizers_to_device, set_device
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.strategies.fsdp2.materializing import materialize
 from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
@@ -127,7 +126,8 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
         self.accelerator.setup(trainer)
         if not isinstance(self.model, FSDPModule):
             self.model = self.precision_plugin.convert_module(self.model)
-            self._shard(self.model)
+            assert self._sharding_mesh is not None
+            self.shard_model(self.model, self._sharding_mesh)
         materialize(self.model, self.root_device, cpu_offload=self.options.cpu_offload)
         self.model_to_device()
         self.barrier()
@@ -136,10 +136,14 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting and not self.options.cpu_offload:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            optimizers_to_device(self.optimizers, self.root_device)
 
-    def _shard(self, model: nn.Module) -> None:
-        assert self._sharding_mesh is not None
+    def shard_model(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Checkpoint the blocks of a model if asked, and shard it, in place.
+
+        Raises:
+            PaCAError: If it cannot be sharded, or has no blocks to checkpoint.
+        """
         blocks = find_blocks(model, self.blocks)
         if not blocks:
             rank_zero_info(
@@ -153,7 +157,7 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
                 )
             how = self.activation_checkpointing
             checkpoint_blocks(blocks, offload=how == "offload", selective=how == "selective")
-        shard(model, self._sharding_mesh, blocks, self.options)
+        shard(model, mesh, blocks, self.options)
         # Parameters in no other unit are gathered for these methods, as for a forward.
         for step in STEPS:
             register_fsdp_forward_method(model, step)
@@ -168,7 +172,7 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
         for module in self.model.modules():
             if next(module.parameters(), None) is None:
                 module.to(self.root_device)
-        _update_properties(self.model, device=self.root_device)
+        set_device(self.model, self.root_device)
 
     @override
     @contextmanager

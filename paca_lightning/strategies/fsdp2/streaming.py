@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
+from paca_lightning.core.private.torch import non_persistent_buffers
+from paca_lightning.core.private.transformers import ignored_keys
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
 from paca_lightning.layers.nf4 import CHUNK, quantize_rows, squared_errors
@@ -153,13 +155,13 @@ def _destinations(model: nn.Module) -> Iterator[tuple[str, _Destination]]:
         for name, parameter in module.named_parameters(recurse=False):
             yield prefix + name, _Destination(parameter)
         for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in non_persistent_buffers(module):
                 yield prefix + name, _Destination(buffer)
 
 
 def _ignored(model: nn.Module, name: str) -> bool:
     """Whether a tensor that the model has no place for may be passed over: a buffer it computes, or as it declares."""
-    patterns = [p for m in model.modules() for p in getattr(m, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    patterns = [pattern for module in model.modules() for pattern in ignored_keys(module)]
     return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
 
 

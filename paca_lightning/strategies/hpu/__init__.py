@@ -6,8 +6,8 @@ On other hosts the names are registered and nothing else changes.
 
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
+from paca_lightning.core.private.lightning import accelerator_connector
 from paca_lightning.strategies.hpu.accelerator import HPUAccelerator
 from paca_lightning.strategies.hpu.bridge import bridge_installed
 from paca_lightning.strategies.hpu.connector import patch_connector
@@ -28,4 +28,4 @@ AcceleratorRegistry.register("hpu", HPUAccelerator, description="Intel Gaudi", o
 for _strategy in (SingleHPUStrategy, HPUDDPStrategy, HPUFSDP2Strategy):
     StrategyRegistry.register(_strategy.strategy_name, _strategy, description=_strategy.__name__, override=True)
 if bridge_installed():
-    patch_connector(_AcceleratorConnector)
+    patch_connector(accelerator_connector())

@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _DEVICE
 from lightning.pytorch.accelerators import Accelerator
 from typing_extensions import override
 
@@ -42,7 +41,7 @@ class HPUAccelerator(Accelerator):
         """Leaves the card to the process, which holds it until it ends."""
 
     @override
-    def get_device_stats(self, device: _DEVICE) -> dict[str, Any]:
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """The card's memory counters, in bytes (``InUse``, ``MaxInUse``, ``Limit``) and numbers of allocations."""
         return dict(torch.get_device_module("hpu").memory_stats(device))
 

@@ -3,13 +3,13 @@
 Put a mixin before the Lightning strategy: ``class HPUDDPStrategy(HPUDistributedMixin, DDPStrategy)``.
 """
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -85,7 +85,14 @@ class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
         hccl.initialize_distributed_hpu(
             world_size=environment.world_size(), rank=environment.global_rank(), local_rank=environment.local_rank()
         )
-        _init_dist_connection(environment, self._get_process_group_backend(), timeout=self._timeout)
+        if not dist.is_initialized():
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+            dist.init_process_group(
+                self._get_process_group_backend(),
+                rank=environment.global_rank(),
+                world_size=environment.world_size(),
+                timeout=self._timeout,
+            )
         super().setup_environment()
 
     @override
@@ -101,8 +108,8 @@ class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
             return tensor
         name = reduce_op.lower() if isinstance(reduce_op, str) else reduce_op
         if name not in ("mean", "avg", dist.ReduceOp.AVG):
-            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
-        total = _sync_ddp_if_available(tensor, group, reduce_op="sum")
+            return super().reduce(tensor, group, reduce_op)  # type: ignore[safe-super]
+        total = super().reduce(tensor, group, "sum")  # type: ignore[safe-super]
         return total.copy_(total / dist.get_world_size(group)) if dist.is_initialized() else total
 
     def determine_ddp_device_ids(self) -> None:

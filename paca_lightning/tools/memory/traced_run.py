@@ -83,9 +83,8 @@ class TracedModel:
         with _fake_ranks(run) as mesh, fake_tensors():
             _allocate(module)
             blocks = find_blocks(module, run.block_names)
-            if run.strategy is not None:
-                run.strategy._sharding_mesh = mesh
-                run.strategy._shard(module)
+            if run.strategy is not None and mesh is not None:
+                run.strategy.shard_model(module, mesh)
             optimizers = _optimizers(module, self._trainer)
             return trace_step(run, module, self._trainer.precision_plugin, optimizers, blocks)
 

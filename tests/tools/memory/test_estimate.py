@@ -166,8 +166,7 @@ def _measured_peak(directory: str, strategy: FSDP2Strategy | None = None) -> int
     module.configure_model()
     apply_paca(module, CONFIG)
     if strategy is not None:
-        strategy._sharding_mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-        strategy._shard(module)
+        strategy.shard_model(module, dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer: Any = module.configure_optimizers()["optimizer"]  # type: ignore[index,call-overload]
     attach(optimizer, module)
     ids = torch.randint(512, SHAPE)
