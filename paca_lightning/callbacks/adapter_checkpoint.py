@@ -20,21 +20,21 @@ from paca_lightning.layers.base import paca_layers
 
 
 class AdapterCheckpoint(Callback):
-    """Write the adapter when fitting ends, and when it is interrupted with Ctrl-C; or the best one, with ``monitor``.
+    """Write the adapter at the end of fitting and on Ctrl-C, or the best adapter with ``monitor``.
 
-    The directory holds what ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take; and the
-    data module's ``tokenizer``, if it has one, whose chat template may be another than the base model's. To resume a
-    run, use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run. To get the adapter out of
-    such a file, fit nothing more from it with the run's own config:
+    ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take the directory. It also holds the
+    data module's ``tokenizer``, if there is one, as its chat template may differ from the base model's.
+
+    To resume a run, use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run. To get the
+    adapter out of such a file, run ``fit`` with the same config and ``limit_train_batches=0``:
     ``paca-lightning fit --config ... --ckpt_path best.ckpt --trainer.limit_train_batches=0``.
 
     Args:
-        dirpath: Where to. Default: ``adapter`` in the logger's directory.
-        monitor: A metric of validation, such as ``val/loss``. The adapter is then written after each validation that
-            improves it, and not at the end: what stays is the best, on any number of devices. Only if there was no
-            validation is it that of the last step. A resumed run goes on with the best of its checkpoint where it
-            writes to the same directory.
-        mode: Whether the best is the ``min`` or the ``max`` of the metric.
+        dirpath: Directory to write. Default: ``adapter`` in the logger's directory.
+        monitor: A validation metric, such as ``val/loss``. The adapter is written after each validation that improves
+            the metric, and not at the end, so that the best one stays, on any number of devices. Without validation,
+            the last step is saved. A resumed run that writes to the same directory keeps the best value so far.
+        mode: Whether a ``min`` or a ``max`` of the metric is best.
 
     Raises:
         PaCAError: If the directory cannot be written or belongs to two of these callbacks, no layer is trained by PaCA,
@@ -63,7 +63,7 @@ class AdapterCheckpoint(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find an unusable directory before training, not after."""
+        """Check the directory before training."""
         if stage != "fit":
             return
         self.best, self._trained = None, False
@@ -82,13 +82,13 @@ class AdapterCheckpoint(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find that there is no adapter to write before training, not after."""
+        """Check before training that there will be an adapter to write."""
         if not any(paca_layers(pl_module)):
             raise PaCAError("AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy.")
 
     @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note that this run trains; one that does not only unpacks the adapter of a checkpoint."""
+        """Note that this run trains. A run without batches only unpacks the adapter of a checkpoint."""
         self._trained = True
 
     @override
@@ -104,10 +104,10 @@ class AdapterCheckpoint(Callback):
         value = float(metrics[self.monitor])
         sign = 1 if self.mode == "min" else -1
         better = not math.isnan(value) and (self.best is None or sign * value < sign * self.best)
-        if trainer.strategy.reduce_boolean_decision(better):  # of one mind: ranks gather their shards together
+        if trainer.strategy.reduce_boolean_decision(better):  # saving is collective: all ranks must agree
             self._save(trainer, pl_module)
             self.best = value
-            if is_first_rank():  # which wrote it, and whose state a checkpoint has
+            if is_first_rank():  # the rank that wrote the file and whose state goes into a checkpoint
                 self._best_sha256 = _sha256(self._directory)
 
     @override
@@ -122,20 +122,20 @@ class AdapterCheckpoint(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the adapter as it stands when the user stops the run, unless the best one is there."""
+        """Write the present adapter when the user stops the run, unless a best one is there."""
         if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0 and self.best is None:
             self._save(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The best value, and its adapter: where it is, and what it holds."""
+        """The best value, and the directory and hash of its adapter."""
         if self.best is None:
             return {}
         return {"best": self.best, "directory": str(self._directory), "sha256": self._best_sha256}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best value if its adapter is still there, and no later one."""
+        """Keep the best value if the directory still holds its adapter."""
         if state_dict["directory"] == str(self._directory) and state_dict["sha256"] == _sha256(self._directory):
             self.best, self._best_sha256 = state_dict["best"], state_dict["sha256"]
 
@@ -144,7 +144,9 @@ class AdapterCheckpoint(Callback):
         save_adapter(pl_module, self._directory)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
-            with written_aside(self._directory) as scratch:  # after the adapter, which shall not be lost to a tokenizer
+            with written_aside(
+                self._directory
+            ) as scratch:  # after the adapter, so that a failing tokenizer does not cost it
                 tokenizer.save_pretrained(scratch)
         if self.monitor is None or not self._trained:
             rank_zero_info(f"Adapter: {self._directory}")

@@ -1,4 +1,4 @@
-"""Weight averaging beside PaCA: averaged copies of a model whose weights stay in step with their averaged deltas."""
+"""Weight averaging beside PaCA: an averaged model's weights are written from its averaged deltas."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def check_order(trainer: Trainer, callback: Callback) -> None:
 
 
 def copies_without_asking(trainer: Trainer) -> bool:
-    """Whether a callback copies the module in its ``setup`` without calling ``configure_model`` before."""
+    """Whether a callback copies the module in its ``setup`` before ``configure_model`` has run."""
     return any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
@@ -45,11 +45,11 @@ def check_bases(trainer: Trainer, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def settle_averages(trainer: Trainer, model: nn.Module) -> None:
-    """Bring every averaged copy of a converted model in line with its averaged deltas.
+def correct_averages(trainer: Trainer, model: nn.Module) -> None:
+    """Write the weights of every averaged model from its averaged deltas, and copy its indices.
 
-    Averaging treats all tensors alike. The mean of rounded weights is not the rounded mean, and the mean of integer
-    indices may be truncated to a neighbour; so both are set from what they are derived from.
+    Averaging treats all tensors alike. But the mean of rounded weights is not the rounded mean, and the mean of integer
+    indices may be truncated to a neighbour.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = averaged_model(callback) if isinstance(callback, Averaging) else None

@@ -28,8 +28,14 @@ def select_on_training_data(
     """Move layers to the columns that the first training batches favour, the same on every rank.
 
     Runs ``training_step`` on up to 8 batches of each rank's loader, without logging and without an optimizer step.
-    Afterwards the random state, that of the loader's generators, and the position of a loader with ``state_dict`` are
-    as before; metrics of the module are reset.
+    Afterwards the random states, the loader's generators and the position of a loader with ``state_dict`` are as
+    before, and the module's metrics are reset.
+
+    Args:
+        trainer: Of the run.
+        pl_module: The converted module.
+        layers: Its PaCA layers by path, of which those that wait for data are moved.
+        config: Says by which score.
 
     Raises:
         PaCAError: If the module steps its optimizers itself, or has several train loaders.
@@ -75,9 +81,9 @@ def _summed(trainer: Trainer, score: Tensor) -> Tensor:
 
 
 def _without_ddp_sync(trainer: Trainer) -> AbstractContextManager[None]:
-    """These backwards pass DDP's wrapper by: its gradient hooks must not wait for other ranks.
+    """Keep DDP's gradient hooks from waiting for other ranks: these backwards bypass its wrapper.
 
-    FSDP2's must run: without, it would keep the gradients and add them to those of the first step.
+    FSDP2's hooks must run. Without them it would add these gradients to those of the first step.
     """
     strategy = trainer.strategy
     return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()

@@ -3,20 +3,16 @@
 from typing import Any, NoReturn
 
 import rich
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from paca_lightning.adapters.adapter import adapter_indices, load_adapter
-from paca_lightning.adapters.files import adapter_config
 from paca_lightning.adapters.fingerprint import check_base
-from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
-from paca_lightning.callbacks.averaging import check_bases, check_order, copies_without_asking, settle_averages
+from paca_lightning.adapters.state_dict import keep_everything
+from paca_lightning.callbacks.averaging import check_order, copies_without_asking, correct_averages
 from paca_lightning.callbacks.checkpoint_compatibility import (
     BASE,
     check_scalings,
@@ -24,23 +20,22 @@ from paca_lightning.callbacks.checkpoint_compatibility import (
     remember_base,
     scalings,
 )
-from paca_lightning.callbacks.column_selection import select_on_training_data
+from paca_lightning.callbacks.life_cycle import (
+    choose_columns,
+    config_beside_adapter,
+    convert_module,
+    keep_state,
+    load_waiting_adapter,
+    present_conversion,
+    settle_restored_columns,
+)
 from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.run_checks import check_optimizers, check_outputs, check_strategy, learning_rate
-from paca_lightning.conversion.convert import convert
-from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.report import ConversionReport
-from paca_lightning.conversion.revert import undone_on_error
-from paca_lightning.conversion.select import quantize_layers, settle_columns, waits_for_data
-from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.conversion.write_back import attach, layers_stepped_by
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import logged_step, should_log, spawns_workers
-from paca_lightning.layers.base import PaCALayer, paca_layers
-
-FROM_ADAPTER = ("r", "alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save")
-"""Settings that an adapter decides: another value beside it is a contradiction."""
 
 
 class PaCAStrategy(Callback):
@@ -74,13 +69,11 @@ class PaCAStrategy(Callback):
         adapter: str | None = None,
         full_checkpoints: bool = False,
     ) -> None:
-        self.config = config or PaCAConfig()
-        if adapter is not None:
-            self.config = _config_beside_adapter(config, adapter)
+        self.config = config_beside_adapter(config, adapter)
         self.adapter = adapter
         self.full_checkpoints = full_checkpoints
         self.report: ConversionReport | None = None
-        # Of the present run alone: what it hooked, and the base model of the checkpoint it restores.
+        # Of the present run: what it hooked, and the base model of the checkpoint it restores.
         self._handles: list[RemovableHandle] = []
         self._hooks = MethodHooks()
         self._saved_base: dict[str, list[float]] | None = None
@@ -105,7 +98,7 @@ class PaCAStrategy(Callback):
     def _note(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
         self._saved_base = checkpoint.get(BASE)
         own = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        _conversion(pl_module).columns_restored = own.get("selected", True)
+        present_conversion(pl_module).columns_restored = own.get("selected", True)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
@@ -135,31 +128,9 @@ class PaCAStrategy(Callback):
         self._handles.clear()
 
     def _convert(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
-            # It would replace PaCA layers later: let it quantize first, and convert what it leaves.
-            trainer.precision_plugin.convert_module(pl_module)
-        inventory = take_inventory(pl_module)
-        # Known before a quantized base forgets what the columns started from.
-        indices = adapter_indices(self.adapter) if self.adapter is not None and not inventory.layers else None
-        with undone_on_error(inventory):
-            self.report = convert(inventory, self.config, indices, data_follows=True)
-        check_bases(trainer, pl_module)
-        self._keep_state(pl_module)
-        self._load_adapter(pl_module)
-
-    def _keep_state(self, pl_module: LightningModule) -> None:
-        if self.full_checkpoints:
-            keep_everything(pl_module)
-        else:
-            keep_trained_state(pl_module)
-
-    def _load_adapter(self, pl_module: LightningModule) -> None:
-        """Load the adapter to start from, once into a module, and as soon as its weights are there."""
-        on_meta = any(layer.base.is_meta for _, layer in paca_layers(pl_module))
-        conversion = _conversion(pl_module)
-        if self.adapter is not None and not on_meta and conversion.adapter != self.adapter:
-            load_adapter(pl_module, self.adapter)
-            conversion.adapter = self.adapter
+        self.report = convert_module(trainer, pl_module, self.config, self.adapter)
+        keep_state(pl_module, self.full_checkpoints)
+        load_waiting_adapter(pl_module, self.adapter)
 
     def _prepare_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what the conversion could not do yet: weights may have come after it."""
@@ -167,20 +138,9 @@ class PaCAStrategy(Callback):
             return
         self._check_base(pl_module)
         if trainer.ckpt_path is None:
-            self._load_adapter(pl_module)
-        if not (waiting := _waiting(pl_module)):
-            return
-        if _conversion(pl_module).columns_restored:
-            for layer in waiting:
-                layer.paca_pending = None
-            with torch.inference_mode(False):  # as Lightning evaluates, weights could never be trained again
-                quantize_layers(dict(paca_layers(pl_module)), self.config)
-                self._keep_state(pl_module)
-        elif self.config.quantize is not None:
-            raise PaCAError(
-                f"selection={self.config.selection!r} chooses the columns by training data before the model is "
-                "quantized, so there is nothing to evaluate yet. Give a checkpoint or an adapter."
-            )
+            load_waiting_adapter(pl_module, self.adapter)
+        if settle_restored_columns(pl_module, self.config):
+            keep_state(pl_module, self.full_checkpoints)
 
     def _check_base(self, pl_module: LightningModule) -> None:
         if self._saved_base is not None:
@@ -190,23 +150,14 @@ class PaCAStrategy(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the base model with the checkpoint's, load an adapter that had to wait, and print the summary."""
         self._check_base(pl_module)
-        self._load_adapter(pl_module)
+        load_waiting_adapter(pl_module, self.adapter)
         self._print_report(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the columns by the first training batches, if the selection looks at data."""
-        if not (waiting := _waiting(pl_module)):
-            return
-        layers = dict(paca_layers(pl_module))
-        if _conversion(pl_module).columns_restored:
-            # The columns came with the checkpoint, before the weights were cast. When chosen, they were read after.
-            for layer in waiting:
-                settle_columns(layer)
-            quantize_layers(layers, self.config)
-        else:
-            select_on_training_data(trainer, pl_module, layers, self.config)
-        self._keep_state(pl_module)
+        if choose_columns(trainer, pl_module, self.config):
+            keep_state(pl_module, self.full_checkpoints)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -224,7 +175,7 @@ class PaCAStrategy(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load an adapter that had to wait, and correct averaged models before they are swapped in."""
         self._prepare_evaluation(trainer, pl_module)
-        settle_averages(trainer, pl_module)
+        correct_averages(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,12 +190,12 @@ class PaCAStrategy(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Correct averaged models before they are taken over."""
-        settle_averages(trainer, pl_module)
+        correct_averages(trainer, pl_module)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Correct averaged models before they are saved, and note the base model and whether columns are chosen."""
-        settle_averages(trainer, pl_module)
+        correct_averages(trainer, pl_module)
         checkpoint["callbacks"][self.state_key]["selected"] = columns_are_chosen(pl_module)
         if not self.full_checkpoints:
             remember_base(checkpoint, pl_module)
@@ -266,35 +217,6 @@ class PaCAStrategy(Callback):
         rich.print(self.report)
 
 
-def _conversion(pl_module: LightningModule) -> Conversion:
-    conversion = conversion_of(pl_module)
-    assert conversion is not None
-    return conversion
-
-
-def _waiting(pl_module: LightningModule) -> list[PaCALayer]:
-    """The layers whose columns data has yet to choose."""
-    return [layer for _, layer in paca_layers(pl_module) if waits_for_data(layer)]
-
-
-def _config_beside_adapter(config: PaCAConfig | None, adapter: str) -> PaCAConfig:
-    """The settings of a run that starts from an adapter.
-
-    Raises:
-        PaCAError: If the given ones contradict the adapter's.
-    """
-    trained = adapter_config(adapter)
-    if config is None:
-        return trained
-    for name in FROM_ADAPTER:
-        if getattr(config, name) != getattr(trained, name):
-            raise PaCAError(
-                f"config says {name}={getattr(config, name)!r}, and the adapter {adapter!r} was trained with "
-                f"{name}={getattr(trained, name)!r}. Leave config out to take the adapter's settings."
-            )
-    return config
-
-
 def _explain(**_: Any) -> NoReturn:
     raise PaCAError(
         "PaCAStrategy is a callback, not a Lightning strategy. Pass Trainer(callbacks=[PaCAStrategy()]); strategy= "
@@ -302,5 +224,5 @@ def _explain(**_: Any) -> NoReturn:
     )
 
 
-# Whoever takes the name at its word, Trainer(strategy="PaCAStrategy"), is told.
+# The name suggests Trainer(strategy="PaCAStrategy"): the registered factory explains where it belongs.
 StrategyRegistry.register("pacastrategy", _explain, description="A callback: explains where PaCAStrategy goes.")

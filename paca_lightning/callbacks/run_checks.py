@@ -12,7 +12,7 @@ from paca_lightning.layers.base import paca_layers
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies under which columns would not be trained.
+    """Refuse strategies and precisions under which columns would not be trained.
 
     Raises:
         PaCAError: If the run's is one.
@@ -31,7 +31,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def check_outputs(trainer: Trainer) -> None:
-    """Refuse directories for results that cannot be written, before the run has some.
+    """Refuse output directories that cannot be written.
 
     Raises:
         PaCAError: If there is one.
@@ -58,12 +58,12 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
             f"{len(missed)} of {len(everything)} PaCA layers are in no optimizer ({missed[0]!r} is one), so they would "
             "not be trained. Build the optimizer in configure_optimizers from [p for p in self.parameters() if "
             "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
-            "take optimizer: OptimizerCallable. Layers that shall not train belong in exclude_modules."
+            "take optimizer: OptimizerCallable. List layers that must not train in exclude_modules."
         )
 
 
 def learning_rate(trainer: Trainer, name: str) -> float:
-    """The largest learning rate of a delta; what is trained whole may have another.
+    """The largest learning rate of a delta. Modules that are trained whole may have another one.
 
     Args:
         trainer: With optimizers.

@@ -1,1 +1,7 @@
-"""Errors, configuration, files, module paths, DTensor helpers, private APIs of other libraries."""
+"""What every other folder stands on: errors, configuration, files, paths and tensors.
+
+``errors`` and ``config`` are the standard library's only. ``files`` writes aside and renames, ``paths`` names modules,
+``dtensor`` treats sharded tensors, and ``private`` holds every private API of other libraries.
+May import torch and the standard library; ``private`` imports other libraries inside its functions.
+Limits: knows no layer, no model and no run.
+"""

@@ -45,15 +45,15 @@ def check_writable_if_local(location: str | os.PathLike[str], purpose: str) -> N
 
 @contextmanager
 def written_aside(directory: str | os.PathLike[str], supersedes: Sequence[str] = ()) -> Iterator[Path]:
-    """A scratch directory whose files move to ``directory`` when the block ends well, and vanish when it does not.
+    """A scratch directory whose files move to ``directory`` when the block succeeds, and are deleted when it fails.
 
     A new directory appears complete, in one rename. In one that exists, each file is replaced in one rename, and other
     files stay.
 
     Args:
-        directory: Where to.
+        directory: The destination.
         supersedes: Patterns of names, such as ``*.safetensors``. Files of an existing directory that match one, and
-            were not written now, are removed in the end: a reader would mix them up with the new ones.
+            were not written now, are removed at the end: a reader would mix them up with the new ones.
 
     Raises:
         PaCAError: If the directory cannot be written.
@@ -61,7 +61,7 @@ def written_aside(directory: str | os.PathLike[str], supersedes: Sequence[str] =
     check_writable(directory, "output directory")
     destination = Path(directory)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    # Renames stay within one file system: a directory that exists may be a mount, in a parent that is not ours.
+    # A rename needs one file system. An existing directory may be a mount, so the scratch directory lies inside it.
     beside = destination if destination.exists() else destination.parent
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=beside))
     try:
@@ -72,7 +72,7 @@ def written_aside(directory: str | os.PathLike[str], supersedes: Sequence[str] =
         if destination.exists():
             written = {file.name for file in scratch.iterdir()}
             for name in written:
-                if (scratch / name).is_dir():  # a directory takes the place of an empty one alone
+                if (scratch / name).is_dir():  # a rename replaces an empty directory only
                     shutil.rmtree(destination / name, ignore_errors=True)
                 (scratch / name).replace(destination / name)
             for file in [file for pattern in supersedes for file in destination.glob(pattern)]:
