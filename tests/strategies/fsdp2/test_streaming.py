@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
 from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.core.dtensor import local
-from paca_lightning.layers.base import PENDING_SELECTION
 from paca_lightning.layers.columns import largest_indices
 from paca_lightning.layers.nf4 import quantize_rows, squared_errors
 from paca_lightning.strategies.fsdp2 import materializing
@@ -93,9 +92,7 @@ def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
 def chosen(directory: Path, selection: str) -> dict[str, torch.Tensor]:
     """Columns that are chosen while the weights come in."""
     model = meta_model(directory)
-    apply_paca(model, NF4)
-    for _, layer in paca_layers(model):
-        vars(layer)[PENDING_SELECTION] = selection
+    apply_paca(model, dataclasses.replace(NF4, selection=selection))
     shard(model, init_device_mesh("cpu", (2,)), find_blocks(model), ShardingOptions())
     materialize(model, torch.device("cpu"))
     return {path: layer.paca_indices for path, layer in paca_layers(model)}
