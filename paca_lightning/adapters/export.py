@@ -1,8 +1,9 @@
-"""Trained models for the world outside: a plain Hugging Face checkpoint, or an exact LoRA adapter for PEFT."""
+"""Exports of a trained model for other programs: a plain Hugging Face checkpoint, or an exact LoRA adapter."""
 
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.state import config_of
-from paca_lightning.core.dtensor import is_first_rank, whole_tensor
+from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
 from paca_lightning.core.paths import clean_path
@@ -24,30 +25,33 @@ from paca_lightning.layers.nf4_linear import QPaCALinear
 DTYPE = torch.bfloat16
 SHARD_SIZE = "5GB"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-"""Files of one checkpoint, of which another layout leaves some: from_pretrained would take the old ones."""
+"""Names of weight files. Those of an earlier export are removed: from_pretrained would mix them with the new ones."""
 
 
 class Tokenizer(Protocol):
-    """What can be saved beside a model."""
+    """A tokenizer that can be saved beside a model."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Any:
-        """Write itself to a directory."""
+        """Write the tokenizer to a directory."""
 
 
 def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
-    """Write a converted model as a plain Hugging Face checkpoint in bf16, which any program loads without PaCA.
+    """Write a converted model as a plain Hugging Face checkpoint in bf16, which needs no PaCA to be loaded.
 
-    NF4 bases are dequantized; the trained columns are exact up to bf16. The model itself stays as it is. Call it on
-    every rank of a sharded model, of which the first writes; its host memory holds the bf16 model.
+    NF4 bases are dequantized; the trained columns are exact up to bf16. The model itself does not change.
+
+    For a sharded model the call is collective: make it on every rank. Tensors are gathered one at a time. The first
+    rank keeps the bf16 model in host memory and writes it; the others keep nothing.
 
     Args:
         model: The converted Hugging Face model, or a module around it.
-        directory: Is created; files of the same names in it are replaced, and the weights of an earlier model removed.
-        tokenizer: Is saved beside it.
+        directory: Is created if it does not exist. Files of the same names and the weights of an earlier export are
+            replaced; other files stay.
+        tokenizer: Is saved in the same directory.
 
     Raises:
-        PaCAError: If there is no Hugging Face model or no PaCA layer in it, a layer's own quantization is unknown, or
-            the directory holds an adapter.
+        PaCAError: If the model contains no Hugging Face model or no PaCA layer, if bitsandbytes quantized a layer in a
+            way that is not supported, or if the directory holds an adapter.
     """
     check_no_adapter(directory)
     base = _hugging_face_model(model)
@@ -58,9 +62,12 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
     with torch.device("meta"):
         plain = type(base)(config).to(DTYPE)
     plain.generation_config = base.generation_config
-    state = _plain_state(base)
+    tensors = _plain_tensors(base)
     if not is_first_rank():
+        for _ in tensors:  # takes part in gathering
+            pass
         return
+    state = dict(tensors)
     with written_aside(directory, supersedes=WEIGHTS) as scratch:
         plain.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
@@ -68,16 +75,18 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
 
 
 def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
-    """Write what a converted model learned as a LoRA adapter in PEFT's layout, of the same rank and without loss.
+    """Write the training result as a LoRA adapter in PEFT's layout, of the same rank and without loss.
 
-    A change of some columns, ``scaling * D``, is the product of ``B = D`` and an ``A`` whose rows pick the columns, so
-    that servers which know only LoRA can run it. For an NF4 base it belongs on the full-precision model, whose columns
-    the training started from.
+    The change of the selected columns, ``scaling * D``, is the product ``B A`` of ``B = D`` and a matrix ``A`` whose
+    rows select the columns. Servers that only know LoRA can run it. The adapter of an NF4 base belongs on the
+    full-precision model, from whose columns the training started.
+
+    For a sharded model the call is collective: make it on every rank. The first rank writes.
 
     Args:
         model: The converted model, or a module around it.
-        directory: Is created; files of the same names in it are replaced.
-        tokenizer: Is saved beside it, where servers look for the chat template that an adapter was trained with.
+        directory: Is created if it does not exist. Files of the same names are replaced.
+        tokenizer: Is saved in the same directory, where servers look for an adapter's chat template.
 
     Raises:
         PaCAError: If the model has no PaCA layers.
@@ -90,7 +99,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: 
     ranks = {path: layer.r for path, layer in layers.items() if layer.r != config.r}
     tensors = {}
     for path, layer in layers.items():
-        # Where alphas differ, each is made equal to its rank and the scaling goes into B.
+        # Where alphas differ, each is set to its rank (LoRA's scaling is then 1), and B takes our scaling.
         factor = 1.0 if one_alpha is not None else layer.scaling
         selection = torch.zeros(layer.r, layer.in_features)
         selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
@@ -125,15 +134,15 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: 
 
 
 def check_no_adapter(directory: str | os.PathLike[str]) -> None:
-    """Raise if a directory for a merged model holds an adapter.
+    """Refuse a directory for a merged model that holds an adapter.
 
     Raises:
-        PaCAError: Because from_pretrained would put the adapter on top of the merged model.
+        PaCAError: If it does: from_pretrained would apply the adapter to the merged model.
     """
     if Path(directory, "adapter_config.json").exists():
         raise PaCAError(
-            f"{str(directory)!r} holds an adapter, which programs would put on top of a merged model in the same "
-            "directory. Choose another directory."
+            f"{str(directory)!r} holds an adapter, which programs would apply to a merged model in the same directory. "
+            "Choose another directory."
         )
 
 
@@ -155,26 +164,27 @@ def _hugging_face_model(model: nn.Module) -> Any:
     base = _unwrapped(model)
     if not hasattr(base, "save_pretrained"):
         raise PaCAError(
-            f"There is no Hugging Face model in {type(model).__name__}, so there is no such checkpoint to write. Use "
-            "merge(model) and save its state_dict()."
+            f"There is no Hugging Face model in {type(model).__name__}, so it cannot be written as a Hugging Face "
+            "checkpoint. Use merge(model) and save its state_dict()."
         )
     return base
 
 
 @torch.no_grad()
-def _plain_state(base: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base model as if its layers were plain ones with the trained columns."""
+def _plain_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the base model's state dict with plain layers that hold the trained columns.
+
+    Each is gathered when it is asked for, so that ranks have to ask for all of them.
+    """
     linear4bit = linear4bit_class()
-    own = (PaCALayer,) if linear4bit is None else (PaCALayer, linear4bit)
-    special = {clean_path(path): module for path, module in base.named_modules() if isinstance(module, own)}
-    state = {}
+    kinds = (PaCALayer,) if linear4bit is None else (PaCALayer, linear4bit)
+    special = {clean_path(path): module for path, module in base.named_modules() if isinstance(module, kinds)}
     for name, tensor in base.state_dict().items():
         key = clean_path(name)
         if key.endswith(".bias") or not any(parent in special for parent in _parents(key)):
-            state[key] = _narrow(whole_tensor(tensor))
+            yield key, whole_tensor(_narrow(tensor))
     for path, module in special.items():
-        state[f"{path}.weight"] = _narrow(_dense_weight(path, module))
-    return state
+        yield f"{path}.weight", whole_tensor(_dense_weight(path, module))
 
 
 def _parents(key: str) -> list[str]:
@@ -187,27 +197,14 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 
 def _dense_weight(path: str, module: nn.Module) -> Tensor:
-    """A layer's weight in the layout of its plain class, with the trained columns, gathered."""
+    """A layer's weight in the layout of its plain class, in bf16, with the trained columns. Sharded like the layer."""
     if isinstance(module, QPaCALinear):
-        weight = _gathered(module.dequantize(DTYPE), module)
-        return weight.t().contiguous() if module.paca_base_class.__name__ == "Conv1D" else weight
+        shape = (module.out_features, module.in_features)
+        weight = sharded_like(module.dequantize(DTYPE), module.packed, shape)
+        return weight.t() if module.paca_base_class.__name__ == "Conv1D" else weight
     if isinstance(module, PaCALayer):
-        return whole_tensor(module.weight)
+        return _narrow(module.weight)
     if (obstacle := linear4bit_obstacle(module)) is not None:
         raise PaCAError(f"{path!r} cannot be exported: {obstacle}.")
     packed, scales, _ = from_linear4bit(module, path)
-    return dequantize_rows(packed, scales, 2 * packed.shape[1], DTYPE).cpu()
-
-
-def _gathered(rows: Tensor, layer: QPaCALinear) -> Tensor:
-    """All rows of a weight, of which each rank has those of its shard of the packed one."""
-    if not hasattr(layer.packed, "device_mesh"):
-        return rows.cpu()
-    from torch.distributed.tensor import DTensor
-
-    packed: Any = layer.packed
-    shape = (layer.out_features, layer.in_features)
-    sharded = DTensor.from_local(
-        rows, packed.device_mesh, packed.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
-    )
-    return sharded.full_tensor().cpu()
+    return dequantize_rows(packed, scales, 2 * packed.shape[1], DTYPE)

@@ -1,5 +1,7 @@
 """Tensors that may be sharded: this rank's rows, the whole, and which rank writes files."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,25 @@ def copy_into(tensor: Tensor, value: Tensor) -> None:
         assert isinstance(tensor, DTensor)
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
+
+
+def sharded_like(rows: Tensor, other: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of a given shape of which this rank holds ``rows``: those that it holds of ``other``.
+
+    Args:
+        rows: Shape (rows of this rank, ...).
+        other: Sharded by rows or not. If not, ``rows`` is the whole tensor.
+        shape: Shape of the whole tensor, with as many rows as ``other``.
+    """
+    if not hasattr(other, "to_local"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(other, DTensor)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        rows, other.device_mesh, other.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

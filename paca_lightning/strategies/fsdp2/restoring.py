@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from paca_lightning.core.dtensor import sharded_like
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.sharding import local_rows
@@ -141,10 +142,7 @@ def _like(saved: Any, current: Tensor | None, name: str) -> Any:
             f"{name!r} has shape {tuple(saved.shape)} in the checkpoint and {tuple(current.shape)} in the model. Use "
             "the rank and the base model it was trained with."
         )
-    rows = saved[local_rows(current)].to(current.to_local().device)
-    return DTensor.from_local(
-        rows, current.device_mesh, current.placements, run_check=False, shape=current.shape, stride=current.stride()
-    )
+    return sharded_like(saved[local_rows(current)].to(current.to_local().device), current, current.shape)
 
 
 def _read(state: dict[str, Any], location: Location) -> None:

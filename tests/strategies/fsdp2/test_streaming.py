@@ -1,7 +1,6 @@
 """A safetensors checkpoint fills a model on the meta device, each rank reading and keeping its rows only."""
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
@@ -28,6 +26,7 @@ from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
 from paca_lightning.strategies.fsdp2.streaming import stream
 from tests.distributed_launch import launch
 from tests.distributed_training import Run, train, train_all
+from tests.peak_memory import peak_bytes
 from tests.tiny import tiny_llama
 
 DENSE, NF4 = PaCAConfig(r=4), PaCAConfig(r=4, quantize="nf4")
@@ -167,15 +166,12 @@ def measured(directory: Path, config: PaCAConfig) -> dict[str, Any]:
     quantize_rows(torch.ones(2, 64))  # imports the kernels
     readers: list[RowReader] = []
     materializing.stream = lambda *arguments: readers.append(stream(*arguments))  # type: ignore[assignment]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        materialize(model, torch.device("cpu"))
-    allocations = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    mapped = {file.stat().st_size for file in directory.glob("*.safetensors")}  # address space, not memory
-    in_time = sorted(allocations, key=lambda event: event.start_ns())
+    mapped = {file.stat().st_size for file in directory.glob("*.safetensors")}
+    peak = peak_bytes(lambda: materialize(model, torch.device("cpu")), mapped)
     return {
         "read": readers[0].bytes_read,
         "kept": sum(local(parameter).untyped_storage().nbytes() for parameter in model.parameters()),
-        "peak": max(itertools.accumulate(event.nbytes() for event in in_time if abs(event.nbytes()) not in mapped)),
+        "peak": peak,
     }
 
 
