@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.private_apis import module_name, own_names, private_uses
+
 PACKAGE = "paca_lightning"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
@@ -112,10 +114,8 @@ SOURCES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_imports_from_below_only(path: Path) -> None:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    is_package = parts[-1] == "__init__"
-    module = ".".join(parts[:-1] if is_package else parts)
-    assert violations(module, path.read_text(encoding="utf-8"), is_package=is_package) == []
+    source = path.read_text(encoding="utf-8")
+    assert violations(module_name(path, ROOT), source, is_package=path.stem == "__init__") == []
 
 
 def test_every_place_exists_and_imports_go_down_only() -> None:
@@ -169,3 +169,51 @@ def test_a_planted_violation_is_found(module: str, source: str, complaint: str) 
 )
 def test_what_is_allowed_is_not_found(module: str, source: str) -> None:
     assert violations(module, source) == []
+
+
+def test_private_apis_of_other_libraries_are_used_in_core_private_only() -> None:
+    sources = {module_name(path, ROOT): path.read_text(encoding="utf-8") for path in SOURCES}
+    own = own_names(sources.values())
+    found = [use for module, source in sources.items() for use in private_uses(module, source, own)]
+    assert found == [], "use a public API, or add a function to core/private and a canary to tests/core/test_private.py"
+
+
+@pytest.mark.parametrize(
+    ("source", "use"),
+    [
+        ("from torch._guards import active_fake_mode", "torch._guards.active_fake_mode"),
+        ("from torch.nn.modules.module import _IncompatibleKeys", "torch.nn.modules.module._IncompatibleKeys"),
+        ("def f():\n    import torch._dynamo", "torch._dynamo"),
+        ("key = tensor.untyped_storage()._cdata", "tensor.untyped_storage()._cdata"),
+        ("module._apply(fn)", "module._apply"),
+        ("names = getattr(model, '_no_split_modules', None)", "'_no_split_modules'"),
+        ("SET = '_non_persistent_buffers_set'", "'_non_persistent_buffers_set'"),
+        ("vars(module).pop('_forward_hooks')", "'_forward_hooks'"),
+        ("class Layer(nn.Module):\n    def _apply(self, fn): ...", "Layer._apply"),
+        ("class Strategy(Base):\n    def f(self):\n        self._timeout = 1", "self._timeout"),
+    ],
+)
+def test_a_planted_private_api_is_found(source: str, use: str) -> None:
+    found = private_uses("tasks.loss", source, own_names([source]))
+    assert use in {line.partition(" uses ")[2] for line in found}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from paca_lightning.core.private.torch import storage_id\nfrom . import _helpers",
+        "from __future__ import annotations",
+        "class Loss:\n    def __init__(self):\n        self._total = 0\n\n    def _add(self): self._total += 1",
+        "name = f'{split}_split' + path.removesuffix('_bias')",
+        "class _Call: ...\n\ndef f(call: '_Call') -> '_Call | None': ...",
+        "vars(module)['_paca_hooks'] = module.__dict__",
+    ],
+)
+def test_our_own_private_names_are_not_found(source: str) -> None:
+    assert private_uses("tasks.loss", source, own_names([source])) == []
+
+
+def test_an_override_is_allowed_where_it_is_listed() -> None:
+    source = "class Layer(nn.Module):\n    def _apply(self, fn):\n        super()._apply(fn)"
+    assert private_uses("layers.base", source, own_names([source])) == []
+    assert private_uses("layers.linear", source, own_names([source])) != []

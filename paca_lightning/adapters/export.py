@@ -111,7 +111,7 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: 
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(_unwrapped(model)).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(_unwrapped(model), "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": getattr(getattr(_unwrapped(model), "config", None), "name_or_path", None) or None,
         "r": config.r,
         "lora_alpha": config.r if one_alpha is None else one_alpha,
         "rank_pattern": ranks,

@@ -5,15 +5,15 @@ one: callers ask a function here, which says why no public API serves and what i
 in ``tests/core/test_private.py``, the first test to run with a new release. Other libraries than torch are imported
 inside the functions.
 
-Private methods that our classes override, and private attributes that they share with a base class, cannot move here.
-They are listed in :data:`OVERRIDES`.
+Private methods that our classes override or replace, and private attributes that they share with a base class, cannot
+move here. They are listed in :data:`OVERRIDES`.
 """
 
 from typing import NamedTuple
 
 
 class Override(NamedTuple):
-    """A private method or attribute of another library's class that classes of ours override or use on themselves.
+    """A private method or attribute of another library's class that our code overrides, replaces or shares.
 
     Attributes:
         owners: Dotted names of the classes that have it.
@@ -28,6 +28,7 @@ class Override(NamedTuple):
     why: str
 
 
+_CONNECTOR = "lightning.pytorch.trainer.connectors.accelerator_connector._AcceleratorConnector"
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
 _MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
 
@@ -35,7 +36,7 @@ OVERRIDES = (
     Override(
         ("torch.nn.Module",),
         "_apply",
-        ("layers.base", "layers.nf4_linear", "tasks.causal_lm"),
+        ("layers.base", "layers.nf4_linear", "tasks.causal_lm", "tasks.metrics", "tools.memory.baselines"),
         "to(), half(), cuda() and Lightning's precision plugins all call it, and fp32 tensors stay wide in it",
     ),
     Override(
@@ -73,5 +74,28 @@ OVERRIDES = (
         "_precision_plugin",
         ("strategies.hpu.mixins",),
         "the setter of the public property precision_plugin is overridden and has to store what it checked",
+    ),
+    Override(
+        ("lightning.pytorch.cli.LightningCLI",),
+        "_run_subcommand",
+        ("tools.run_config",),
+        "the hooks before and after a subcommand do not see the error that it raises",
+    ),
+    *(
+        Override(
+            (_CONNECTOR,),
+            name,
+            ("strategies.hpu.connector",),
+            "the connector knows a fixed list of accelerators: it refuses a registered one with strategy='auto'",
+        )
+        for name in (
+            "_choose_auto_accelerator",
+            "_set_parallel_devices_and_init_accelerator",
+            "_choose_strategy",
+            "_check_strategy_and_fallback",
+            "_parallel_devices",
+            "_num_nodes_flag",
+            "_strategy_flag",
+        )
     ),
 )

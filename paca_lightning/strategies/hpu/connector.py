@@ -34,7 +34,7 @@ def patch_connector(connector: type[Any]) -> None:
     Raises:
         PaCAError: If the class is not as this module expects it, in which case nothing is patched.
     """
-    if getattr(connector, "_patched_for_hpu", False):
+    if getattr(connector, "_paca_patched", False):
         return
     _check_expectations(connector)
     auto_accelerator, auto_strategy = connector._choose_auto_accelerator, connector._choose_strategy
@@ -71,7 +71,7 @@ def patch_connector(connector: type[Any]) -> None:
     connector._choose_auto_accelerator = staticmethod(choose_auto_accelerator)
     connector._choose_strategy = choose_strategy
     connector._check_strategy_and_fallback = check_strategy_and_fallback
-    connector._patched_for_hpu = True
+    connector._paca_patched = True
 
 
 def _check_expectations(connector: type[Any]) -> None:

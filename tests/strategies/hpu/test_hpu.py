@@ -43,7 +43,7 @@ pytest_plugins = ["tests.simulated_hpu.fixtures"]
 def test_other_hosts_are_left_alone() -> None:
     assert {"hpu_single", "hpu_ddp", "hpu_fsdp2"} <= set(StrategyRegistry)
     assert "hpu" in AcceleratorRegistry
-    assert not hasattr(_AcceleratorConnector, "_patched_for_hpu")
+    assert not hasattr(_AcceleratorConnector, "_paca_patched")
     assert "habana_frameworks" not in sys.modules
     assert trainer(accelerator="auto").accelerator.__class__.__name__ != "HPUAccelerator"
     with pytest.raises(PaCAError, match=r"not installed.*container"):
