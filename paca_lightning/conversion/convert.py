@@ -79,7 +79,8 @@ def convert(
         PaCAError: As for ``apply_paca``.
     """
     _refuse_other_config(inventory, config)
-    resolution = resolve(inventory, config)
+    conversion = rooted_conversion(inventory, config)
+    resolution = resolve(inventory, config, was_trainable=conversion.was_trainable, given=indices or ())
     given = _given_columns(indices or {}, resolution.targets, inventory)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
     _refuse_sharded(inventory, fresh)
@@ -91,7 +92,6 @@ def convert(
             "(PaCAStrategy takes them from the training data by itself)."
         )
     originals = {path: original_state(module) for path, module in resolution.saved.items() if not is_marked(module)}
-    conversion = rooted_conversion(inventory, config)
     _freeze(inventory, conversion)
     for target in fresh:
         _convert(target, conversion, given.get(target.path), by_data, inventory)

@@ -29,10 +29,7 @@ class Inventory:
         root: The model.
         paths: Every path of each module without wrappers' segments, the root's own empty one included. The first
             path names the module.
-        prefix: Path of the outermost Hugging Face model with a dot behind it; empty if the root is one or there is
-            none. Column draws and adapter files count paths from there, so that a LightningModule and the bare model
-            agree.
-        base_model: That Hugging Face model, or None.
+        base_models: The outermost Hugging Face models by path.
         parameters: Each parameter once, by its first name.
         owners: The names of all places that hold a parameter; several if it is tied.
         heads: Output heads.
@@ -42,13 +39,26 @@ class Inventory:
 
     root: nn.Module
     paths: dict[nn.Module, list[str]] = field(default_factory=dict)
-    prefix: str = ""
-    base_model: nn.Module | None = None
+    base_models: dict[str, nn.Module] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     owners: dict[nn.Parameter, list[str]] = field(default_factory=dict)
     heads: set[nn.Module] = field(default_factory=set)
     unreachable: dict[nn.Module, str] = field(default_factory=dict)
     fsdp1: str | None = None
+
+    @property
+    def base_model(self) -> nn.Module | None:
+        """The first Hugging Face model, or None."""
+        return next(iter(self.base_models.values()), None)
+
+    @property
+    def prefix(self) -> str:
+        """Path of the first Hugging Face model with a dot behind it; empty if the root is one or there is none.
+
+        Column draws and adapter files count paths from there, so that a LightningModule and the bare model agree.
+        """
+        path = next(iter(self.base_models), "")
+        return f"{path}." if path else ""
 
     @property
     def layers(self) -> dict[str, PaCALayer]:
@@ -105,8 +115,8 @@ def take_inventory(model: nn.Module) -> Inventory:
         if len(inventory.paths[module]) > 1:
             continue
         _note_parameters(inventory, module, path)
-        if inventory.base_model is None and is_base_model(module):
-            inventory.base_model, inventory.prefix = module, f"{path}." if path else ""
+        if is_base_model(module) and not any(_lies_within(path, outer) for outer in inventory.base_models):
+            inventory.base_models[path] = module
         _note_heads(inventory, module, path)
         if isinstance(module, nn.MultiheadAttention):
             reason = "nn.MultiheadAttention reads its weight without calling it"
@@ -122,6 +132,10 @@ def take_inventory(model: nn.Module) -> Inventory:
 def is_base_model(module: nn.Module) -> bool:
     """Whether a module is a Hugging Face model."""
     return hasattr(module, "get_output_embeddings") and hasattr(module, "config")
+
+
+def _lies_within(path: str, outer: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
 
 
 def _note_parameters(inventory: Inventory, module: nn.Module, path: str) -> None:

@@ -43,6 +43,7 @@ class ConversionReport:
         layers: The converted layers.
         skipped: Reason by path of each linear layer that was left alone.
         frozen: All other parameters that are left frozen, by kind.
+        thawed: Class of the model that was frozen as a whole before, and was converted all the same.
         saved: Paths of the modules that are trained whole.
         trainable_parameters: Of the deltas and the modules trained whole.
         total_parameters: Of the base model and the deltas.
@@ -54,6 +55,7 @@ class ConversionReport:
     layers: list[LayerRecord]
     skipped: dict[str, str] = field(default_factory=dict)
     frozen: list[FrozenGroup] = field(default_factory=list)
+    thawed: str | None = None
     saved: list[str] = field(default_factory=list)
     trainable_parameters: int = 0
     total_parameters: int = 0
@@ -96,6 +98,8 @@ class ConversionReport:
             notes.append(f"Adam's step on a column, scaling * lr: {steps}.")
         if self.saved:
             notes.append(f"Trained whole: {', '.join(self.saved)}.")
+        if self.thawed:
+            notes.append(f"All linear layers of {self.thawed} were frozen before; they are converted all the same.")
         for reason, count in Counter(self.skipped.values()).items():
             example = next(path for path, why in self.skipped.items() if why == reason)
             more = f" and {count - 1} more" if count > 1 else ""
@@ -139,6 +143,7 @@ def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) 
         config=config,
         layers=records,
         skipped=resolution.skipped,
+        thawed=resolution.thawed,
         frozen=frozen_groups(inventory, {name: p for name, p in base.items() if not p.requires_grad}),
         saved=list(resolution.saved),
         trainable_parameters=deltas + beside,

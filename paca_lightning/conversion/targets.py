@@ -3,13 +3,14 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from paca_lightning.conversion.frozen_by_hand import frozen_by_hand
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
@@ -21,6 +22,7 @@ from paca_lightning.layers.nf4_linear import QPaCALinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUTPUT_HEAD = "output head"
+FROZEN = "frozen before the conversion (include_frozen=True converts it)"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,18 @@ class Target:
 
 @dataclass
 class Resolution:
-    """What a configuration means in one model: each dictionary by module path."""
+    """What a configuration means in one model: each dictionary by module path.
+
+    Attributes:
+        targets: The layers to convert.
+        skipped: Reason why each other linear layer is left alone.
+        thawed: Class of the model that was frozen as a whole and is converted all the same.
+        saved: The modules that are trained whole.
+    """
 
     targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    thawed: str | None = None
     saved: dict[str, nn.Module] = field(default_factory=dict)
 
 
@@ -72,12 +82,20 @@ def in_features_of(module: nn.Module) -> int:
     return size
 
 
-def resolve(inventory: Inventory, config: PaCAConfig) -> Resolution:
+def resolve(
+    inventory: Inventory,
+    config: PaCAConfig,
+    *,
+    was_trainable: Mapping[str, bool] | None = None,
+    given: Container[str] = (),
+) -> Resolution:
     """Find the layers that a configuration names.
 
     Args:
         inventory: Of any model. Layers that are PaCA layers already count as linear layers.
         config: The settings.
+        was_trainable: Which parameters required a gradient before an earlier conversion froze them, by name.
+        given: Layers to convert even if they are frozen, by path or by path from the base model.
 
     Returns:
         The layers to convert, the linear layers left alone with their reasons, and the modules trained whole.
@@ -91,9 +109,13 @@ def resolve(inventory: Inventory, config: PaCAConfig) -> Resolution:
     inside_saved = {child for module in result.saved.values() for child in module.modules()}
     chosen = _chosen(config, linears)
     excluded = _matched_by(config.exclude_modules, linears, "exclude_modules")
+    obstacles = {module: _obstacle(module, inventory) for module in linears}
+    if config.target_modules == ALL_LINEAR and not config.include_frozen:
+        convertible = [m for m in linears if obstacles[m] is None and m not in excluded and m not in inside_saved]
+        frozen, result.thawed = frozen_by_hand(inventory, convertible, was_trainable or {})
+        obstacles |= {module: FROZEN for module in frozen if not any(name in given for name in names[module])}
     for module in linears:
-        path = inventory.paths[module][0]
-        obstacle = _obstacle(module, inventory)
+        path, obstacle = inventory.paths[module][0], obstacles[module]
         if module in excluded:
             result.skipped[path] = "excluded by exclude_modules"
         elif module in inside_saved:

@@ -36,6 +36,9 @@ class PaCAConfig:
         seed: Seed of the random selection. Each layer's draw depends on this and on its path alone.
         quantize: ``nf4`` stores the frozen weights in 4 bits. Default: as they are.
         modules_to_save: Names of modules that are trained whole and saved with the adapter, such as a new head.
+        include_frozen: Let ``"all-linear"`` convert layers that were frozen before the conversion, too. Default: what
+            was frozen by hand beside trainable layers stays frozen, such as a critic or a teacher. A model that was
+            frozen as a whole is converted all the same.
 
     Raises:
         PaCAError: If a value is outside its range or a regular expression does not compile.
@@ -51,6 +54,7 @@ class PaCAConfig:
     seed: int = 0
     quantize: str | None = None
     modules_to_save: list[str] = field(default_factory=list)
+    include_frozen: bool = False
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -1,0 +1,37 @@
+"""Which layers their user froze before a conversion: what is frozen beside trainable layers stays frozen."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from paca_lightning.conversion.inventory import Inventory
+from paca_lightning.layers.base import PaCALayer
+
+
+def frozen_by_hand(
+    inventory: Inventory, linears: Iterable[nn.Module], was_trainable: Mapping[str, bool]
+) -> tuple[list[nn.Module], str | None]:
+    """Which linear layers ``all-linear`` leaves frozen, as their user froze them beside trainable ones.
+
+    A Hugging Face model of which no linear layer is trainable, while no other one is, was frozen as a whole, as people
+    do before they add a few parameters. So was any other model without trainable linear layers. Both are converted.
+
+    Returns:
+        The layers to leave frozen, and the class of the model that was frozen as a whole, or None.
+    """
+
+    def trainable(module: nn.Module) -> bool:
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if isinstance(module, PaCALayer) or weight is None or not weight.is_floating_point():
+            return True  # quantized weights are never trainable
+        return was_trainable.get(f"{inventory.paths[module][0]}.weight", weight.requires_grad)
+
+    frozen = [module for module in linears if not trainable(module)]
+    if not frozen:
+        return [], None
+    inside = [set(model.modules()) for model in inventory.base_models.values()] or [set(inventory.paths)]
+    in_models = [module for module in linears if any(module in modules for modules in inside)]
+    if any(trainable(module) for module in in_models):
+        return frozen, None
+    whole = inventory.base_model or inventory.root
+    return [module for module in frozen if module not in inside[0]], type(whole).__name__
