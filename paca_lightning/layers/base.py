@@ -136,15 +136,16 @@ class PaCALayer(nn.Module):
             return  # the base columns may be more precise than the weight is now
         self.restore_columns()
         self.paca_indices.copy_(indices)
-        self._begin_here()
+        self.begin_from_weight()
 
     @torch.no_grad()
     def reread_columns(self) -> None:
         """Take the base columns from the base weight as precise as it is now."""
         self.restore_columns()
-        self._begin_here()
+        self.begin_from_weight()
 
-    def _begin_here(self) -> None:
+    @torch.no_grad()
+    def begin_from_weight(self) -> None:
         """Take the base columns from a weight that holds no delta, and write the delta into it."""
         local(self.paca_base_columns).copy_(self._read_columns())
         self.write_columns()

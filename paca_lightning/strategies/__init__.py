@@ -1,4 +1,9 @@
-"""Lightning strategies, registered by name when this package is imported."""
+"""Lightning strategies and plugins, registered by name when this package is imported.
+
+``fsdp2/`` shards any LightningModule (``strategy="paca_fsdp2"``); ``hpu/`` brings Intel Gaudi to Lightning 2.6
+(``accelerator="hpu"``). May import ``core``, ``layers`` and ``activation_checkpointing``; knows nothing of callbacks,
+tasks and the command line. Limits: no tensor parallelism and no pipeline parallelism.
+"""
 
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from paca_lightning.strategies.hpu import HPUAccelerator, HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy

@@ -20,10 +20,10 @@ from paca_lightning.strategies.fsdp2.saving import save_directory
 
 
 class ShardedCheckpointStrategy(ModelParallelStrategy):
-    """Lightning's strategy for sharded models, with checkpoints that resume on any number of ranks.
+    """Lightning's strategy for sharded models, with checkpoints from which any number of ranks can resume.
 
-    A checkpoint is a directory to which each rank writes its rows; or, with ``save_distributed_checkpoint=False``, one
-    file as a run on one device writes it. Both are loaded, whichever is set.
+    A checkpoint is a directory to which each rank writes its rows. With ``save_distributed_checkpoint=False`` it is one
+    file, as a run on one device writes it. Both kinds can be loaded under either setting.
     """
 
     def __init__(self, *, save_distributed_checkpoint: bool = True, **settings: Any) -> None:
@@ -32,7 +32,11 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimizer: sharded and by name, or whole and by number, as on one device, on the first rank."""
+        """State of an optimizer for a checkpoint.
+
+        For a directory it is sharded and by parameter name. For one file it is whole and by parameter number, as on
+        one device, and empty on all ranks but the first.
+        """
         if self.save_distributed_checkpoint:
             return super().optimizer_state(optimizer)
         if isinstance(optimizer, LightningOptimizer):
@@ -43,10 +47,10 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint to a path or a URL of fsspec; an interruption leaves no half one that could be loaded.
+        """Write a checkpoint to a local path or a URL. One that was interrupted is never loaded.
 
         Raises:
-            PaCAError: On every rank, before anything is written, if the disk of one has too little space.
+            PaCAError: On all ranks, before anything is written, if one rank's disk has too little space.
             TypeError: If ``storage_options`` are given.
         """
         if storage_options is not None:
@@ -72,15 +76,15 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
         if not self.reduce_boolean_decision(needed < free):
             raise PaCAError(
                 f"A checkpoint of {needed / 2**20:.0f} MiB does not fit on the disk of {location.name!r} "
-                f"({free / 2**20:.0f} MiB free on rank {self.global_rank}). Make room, or save elsewhere."
+                f"({free / 2**20:.0f} MiB free on rank {self.global_rank}). Free space, or save to another disk."
             )
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restores the model and the optimizers, and returns the rest.
+        """Restore the model and the optimizers, and return the rest of the checkpoint.
 
         Raises:
-            PaCAError: If there is no such checkpoint, or it is of another model.
+            PaCAError: If there is no checkpoint, or if it belongs to another model.
         """
         location = Location.of(self.broadcast(checkpoint_path))
         module = self.lightning_module

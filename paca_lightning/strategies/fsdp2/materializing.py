@@ -1,4 +1,4 @@
-"""Giving a sharded model on the meta device its memory and its values."""
+"""Allocating and filling a sharded model that was built on the meta device."""
 
 from itertools import chain
 
@@ -15,23 +15,23 @@ from paca_lightning.layers.nf4_linear import QPaCALinear
 from paca_lightning.strategies.fsdp2.streaming import stream
 
 SOURCE = "checkpoint_directory"
-"""Attribute of a module on meta: where its values come from, in a checkpoint that names them as the module does."""
+"""Attribute of a module on meta: the directory with its checkpoint, whose tensors are named as in the module."""
 
 
 @torch.no_grad()
 def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
-    """Allocate what is on meta, and fill it: from checkpoints where modules name one, else as modules initialise.
+    """Allocate all tensors on meta and fill them: from the checkpoint that a module names, or by initialising modules.
 
-    Modules with buffers that no checkpoint holds (rotary frequencies) compute them by Hugging Face's
-    ``_init_weights`` or by ``reset_parameters``.
+    Buffers that no checkpoint holds, such as rotary frequencies, are computed by Hugging Face's ``_init_weights`` or by
+    the module's ``reset_parameters``.
 
     Args:
         model: Sharded, so that each rank allocates its rows only.
-        device: Where to.
-        cpu_offload: Parameters stay in host memory.
+        device: Device to allocate on.
+        cpu_offload: Allocate parameters in host memory instead.
 
     Raises:
-        PaCAError: If a module does not know how to initialise, or a checkpoint does not fit.
+        PaCAError: If a module has no way to initialise itself, or a checkpoint does not fit the model.
     """
     on_meta = {module: _meta_tensors(module) for module in model.modules()}
     if not any(on_meta.values()):
@@ -49,7 +49,7 @@ def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = F
             if isinstance(layer, QPaCALinear):
                 raise PaCAError(f"{path!r} is quantized but has no weights: set {SOURCE} on the model.")
             local(layer.paca_delta).zero_()
-            local(layer.paca_base_columns).copy_(layer._read_columns())
+            layer.begin_from_weight()
     for source in sources:
         stream(source, getattr(source, SOURCE))
 
@@ -60,7 +60,7 @@ def _meta_tensors(module: nn.Module) -> set[str]:
 
 
 def _allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None:
-    """Memory of any content for every tensor on meta. Modules that share a parameter go on sharing it."""
+    """Allocate every tensor on meta, uninitialised. Modules that shared a parameter share it afterwards."""
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -78,7 +78,7 @@ def _allocate(model: nn.Module, device: torch.device, cpu_offload: bool) -> None
 
 
 def _initialisers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """For each module, the innermost Hugging Face model that it is a part of."""
+    """For each module, the innermost Hugging Face model that contains it."""
     outer_first = [module for module in model.modules() if initialises(module)]
     return {child: owner for owner in outer_first for child in owner.modules()}
 

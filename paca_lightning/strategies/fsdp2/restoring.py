@@ -1,4 +1,4 @@
-"""Restoring a sharded model and its optimizers from checkpoints written on any number of ranks."""
+"""Restoring a sharded model and its optimizers from checkpoints that any number of ranks wrote."""
 
 import pickle
 import re
@@ -23,27 +23,27 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.sharding import local_rows
 
-METADATA = "meta.pt"  # Lightning's name for what is not sharded: loops, callbacks, ...
+METADATA = "meta.pt"  # Lightning's name for the file of what is not sharded: loops, callbacks, ...
 
 
 def load_directory(
     location: Location, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool
 ) -> dict[str, Any]:
-    """Restore from a directory that the ranks wrote together; each reads its rows.
+    """Restore from a directory to which the ranks wrote. Each rank reads its rows.
 
     Args:
         location: The directory.
-        model: Sharded. Its state dict says what is looked for.
-        optimizers: Built for it.
-        strict: Whether everything that the model has must be there, and nothing else.
+        model: Sharded. The keys of its state dict are read.
+        optimizers: The model's optimizers.
+        strict: Whether missing and unexpected keys are errors.
 
     Returns:
         The rest of the checkpoint.
 
     Raises:
-        PaCAError: If the checkpoint is of another model, or damaged.
+        PaCAError: If the checkpoint belongs to another model, or is damaged.
     """
-    # Copies: read in place, new indices would replace the old ones before the old columns are put back.
+    # Read into copies: a layer needs its old indices to restore the old columns before it takes new indices.
     state = {name: _copy(tensor) for name, tensor in get_model_state_dict(model).items()}
     _read({"state_dict": state}, location)
     model.load_state_dict(state, strict=strict)
@@ -55,19 +55,19 @@ def load_directory(
 
 
 def load_file(location: Location, model: nn.Module, optimizers: Sequence[Optimizer], *, strict: bool) -> dict[str, Any]:
-    """Restore from a single file, such as one of a run on one device; each rank keeps its rows.
+    """Restore from one file, such as that of a run on one device. Each rank keeps its rows.
 
     Args:
-        location: The file, which every rank can read.
+        location: The file. Every rank must be able to read it.
         model: Sharded or not.
-        optimizers: Built for it, in the order in which they were saved.
-        strict: Whether everything that the model has must be there, and nothing else.
+        optimizers: The model's optimizers, in the order in which they were saved.
+        strict: Whether missing and unexpected keys are errors.
 
     Returns:
         The rest of the checkpoint.
 
     Raises:
-        PaCAError: If the checkpoint is of another model, or damaged.
+        PaCAError: If the checkpoint belongs to another model, or is damaged.
     """
     checkpoint = _torch_load(location)
     named: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
@@ -76,11 +76,11 @@ def load_file(location: Location, model: nn.Module, optimizers: Sequence[Optimiz
     states = checkpoint.get("optimizer_states", [])
     if optimizers and len(states) != len(optimizers):
         raise PaCAError(
-            f"{location.name!r} holds the states of {len(states)} optimizers and this run has {len(optimizers)}, so it "
-            "cannot resume. Files saved with save_weights_only hold none."
+            f"{location.name!r} holds the states of {len(states)} optimizers and this run has {len(optimizers)}, so "
+            "the run cannot resume from it. Files saved with save_weights_only hold none: resume from another one."
         )
     for optimizer, optimizer_state in zip(optimizers, states, strict=False):  # an evaluation has no optimizers
-        if not optimizer_state["state"]:  # SGD's: nothing to shard, which PyTorch (2.13) asserts there is
+        if not optimizer_state["state"]:  # plain SGD has none; PyTorch (2.13) asserts that there is some
             optimizer.load_state_dict(optimizer_state)
             continue
         set_optimizer_state_dict(
@@ -93,10 +93,10 @@ def load_file(location: Location, model: nn.Module, optimizers: Sequence[Optimiz
 
 
 def by_position(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state as PyTorch saves it, parameters numbered in the optimizer's order.
+    """An optimizer's state as PyTorch saves it: with parameters numbered in the optimizer's order.
 
     Args:
-        state: With parameters by name. Empty on ranks other than the first.
+        state: With parameters by name. Empty on all ranks but the first.
     """
     if not state:
         return {}
@@ -111,14 +111,14 @@ def by_position(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The inverse of ``by_position``, for an optimizer that has the same parameters in the same order."""
+    """The inverse of ``by_position``. The optimizer must have the same parameters in the same order."""
     saved = [number for group in state["param_groups"] for number in group["params"]]
     current: Mapping[str, Any] = get_optimizer_state_dict(model, optimizer)
     names = [name for group in current["param_groups"] for name in group["params"]]
     if len(saved) != len(names):
         raise PaCAError(
-            f"The checkpoint's optimizer has {len(saved)} parameters and this run's {len(names)}. Resume with the "
-            "settings it was trained with."
+            f"The checkpoint's optimizer has {len(saved)} parameters and this run's has {len(names)}. Resume with the "
+            "settings of the run that saved it."
         )
     name_of = dict(zip(saved, names, strict=True))
     return {
@@ -134,13 +134,13 @@ def _copy(value: Any) -> Any:
 
 
 def _like(saved: Any, current: Tensor | None, name: str) -> Any:
-    """A saved tensor, sharded like the model's."""
+    """A saved tensor, sharded like the model's tensor of that name."""
     if not isinstance(current, DTensor) or not isinstance(saved, Tensor):
         return saved
     if saved.shape != current.shape:
         raise PaCAError(
             f"{name!r} has shape {tuple(saved.shape)} in the checkpoint and {tuple(current.shape)} in the model. Use "
-            "the rank and the base model it was trained with."
+            "the rank and the base model of the run that saved it."
         )
     return sharded_like(saved[local_rows(current)].to(current.to_local().device), current, current.shape)
 
@@ -175,8 +175,8 @@ def _torch_load(location: Location) -> dict[str, Any]:
         if found := re.search(r"GLOBAL (\S+)", reason):
             # Lightning (2.6) does not pass weights_only=False on to strategies that restore after their setup.
             reason = (
-                f"it holds an object of {found[1]} (of the hyperparameters, or a callback's). Allow the classes that "
-                "you trust, with torch.serialization.add_safe_globals([...]), before the run."
+                f"it holds an object of {found[1]} (in the hyperparameters or a callback's state). Allow the classes "
+                "that you trust with torch.serialization.add_safe_globals([...]) before the run."
             )
         raise PaCAError(f"The checkpoint {location.name!r} cannot be read: {reason}") from error
     return checkpoint

@@ -1,4 +1,4 @@
-"""Reading some rows of the tensors of a Hugging Face checkpoint, and nothing else of it."""
+"""Reading single rows of the tensors in a Hugging Face checkpoint."""
 
 import json
 from math import prod
@@ -16,16 +16,16 @@ BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16":
 
 
 class RowReader:
-    """The tensors of a safetensors checkpoint, one file or several with an index, by rows.
+    """Reads the tensors of a safetensors checkpoint by rows: of one file, or of several with an index.
 
-    Files are mapped into memory: rows that are not asked for are not read, and those that are need no memory of the
-    process until they are copied.
+    Files are mapped into memory. Only rows that are asked for are read, and they take no memory of the process until
+    they are copied.
 
     Args:
-        directory: Has ``model.safetensors``, or ``model.safetensors.index.json`` and what it lists.
+        directory: Contains ``model.safetensors``, or ``model.safetensors.index.json`` and the files that it lists.
 
     Attributes:
-        bytes_read: By this reader so far.
+        bytes_read: Bytes that this reader has read so far.
 
     Raises:
         PaCAError: If a file is missing, truncated, or lacks a tensor that the index promises.
@@ -45,7 +45,7 @@ class RowReader:
         return list(self._slices)
 
     def file_of(self, name: str) -> Path:
-        """The file that a tensor lies in."""
+        """The file that contains a tensor."""
         return self.directory / self._file_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -53,13 +53,13 @@ class RowReader:
         return tuple(self._slices[name].get_shape())
 
     def size(self, name: str, rows: slice) -> int:
-        """Bytes of some rows of a tensor; of all of a scalar."""
+        """Size in bytes of some rows of a tensor. A scalar has its full size for any rows."""
         shape = self.shape(name)
         numbers = prod(shape[1:]) * (rows.stop - rows.start) if shape else 1
         return numbers * BITS.get(self._slices[name].get_dtype(), 8) // 8
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """Some rows of a tensor, as a view of the file; a scalar as it is."""
+        """Some rows of a tensor, as a view of the mapped file. A scalar is returned whole."""
         self.bytes_read += self.size(name, rows)
         tensor = self._slices[name]
         return tensor[rows] if self.shape(name) else tensor[...]

@@ -1,4 +1,4 @@
-"""Which modules FSDP2 gathers together, and sharding them."""
+"""Sharding a model with FSDP2: which modules are gathered together, and in which dtypes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ class ShardingOptions:
 
 @dataclass
 class _Unit:
-    """Modules whose parameters are gathered together."""
+    """Modules whose parameters are gathered together, and what happens to them after the forward."""
 
     modules: list[nn.Module]
     reshard_after_forward: bool | int
@@ -77,7 +77,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
 
 
 def local_rows(tensor: Tensor) -> slice:
-    """The rows of a tensor that this rank holds: all of them, unless it is sharded."""
+    """The rows of a tensor that this rank holds. A tensor that is not sharded has all its rows on every rank."""
     if not isinstance(tensor, DTensor):
         return slice(0, len(tensor))
     (chunk,) = tensor.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
@@ -120,7 +120,7 @@ def _fully_shard(modules: list[nn.Module], reshard: bool | int, mesh: DeviceMesh
 
 
 def _outside_units(root: nn.Module) -> Iterator[nn.Module]:
-    """A module and what it contains, without units inside it."""
+    """A module and the modules in it, except those that are in a unit already."""
     if not isinstance(root, FSDPModule):
         yield root
         for child in root.children():
@@ -151,13 +151,13 @@ def _with_narrow_gradients(modules: list[nn.Module]) -> list[nn.Module]:
     if mixed is not None:
         raise PaCAError(
             f"The trained parameters of a {type(mixed).__name__} have different dtypes ({dtypes[mixed]}), which FSDP2 "
-            "cannot shard. Give them one dtype, or freeze one of them."
+            "cannot shard. Give them the same dtype, or freeze one of them."
         )
     return [module for module, own in dtypes.items() if own - {widest}]
 
 
 def _pretrained_models(model: nn.Module) -> list[nn.Module]:
-    """Hugging Face models within a model, inner before outer."""
+    """Hugging Face models inside a model, inner ones before outer ones."""
     return [m for m in reversed(list(model.modules())) if is_pretrained_model(m) and m is not model]
 
 
@@ -169,7 +169,7 @@ def _ends(model: nn.Module, options: ShardingOptions) -> list[_Unit]:
     )
     units: list[_Unit] = []
     for end in dict.fromkeys([*embeddings, *heads]):
-        # Between a head's forward and its backward lies nothing that could use the memory.
+        # A head's backward follows its forward: nothing could use the memory in between.
         unit = _Unit([end], options.reshard_after_forward and end not in heads)
         parameters = set(end.parameters())
         tied = [u for u in units if any(not parameters.isdisjoint(module.parameters()) for module in u.modules)]
@@ -185,24 +185,24 @@ def _call(module: nn.Module, getter: str) -> object:
         return None
     try:
         return getattr(module, getter)()
-    except NotImplementedError:  # how Hugging Face models say that they have none
+    except NotImplementedError:  # raised by Hugging Face models that have none
         return None
 
 
 def _check_parameters(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
-            raise PaCAError(f"{path!r} is wrapped in FSDP1. Leave the wrapping to strategy='paca_fsdp2'.")
+            raise PaCAError(f"{path!r} is wrapped in FSDP1. Remove it: strategy='paca_fsdp2' shards the model.")
         if isinstance(module, PaCAConv1D):
             raise PaCAError(
-                f"The weight of {path!r} (Hugging Face's Conv1D) is transposed, so its rows are not those of its delta "
-                "and it cannot be sharded with it. Train it with strategy='ddp', or with quantize='nf4'."
+                f"The weight of {path!r} (Hugging Face's Conv1D) is transposed, so that its rows are not those of its "
+                "delta and the two cannot be sharded alike. Use strategy='ddp' or quantize='nf4'."
             )
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "quant_state"):
             raise PaCAError(
-                f"{name!r} is quantized by bitsandbytes, whose layers compute wrongly once sharded. Load the model in "
-                "its full precision and quantize with PaCAConfig(quantize='nf4')."
+                f"{name!r} is quantized by bitsandbytes, whose layers compute wrong results once sharded. Load the "
+                "model in full precision and quantize it with PaCAConfig(quantize='nf4')."
             )
         if parameter.dim() == 0:
             raise PaCAError(f"{name!r} is a scalar, which FSDP2 cannot shard. Make it a tensor of shape (1,).")
@@ -223,5 +223,5 @@ def _check_shared_parameters(model: nn.Module, units: list[_Unit]) -> None:
                     first, second = (type(u.modules[0]).__name__ for u in (owner, unit))
                     raise PaCAError(
                         f"{names[parameter]!r} is shared by a {first} and a {second} that FSDP2 would gather at "
-                        "different times. Name a class that contains both in blocks=[...]."
+                        "different times. Name a class that contains both modules in blocks=[...]."
                     )

@@ -1,4 +1,4 @@
-"""FSDP2Strategy: shards any LightningModule over all devices of a run."""
+"""The Lightning strategy that shards any LightningModule over all devices of a run."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -29,33 +29,34 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 class FSDP2Strategy(ShardedCheckpointStrategy):
     """Fully sharded data parallelism (PyTorch's ``fully_shard``) for any LightningModule: ``strategy="paca_fsdp2"``.
 
-    Every rank holds its rows of each parameter, of its gradient and of its optimizer state, and its own part of the
-    batch. One block at a time is gathered. The module needs no code for it, and may build its model in ``__init__``
-    or ``configure_model``, on the meta device too: weights come from the safetensors checkpoint in
-    ``checkpoint_directory`` of the model, if it has that attribute, of which each rank reads its rows only.
+    Each rank holds its rows of every parameter, gradient and optimizer state, and trains on its own part of the batch.
+    One block at a time is gathered. The LightningModule needs no code for sharding. It builds its model in
+    ``__init__`` or in ``configure_model``, on a real device or on meta. If a model on meta has the attribute
+    ``checkpoint_directory``, its weights are read from the safetensors files there; each rank reads its rows only.
 
-    Lightning's precision plugins work as on one device, and are computed alike; ``mixed_precision`` gathers and
-    reduces in other dtypes on top.
+    Lightning's precision plugins compute what they compute on one device. ``mixed_precision`` additionally gathers
+    parameters and reduces gradients in other dtypes.
 
     Args:
         blocks: Class names of the modules to gather one at a time. Default: the decoder blocks that Hugging Face
-            models declare; a model that declares none is gathered as a whole.
-        reshard_after_forward: Free a block's gathered parameters after its forward. False keeps them for the
-            backward: more memory, less communication. A number gathers them again from that many ranks.
-        shard_size: Ranks to shard over; groups of that size hold copies. Default: all ranks.
+            models declare. A model without blocks is gathered as a whole.
+        reshard_after_forward: True frees a block's gathered parameters after its forward and gathers them again for
+            its backward. False keeps them for the backward: more memory, less communication. A number gathers them
+            again from that many ranks.
+        shard_size: Number of ranks to shard over. Each group of that size holds the whole model. Default: all ranks.
         activation_checkpointing: Recompute each block in the backward. ``"offload"`` also keeps the blocks' inputs in
-            host memory; ``"selective"`` keeps the outputs of matrix products and of attention and recomputes only the
-            rest, in a few percent of the time.
+            host memory. ``"selective"`` keeps the outputs of GEMMs and attention and recomputes only the rest, which
+            takes a few percent of the time.
         mixed_precision: Dtypes of gathered parameters and of the gradients' reduction.
         cpu_offload: Keep parameters, gradients and optimizer states in host memory.
-        save_distributed_checkpoint: Write a directory, each rank its rows. False writes one file, as a run on one
-            device does. Runs on any number of ranks resume from either.
-        process_group_backend: Default: that of the device.
-        timeout: After which collectives give up, if a rank has died.
+        save_distributed_checkpoint: True writes a directory, to which each rank writes its rows. False writes one
+            file, as a run on one device does. A run on any number of ranks resumes from either.
+        process_group_backend: Backend for collectives. Default: that of the device.
+        timeout: Time after which a collective fails, for example because a rank has died.
     """
 
     streams_checkpoints: ClassVar[bool] = True
-    """Whether models may be built on meta, with the attribute ``checkpoint_directory``."""
+    """Whether this strategy fills models on meta from their ``checkpoint_directory``."""
 
     def __init__(
         self,
@@ -85,10 +86,11 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Joins the process group and lays out the mesh.
+        """Join the process group and build the device mesh.
 
         Raises:
-            PaCAError: If ``shard_size`` does not divide the number of ranks.
+            PaCAError: If ``shard_size`` does not divide the number of ranks, or ``reshard_after_forward`` does not
+                divide ``shard_size``.
         """
         world_size = self.num_nodes * self.num_processes
         shard_size = self.shard_size or world_size
@@ -114,13 +116,13 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
         if self.options.cpu_offload and self.root_device.type != "cpu" and ":" not in backend:
-            # The norm of offloaded gradients is reduced in host memory.
+            # The norm of offloaded gradients is reduced in host memory, which needs a backend for CPU tensors.
             backend = f"cpu:gloo,{self.root_device.type}:{backend}"
         return backend
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
-        """Casts, shards and fills the model, then builds the optimizers."""
+        """Cast, shard and fill the model, then build the optimizers."""
         assert self.model is not None
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -139,26 +141,27 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
             optimizers_to_device(self.optimizers, self.root_device)
 
     def shard_model(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        """Checkpoint the blocks of a model if asked, and shard it, in place.
+        """Shard a model in place. With ``activation_checkpointing``, its blocks are checkpointed first.
 
         Raises:
-            PaCAError: If it cannot be sharded, or has no blocks to checkpoint.
+            PaCAError: If the model cannot be sharded, or has no blocks to checkpoint.
         """
         blocks = find_blocks(model, self.blocks)
         if not blocks:
             rank_zero_info(
-                f"{type(model).__name__} declares no blocks, so all parameters but those of PaCA layers are gathered "
-                "at once. Name the classes of its layers in FSDP2Strategy(blocks=[...])."
+                f"{type(model).__name__} declares no blocks, so all its parameters except those of PaCA layers are "
+                "gathered at once. Name the classes of its layers in FSDP2Strategy(blocks=[...])."
             )
         if self.activation_checkpointing:
             if not blocks:
                 raise PaCAError(
-                    "activation_checkpointing needs blocks to recompute. Name their classes in blocks=[...]."
+                    f"activation_checkpointing recomputes blocks, and {type(model).__name__} declares none. Name their "
+                    "classes in FSDP2Strategy(blocks=[...])."
                 )
             how = self.activation_checkpointing
             checkpoint_blocks(blocks, offload=how == "offload", selective=how == "selective")
         shard(model, mesh, blocks, self.options)
-        # Parameters in no other unit are gathered for these methods, as for a forward.
+        # The root's parameters are gathered for these methods, as they are for its forward.
         for step in STEPS:
             register_fsdp_forward_method(model, step)
 
@@ -168,7 +171,7 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
         if not self.options.cpu_offload:
             self.model.to(self.root_device)
             return
-        # Sharding has moved buffers already, and the parameters stay. What is left has neither: metrics.
+        # Parameters stay in host memory, and sharding has moved their modules' buffers. Only metrics are left.
         for module in self.model.modules():
             if next(module.parameters(), None) is None:
                 module.to(self.root_device)
@@ -177,7 +180,7 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
     @override
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Backwards inside accumulate gradients without reducing them."""
+        """Inside this context, a backward accumulates gradients without reducing them."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(False)
         try:
@@ -193,19 +196,19 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
         model: "pl.LightningModule | nn.Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        """Steps, then frees parameters that were gathered since the last backward: they are older than the step."""
+        """Step, then free parameters that a forward without backward left gathered: they are out of date."""
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._reshard()
         return result
 
     def _reshard(self) -> None:
-        """Free all gathered parameters."""
+        """Free the gathered parameters of all units."""
         assert self.model is not None
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    # An evaluation leaves gathered what a backward would have freed.
+    # No backward frees what the last forward of an evaluation gathered.
     on_validation_end = on_test_end = on_predict_end = _reshard
 
 

@@ -1,4 +1,4 @@
-"""Filling a sharded model from a safetensors checkpoint, of which each rank reads its rows only."""
+"""Filling a sharded model from a safetensors checkpoint. Each rank reads its rows only."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from paca_lightning.strategies.fsdp2.sharding import local_rows
 
 @dataclass
 class _Destination:
-    """What a tensor of a checkpoint fills: a parameter, a buffer, or the base of a PaCA layer."""
+    """A tensor that is filled from the checkpoint: a parameter, a buffer, or the base weight of a PaCA layer."""
 
     tensor: Tensor
     layer: PaCALayer | None = None
@@ -44,7 +44,11 @@ class _Destination:
 
     @torch.no_grad()
     def fill(self, rows: Tensor, name: str) -> None:
-        """Take this rank's rows. Raises PaCAError if they cannot be quantized."""
+        """Fill with this rank's rows of the checkpoint's tensor.
+
+        Raises:
+            PaCAError: If the rows cannot be quantized.
+        """
         tensor = local(self.tensor)
         if self.layer is None:
             tensor.copy_(rows)
@@ -57,27 +61,27 @@ class _Destination:
             local(self.layer.absmax).copy_(absmax)
         else:
             tensor.copy_(rows)
-        # From what was read, which is more than a quantized or narrower weight knows.
+        # From the rows as read, which are more precise than a quantized or narrower weight.
         local(self.layer.paca_base_columns).copy_(rows.index_select(1, self.layer.paca_indices.to(rows.device)))
         local(self.layer.paca_delta).zero_()
 
 
 def stream(model: nn.Module, directory: str | Path) -> RowReader:
-    """Fill a model from a checkpoint: its parameters, persistent buffers, and the bases of its PaCA layers.
+    """Fill a model from a checkpoint: its parameters, persistent buffers, and the base weights of its PaCA layers.
 
-    Rows are quantized as they come; the trained columns are taken from the rows as they were. Progress is shown on the
-    first rank.
+    Rows are quantized as they are read. Base columns are taken from the unquantized rows. The first rank shows the
+    progress.
 
     Args:
-        model: Sharded or not, its tensors allocated. Tensors are named in the checkpoint as in this module before its
+        model: Sharded or not, with allocated tensors. The checkpoint names tensors as this module did before its
             conversion.
-        directory: With ``model.safetensors``, or several files and their index.
+        directory: Contains ``model.safetensors``, or several files and their index.
 
     Returns:
-        The reader, which knows how much this rank has read.
+        The reader, which has counted the bytes that this rank read.
 
     Raises:
-        PaCAError: On every rank, if the checkpoint of any is damaged or another model's.
+        PaCAError: On all ranks, if one rank finds a damaged file or a checkpoint of another model.
     """
     reader: RowReader | None = None
     destinations: dict[str, _Destination] = {}
@@ -94,7 +98,7 @@ def stream(model: nn.Module, directory: str | Path) -> RowReader:
 
 
 def _fill(reader: RowReader, destinations: dict[str, _Destination]) -> PaCAError | None:
-    """Fill all destinations in the order of the files; the first failure, if any."""
+    """Fill all destinations in the order of the files. Returns the first failure, if there is one."""
     failure: PaCAError | None = None
     total = sum(reader.size(name, destination.rows) for name, destination in destinations.items())
     with _progress() as progress:
@@ -103,7 +107,7 @@ def _fill(reader: RowReader, destinations: dict[str, _Destination]) -> PaCAError
             try:
                 destination.fill(reader.read(name, destination.rows), name)
             except PaCAError as error:
-                # Others may wait for this rank's scores further on: finish, then tell.
+                # Continue, because other ranks wait for this rank's scores of later layers. Fail at the end.
                 failure = failure or PaCAError(f"{reader.file_of(name)}: {error}")
             if progress and task is not None:
                 progress.update(task, completed=reader.bytes_read)
@@ -114,7 +118,7 @@ def _matched(model: nn.Module, reader: RowReader) -> dict[str, _Destination]:
     """Destinations by name, in the order of the files.
 
     Raises:
-        PaCAError: If tensors are missing, too many, or of other shapes.
+        PaCAError: If the checkpoint lacks a tensor, has one that the model lacks, or has one of another shape.
     """
     wanted = dict(_destinations(model))
     found = {name: wanted[name] for name in reader.names if name in wanted}
@@ -122,31 +126,31 @@ def _matched(model: nn.Module, reader: RowReader) -> dict[str, _Destination]:
         if reader.shape(name) != destination.shape:
             raise PaCAError(
                 f"{name!r} has shape {reader.shape(name)} in {str(reader.file_of(name))!r} and {destination.shape} in "
-                "the model. The checkpoint is of another architecture."
+                "the model. The checkpoint belongs to another architecture: use the one that the model's config names."
             )
     filled = {id(destination.tensor) for destination in found.values()}
     if missing := [name for name, destination in wanted.items() if id(destination.tensor) not in filled]:
         raise PaCAError(
-            f"{str(reader.directory)!r} has no tensor {missing[0]!r} ({len(missing)} are missing). It is incomplete or "
-            "of another architecture."
+            f"{str(reader.directory)!r} has no tensor {missing[0]!r} ({len(missing)} are missing). The checkpoint is "
+            "incomplete or belongs to another architecture: download it again, or use the model's own."
         )
     if unexpected := [name for name in reader.names if name not in wanted and not _ignored(model, name)]:
         raise PaCAError(
             f"{str(reader.file_of(unexpected[0]))!r} has a tensor {unexpected[0]!r} that the model lacks "
-            f"({len(unexpected)} such). The checkpoint is of another architecture."
+            f"({len(unexpected)} such tensors). The checkpoint belongs to another architecture: use the model's own."
         )
     return found
 
 
 def _destinations(model: nn.Module) -> Iterator[tuple[str, _Destination]]:
-    """All that a checkpoint fills, by each of its names."""
+    """All tensors that a checkpoint fills. A tied tensor comes once for each of its names."""
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{clean_path(path)}." if path else ""
         if isinstance(module, PaCALayer):
             if not issubclass(module.paca_base_class, nn.Linear):
                 raise PaCAError(
-                    f"{path!r} was a {module.paca_base_class.__name__}, whose weight is transposed: it cannot be read "
-                    "by rows. Load the model whole, or exclude the layer with exclude_modules."
+                    f"{path!r} was a {module.paca_base_class.__name__}, whose weight is transposed, so it cannot be "
+                    "read by rows. Load the whole model, or exclude the layer with exclude_modules."
                 )
             yield f"{prefix}weight", _Destination(module.base, module)
             if isinstance(module.bias, Tensor):
@@ -160,13 +164,13 @@ def _destinations(model: nn.Module) -> Iterator[tuple[str, _Destination]]:
 
 
 def _ignored(model: nn.Module, name: str) -> bool:
-    """Whether a tensor that the model has no place for may be passed over: a buffer it computes, or as it declares."""
+    """Whether a tensor of the checkpoint may be ignored: the model computes it, or declares that it ignores it."""
     patterns = [pattern for module in model.modules() for pattern in ignored_keys(module)]
     return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
 
 
 def _select(layer: PaCALayer, rows: Tensor, name: str) -> None:
-    """Choose the columns of a layer that was converted before its weight was known, by the rows of all ranks."""
+    """Choose the columns of a layer that was converted on meta, by scores summed over the rows of all ranks."""
     pending = layer.paca_pending
     if pending is None or pending.by_data:
         return
@@ -186,13 +190,13 @@ def _select(layer: PaCALayer, rows: Tensor, name: str) -> None:
 
 
 def _squares(rows: Tensor) -> Tensor:
-    """Squared norm of each column, a few rows at a time."""
+    """Sum of squares of each column, computed over a few rows at a time."""
     chunks = rows.split(max(1, CHUNK // rows.shape[1]))
     return sum((c.float().square().sum(0) for c in chunks), torch.zeros(rows.shape[1], device=rows.device))
 
 
 def _agree(failure: PaCAError | None) -> None:
-    """Raise a failure of any rank on all of them, so that none waits for another."""
+    """Raise the failure of any rank on all ranks, so that none waits for a rank that has stopped."""
     if not dist.is_initialized():
         failures = [failure and str(failure)]
     else:

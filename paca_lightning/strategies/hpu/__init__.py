@@ -1,7 +1,9 @@
-"""Intel Gaudi (HPU) for Lightning 2.6: an accelerator and strategies, registered on import.
+"""Intel Gaudi (HPU) for Lightning 2.6: an accelerator and strategies, registered by name on import.
 
-On a host with the Gaudi software ``Trainer(accelerator="hpu")`` and ``Trainer(accelerator="auto")`` then train on HPUs.
-On other hosts the names are registered and nothing else changes.
+On a host with the Gaudi software, ``Trainer(accelerator="hpu")`` and ``Trainer(accelerator="auto")`` then use HPUs. On
+other hosts nothing else changes. Only this folder may import ``habana_frameworks``; it also imports ``core``,
+``layers`` and ``fsdp2``. Limits: eager mode and ``torch.compile`` (no lazy mode); fp32, bf16 and bf16 mixed precision;
+run on a simulated device only.
 """
 
 from lightning.pytorch.accelerators import AcceleratorRegistry

@@ -1,7 +1,7 @@
-"""The Intel Gaudi software: whether this process can use it, and if not, why.
+"""The Intel Gaudi software: whether this process can use it, and why not.
 
-The software (the "bridge", ``habana_frameworks.torch``) comes in Intel's containers. Importing it takes seconds and
-puts ``torch.hpu`` in place, so it is looked for with ``find_spec`` and imported only once an HPU is asked for.
+The software (the "bridge", ``habana_frameworks.torch``) comes in Intel's containers. Its import takes seconds and adds
+``torch.hpu``. It is therefore looked up with ``find_spec``, and imported only when an HPU is requested.
 """
 
 import importlib
@@ -16,7 +16,7 @@ _DOCS = "docs/gaudi.md lists the versions that belong together"
 
 
 def bridge_installed() -> bool:
-    """Whether the Gaudi software is installed. Imports nothing of it, and takes microseconds where it is not."""
+    """Whether the Gaudi software is installed. Does not import it."""
     return (
         importlib.util.find_spec("habana_frameworks") is not None
         and importlib.util.find_spec("habana_frameworks.torch") is not None
@@ -24,13 +24,13 @@ def bridge_installed() -> bool:
 
 
 def why_unavailable() -> str | None:
-    """The reason why no HPU can be used here, or None if one can. Imports the bridge if it is installed."""
+    """Why no HPU can be used here. None if one can be. Imports the Gaudi software if it is installed."""
     if not bridge_installed():
         return (
             "the Intel Gaudi software (habana_frameworks.torch) is not installed in this environment. "
             f"Run inside Intel's Gaudi PyTorch container; {_DOCS}"
         )
-    # Eager mode has been the default since 1.20 or so; older software reads an unset variable as lazy mode.
+    # Since about 1.20 an unset variable selects eager mode; before, it selected lazy mode.
     os.environ.setdefault("PT_HPU_LAZY_MODE", "0")
     try:
         importlib.import_module("habana_frameworks.torch")
@@ -50,13 +50,13 @@ def why_unavailable() -> str | None:
 
 
 def require_hpu() -> None:
-    """Makes sure that an HPU can be used in eager mode.
+    """Raise unless an HPU can be used in eager mode.
 
     Raises:
-        PaCAError: If the software is missing, broken or too old, if no device is free, or in lazy mode.
+        PaCAError: If the software is missing, broken or too old, if no device is free, or if lazy mode is selected.
     """
     if reason := why_unavailable():
-        raise PaCAError(f"accelerator 'hpu' cannot be used: {reason}.")
+        raise PaCAError(f"Accelerator 'hpu' cannot be used: {reason}.")
     if os.environ["PT_HPU_LAZY_MODE"] != "0":
         raise PaCAError(
             f"PT_HPU_LAZY_MODE={os.environ['PT_HPU_LAZY_MODE']} selects Gaudi's lazy mode, which Intel no longer "

@@ -1,9 +1,9 @@
-"""The patch by which Lightning chooses HPUs for ``accelerator="auto"`` and ``strategy="auto"``.
+"""A patch that lets Lightning choose HPUs for ``accelerator="auto"`` and ``strategy="auto"``.
 
-Lightning lets anyone register an accelerator, but its accelerator connector raises for ``accelerator="hpu"`` with
-``strategy="auto"``, and never considers a registered accelerator for ``accelerator="auto"``. The patch wraps the three
-methods that decide these (``lightning/pytorch/trainer/connectors/accelerator_connector.py``, read in 2.6.6). It is
-applied only where the Gaudi software is installed, and also refuses strategies that do not run on HPUs.
+Lightning's accelerator connector raises for ``accelerator="hpu"`` with ``strategy="auto"``, and does not consider
+registered accelerators for ``accelerator="auto"``. The patch wraps the three methods that make these choices
+(``lightning/pytorch/trainer/connectors/accelerator_connector.py``, read in 2.6.6), and refuses strategies that do not
+run on HPUs. It is applied only where the Gaudi software is installed.
 """
 
 import functools
@@ -18,7 +18,7 @@ from paca_lightning.strategies.hpu.accelerator import HPUAccelerator
 from paca_lightning.strategies.hpu.bridge import why_unavailable
 from paca_lightning.strategies.hpu.mixins import HPUStrategyMixin
 
-# What the patch relies on: for each method the names of its arguments (None: any), and names that it uses.
+# What the patch relies on. For each method: the names of its arguments (None: any), and names that its code uses.
 _EXPECTED: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
     "__init__": (None, ("_choose_auto_accelerator", "_choose_strategy", "_check_strategy_and_fallback")),
     "_choose_auto_accelerator": ((), ()),
@@ -29,10 +29,10 @@ _EXPECTED: dict[str, tuple[tuple[str, ...] | None, tuple[str, ...]]] = {
 
 
 def patch_connector(connector: type[Any]) -> None:
-    """Wraps the choices of Lightning's accelerator connector class, once.
+    """Wrap the methods of Lightning's accelerator connector that choose accelerator and strategy. Does so once.
 
     Raises:
-        PaCAError: If the class is not as this module expects it, in which case nothing is patched.
+        PaCAError: If the class differs from what this module expects. Nothing is patched then.
     """
     if getattr(connector, "_paca_patched", False):
         return
@@ -65,7 +65,7 @@ def patch_connector(connector: type[Any]) -> None:
         if isinstance(self.accelerator, HPUAccelerator) and not issubclass(strategy, HPUStrategyMixin):
             raise PaCAError(
                 f"strategy {(flag if isinstance(flag, str) else strategy.__name__)!r} does not run on HPU. Use 'auto', "
-                "'hpu_single' for one card, 'hpu_ddp' for several, or 'hpu_fsdp2' to shard the model."
+                "'hpu_single' for one card, 'hpu_ddp' for several cards, or 'hpu_fsdp2' to shard the model."
             )
 
     connector._choose_auto_accelerator = staticmethod(choose_auto_accelerator)
@@ -87,6 +87,6 @@ def _check_expectations(connector: type[Any]) -> None:
         problems += [f"{name} no longer uses {word}" for word in used if word not in code.co_names]
     if problems:
         raise PaCAError(
-            f"paca_lightning's HPU support does not know Lightning {lightning.__version__}: in its accelerator "
-            f"connector {'; '.join(problems)}. Install a version that docs/gaudi.md lists, such as lightning==2.6.6."
+            f"paca_lightning's HPU support does not know Lightning {lightning.__version__}. In its accelerator "
+            f"connector: {'; '.join(problems)}. Install a version that docs/gaudi.md lists, such as lightning==2.6.6."
         )

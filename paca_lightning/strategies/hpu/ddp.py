@@ -1,4 +1,4 @@
-"""The strategy for data-parallel training on several HPUs, each with the whole model."""
+"""The strategy for data-parallel training on several HPUs, each of which holds the whole model."""
 
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -6,6 +6,6 @@ from paca_lightning.strategies.hpu.mixins import HPUDistributedMixin
 
 
 class HPUDDPStrategy(HPUDistributedMixin, DDPStrategy):
-    """Distributed data parallel over HCCL, ``strategy="hpu_ddp"``; arguments as in Lightning's ``DDPStrategy``."""
+    """Distributed data parallelism over HCCL: ``strategy="hpu_ddp"``. Takes the arguments of ``DDPStrategy``."""
 
     strategy_name = "hpu_ddp"

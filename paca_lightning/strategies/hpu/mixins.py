@@ -1,4 +1,4 @@
-"""What turns a Lightning strategy into one for HPUs: precision, process group and reductions.
+"""Mixins that turn a Lightning strategy into one for HPUs: precision, process group and reductions.
 
 Put a mixin before the Lightning strategy: ``class HPUDDPStrategy(HPUDistributedMixin, DDPStrategy)``.
 """
@@ -24,7 +24,7 @@ SUPPORTED_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 
 
 class HPUStrategyMixin(Strategy):
-    """A strategy whose device is an HPU: checks the precision, and lets mixed precision autocast on the HPU."""
+    """A strategy whose device is an HPU: checks the precision, and makes mixed precision autocast on the HPU."""
 
     @property
     @override
@@ -32,7 +32,7 @@ class HPUStrategyMixin(Strategy):
         """The precision plugin.
 
         Raises:
-            PaCAError: On setting one whose precision HPUs do not have here.
+            PaCAError: When it is set to one whose precision is not supported on HPUs.
         """
         return super().precision_plugin
 
@@ -44,15 +44,15 @@ class HPUStrategyMixin(Strategy):
                 "(Gaudi computes in bfloat16, which needs no loss scaling), or '32-true'."
             )
         if isinstance(plugin, MixedPrecision):
-            plugin.device = "hpu"  # Lightning knows no autocast device but cpu, mps and cuda
+            plugin.device = "hpu"  # Lightning would autocast on cuda
         self._precision_plugin = plugin
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
-        """Sets the model up as the Lightning strategy does, once bitsandbytes is known to serve its NF4 layers.
+        """Check that bitsandbytes supports NF4 on HPUs if the model has such layers, then set up as Lightning does.
 
         Raises:
-            PaCAError: If there are NF4 layers, and bitsandbytes is too old for HPUs.
+            PaCAError: If there are NF4 layers and bitsandbytes is too old for HPUs.
         """
         assert self.model is not None
         if any(layer.base_name == "packed" for _, layer in paca_layers(self.model)):
@@ -61,21 +61,21 @@ class HPUStrategyMixin(Strategy):
 
 
 class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
-    """A strategy of several processes, one card each, that talk over HCCL.
+    """A strategy of several processes with one card each, which communicate over HCCL.
 
-    For Lightning's ``DDPStrategy`` and ``ModelParallelStrategy`` and what derives from them.
+    For Lightning's ``DDPStrategy`` and ``ModelParallelStrategy`` and classes derived from them.
     """
 
-    # Theirs, not of their common base.
+    # Both classes have these attributes; their common base class does not.
     set_world_ranks: Callable[[], None]
     _process_group_backend: str | None
     _timeout: timedelta | None
 
     @override
     def setup_environment(self) -> None:
-        """Binds the process to its card and initialises the process group, before Lightning would.
+        """Bind the process to its card and initialise the process group, before Lightning does.
 
-        Lightning would pass ``device_id``, which makes a DeviceMesh split groups off the world group; HCCL cannot.
+        Lightning would pass ``device_id``. A DeviceMesh then splits the world group, which HCCL does not support.
         """
         from habana_frameworks.torch.distributed import hccl  # registers the backend "hccl" with torch
 
@@ -97,10 +97,10 @@ class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean") -> Any:
-        """Reduces a tensor over all processes, in place. HCCL has no average: a mean is a sum, divided.
+        """Reduce a tensor over all processes, in place. HCCL has no average, so a mean is a sum that is divided.
 
         Args:
-            tensor: The tensor; anything else is returned as it is.
+            tensor: The tensor. Anything else is returned unchanged.
             group: The process group, by default all processes.
             reduce_op: ``"mean"`` (or ``"avg"``), ``"sum"``, or another reduction that HCCL has.
         """
@@ -113,7 +113,7 @@ class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
         return total.copy_(total / dist.get_world_size(group)) if dist.is_initialized() else total
 
     def determine_ddp_device_ids(self) -> None:
-        """No device ids for DistributedDataParallel: with any, Lightning would open a CUDA stream."""
+        """Return None: with device ids, Lightning would open a CUDA stream."""
 
     def _get_process_group_backend(self) -> str:
         self._process_group_backend = self._process_group_backend or "hccl"
@@ -122,18 +122,18 @@ class HPUDistributedMixin(HPUStrategyMixin, ParallelStrategy):
 
 
 class HPUFSDP2Mixin(HPUDistributedMixin):
-    """A strategy that shards with FSDP2 (``fully_shard``): its gradient reductions become sums, as HCCL has no mean."""
+    """A strategy that shards with FSDP2 (``fully_shard``). Gradients are reduced by sums, as HCCL has no average."""
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
-        """Sets up the model as the sharding strategy does, then forces sums before any backward runs."""
+        """Set up as the sharding strategy does, then make all units reduce by sums."""
         super().setup(trainer)
         assert self.model is not None
         force_sum_reductions(self.model)
 
 
 def force_sum_reductions(model: nn.Module) -> None:
-    """Makes every FSDP2 unit of a model reduce gradients by SUM, and divide by itself, instead of by AVG."""
+    """Make every FSDP2 unit of a model reduce gradients by SUM and divide them itself, instead of using AVG."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

@@ -9,10 +9,10 @@ from paca_lightning.strategies.hpu.mixins import HPUStrategyMixin
 
 
 class SingleHPUStrategy(HPUStrategyMixin, SingleDeviceStrategy):
-    """Training on one HPU, ``strategy="hpu_single"``.
+    """Training on one HPU: ``strategy="hpu_single"``.
 
     Args:
-        **kwargs: Those of Lightning's ``SingleDeviceStrategy``, less ``device``.
+        **kwargs: Arguments of Lightning's ``SingleDeviceStrategy``, except ``device``.
     """
 
     strategy_name = "hpu_single"
