@@ -1,19 +1,28 @@
-"""Fine-tune large models with Lightning by training a few input columns of each frozen weight (PaCA)."""
+"""Fine-tune large models with Lightning by training a few input columns of each frozen weight (PaCA).
 
-import paca_lightning.strategies  # noqa: F401  (registers "paca_fsdp2" and the HPU's by name)
-from paca_lightning.adapters.adapter import load_adapter, save_adapter
-from paca_lightning.adapters.export import export_lora, export_merged
-from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
-from paca_lightning.callbacks.paca import PaCAStrategy
-from paca_lightning.conversion.convert import apply_paca
-from paca_lightning.conversion.report import ConversionReport
-from paca_lightning.conversion.revert import disable_paca, merge, unload
-from paca_lightning.conversion.write_back import attach, write_columns
-from paca_lightning.core.config import PaCAConfig
-from paca_lightning.core.errors import PaCAError
-from paca_lightning.layers.base import paca_layers
-from paca_lightning.layers.linear import PaCALinear
-from paca_lightning.layers.nf4_linear import QPaCALinear
+Public names are imported when they are first used (PEP 562). ``from paca_lightning import apply_paca`` therefore loads
+neither Lightning nor Transformers, and costs little more than ``import torch``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from paca_lightning.registration import LIGHTNING, register_with_lightning
+
+if TYPE_CHECKING:
+    from paca_lightning.adapters.adapter import load_adapter, save_adapter
+    from paca_lightning.adapters.export import export_lora, export_merged
+    from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+    from paca_lightning.callbacks.paca import PaCAStrategy
+    from paca_lightning.conversion.convert import apply_paca
+    from paca_lightning.conversion.report import ConversionReport
+    from paca_lightning.conversion.revert import disable_paca, merge, unload
+    from paca_lightning.conversion.write_back import attach, write_columns
+    from paca_lightning.core.config import PaCAConfig
+    from paca_lightning.core.errors import PaCAError
+    from paca_lightning.layers.base import paca_layers
+    from paca_lightning.layers.linear import PaCALinear
+    from paca_lightning.layers.nf4_linear import QPaCALinear
 
 __all__ = [
     "AdapterCheckpoint",
@@ -35,3 +44,42 @@ __all__ = [
     "unload",
     "write_columns",
 ]
+
+_MODULES = {  # the same as above, for Python: tests/test_imports.py compares the two
+    "AdapterCheckpoint": "callbacks.adapter_checkpoint",
+    "ConversionReport": "conversion.report",
+    "PaCAConfig": "core.config",
+    "PaCAError": "core.errors",
+    "PaCALinear": "layers.linear",
+    "PaCAStrategy": "callbacks.paca",
+    "QPaCALinear": "layers.nf4_linear",
+    "apply_paca": "conversion.convert",
+    "attach": "conversion.write_back",
+    "disable_paca": "conversion.revert",
+    "export_lora": "adapters.export",
+    "export_merged": "adapters.export",
+    "load_adapter": "adapters.adapter",
+    "merge": "conversion.revert",
+    "paca_layers": "layers.base",
+    "save_adapter": "adapters.adapter",
+    "unload": "conversion.revert",
+    "write_columns": "conversion.write_back",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _MODULES[name]
+    if module.startswith("callbacks."):
+        import_module(LIGHTNING)  # before ours, so that threads take the import locks in one order
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_lightning()

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "adapters",
         "callbacks",
     },
+    "registration": {"strategies", "callbacks"},
     "cli": {"core", "tools"},
 }
 FENCES: dict[str, set[str]] = {  # library: where it may be imported

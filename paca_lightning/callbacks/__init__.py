@@ -5,3 +5,5 @@ an adapter behind, ``column_selection`` runs training batches to choose columns,
 May import ``core``, ``layers``, ``conversion``, ``adapters`` and ``strategies``.
 Limits: every wrapped method of Lightning is in ``method_hooks``; a callback holds nothing that a second one would miss.
 """
+
+import lightning.pytorch  # noqa: F401  (first: its import registers these callbacks, which must not be half imported)

@@ -5,6 +5,8 @@
 tasks and the command line. Limits: no tensor parallelism and no pipeline parallelism.
 """
 
+import lightning.pytorch  # noqa: F401  (first: its import registers these strategies, which must not be half imported)
+
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from paca_lightning.strategies.hpu import HPUAccelerator, HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy
 
