@@ -128,7 +128,7 @@ def load(order):
     except BaseException:
         print("in a thread", traceback.format_exc(), flush=True)
 
-orders = ["import lightning.pytorch", "import lightning", "from paca_lightning import PaCAStrategy"]
+orders = ["import lightning.pytorch", "import lightning.pytorch", "from paca_lightning import PaCAStrategy"]
 orders += ["from paca_lightning import AdapterCheckpoint", "import paca_lightning.strategies"]
 barrier = threading.Barrier(len(orders))
 threads = [threading.Thread(target=load, args=(order,)) for order in orders]
