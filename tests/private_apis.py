@@ -26,13 +26,13 @@ def own_names(sources: Iterable[str]) -> set[str]:
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef):
-                names.update(_class_names(node))
+                names.update(class_names(node))
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 names.add(node.name)
     return {name for name in names if is_private(name)}
 
 
-def _class_names(node: ast.ClassDef) -> Iterator[str]:
+def class_names(node: ast.ClassDef) -> Iterator[str]:
     """Names that a class defines in its body or on ``self``."""
     for child in ast.walk(node):
         if isinstance(child, ast.FunctionDef):
@@ -67,7 +67,7 @@ def private_uses(module: str, source: str, own: set[str]) -> list[str]:
             found.append((node.lineno, ast.unparse(node)))
         elif isinstance(node, ast.ClassDef):
             overrides = USED_IN.keys() - allowed
-            found += [(node.lineno, f"{node.name}.{name}") for name in overrides.intersection(_class_names(node))]
+            found += [(node.lineno, f"{node.name}.{name}") for name in overrides.intersection(class_names(node))]
     found += [(line, repr(name)) for line, name in _strings(tree) if name not in known]
     return [f"{module}:{line} uses {use}" for line, use in sorted(set(found))]
 

@@ -176,7 +176,7 @@ def test_private_apis_of_other_libraries_are_used_in_core_private_only() -> None
     sources = {module_name(path, ROOT): path.read_text(encoding="utf-8") for path in SOURCES}
     own = own_names(sources.values())
     found = [use for module, source in sources.items() for use in private_uses(module, source, own)]
-    assert found == [], "use a public API, or add a function to core/private and a canary to tests/core/test_private.py"
+    assert found == [], "use a public API, or add a function to core/private and a canary to tests/core/private"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A private name (``_x``, or a module below a private one) may change in any release. So nothing outside this folder uses
 one: callers ask a function here, which says why no public API serves and what is relied on. Each function has a canary
-in ``tests/core/test_private.py``, the first test to run with a new release. Other libraries than torch are imported
+in ``tests/core/private``, the first tests to run with a new release. Other libraries than torch are imported
 inside the functions.
 
 Private methods that our classes override or replace, and private attributes that they share with a base class, cannot
@@ -74,6 +74,12 @@ OVERRIDES = (
         "_precision_plugin",
         ("strategies.hpu.mixins",),
         "the setter of the public property precision_plugin is overridden and has to store what it checked",
+    ),
+    Override(
+        ("torch.optim.lr_scheduler.LRScheduler",),
+        "_last_lr",
+        ("tasks.schedules",),
+        "get_last_lr() returns it, and it changes when a schedule learns the length of the run",
     ),
     Override(
         ("lightning.pytorch.cli.LightningCLI",),

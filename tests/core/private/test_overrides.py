@@ -1,0 +1,104 @@
+"""Canaries for private methods that our classes override, and private attributes that they share with a base class."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+import paca_lightning
+import paca_lightning.core.private as private
+from paca_lightning.core.private import OVERRIDES, Override
+from tests.core.private.canary import explained
+from tests.private_apis import PRIVATE, USED_IN, class_names, is_self
+
+LIBRARIES = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "jsonargparse"}
+
+
+def private_names(owner: type) -> set[str]:
+    """Private methods and attributes that other libraries' classes in an MRO define, in the body or on ``self``."""
+    names: set[str] = set()
+    for base in owner.__mro__:
+        if base.__module__.split(".")[0] not in LIBRARIES:
+            continue
+        names.update(vars(base))
+        names.update(vars(base).get("__annotations__", {}))
+        written_in_python = not base.__module__.startswith("torch._C")
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)) if written_in_python else "")
+        names.update(
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value)
+        )
+    return {name for name in names if PRIVATE.fullmatch(name) and not name.startswith("_abc_")}
+
+
+def imported(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    ("override", "owner"),
+    [(override, owner) for override in OVERRIDES for owner in override.owners],
+    ids=lambda value: value.name if isinstance(value, Override) else value.rpartition(".")[2],
+)
+def test_what_is_overridden_exists(override: Override, owner: str) -> None:
+    try:
+        assert override.name in private_names(imported(owner)), f"{owner} has no {override.name}"
+    except (AssertionError, ImportError, AttributeError) as error:
+        library = owner.split(".")[0]
+        users = ", ".join(override.used_in)
+        raise AssertionError(explained(f"{library}, OVERRIDES, used in {users}", error)) from error
+
+
+def our_classes() -> Iterator[type]:
+    for module in pkgutil.walk_packages(paca_lightning.__path__, "paca_lightning."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if inspect.isclass(value) and value.__module__ == module.name:
+                yield value
+
+
+def test_no_class_shares_a_private_name_with_its_bases_unlisted() -> None:
+    for ours in our_classes():
+        module = ours.__module__.removeprefix("paca_lightning.")
+        tree = ast.parse(textwrap.dedent(inspect.getsource(ours)))
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_self(node.value)}
+        used |= {name for node in tree.body if isinstance(node, ast.ClassDef) for name in class_names(node)}
+        shared = used & private_names(ours)
+        assert shared <= {name for name in shared if module in USED_IN.get(name, ())}, f"{ours}: {sorted(shared)}"
+
+
+def test_every_listed_override_is_used() -> None:
+    used: dict[str, str] = {}
+    for override in OVERRIDES:
+        for module in override.used_in:
+            source = inspect.getsource(importlib.import_module(f"paca_lightning.{module}"))
+            used[f"{module}: {override.name}"] = source
+    assert [place for place, source in used.items() if place.rpartition(" ")[2] not in source] == []
+
+
+def test_one_method_moves_and_casts() -> None:
+    calls: list[str] = []
+
+    class Counts(nn.Linear):
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            calls.append("apply")
+            return super()._apply(fn, recurse)
+
+    model = nn.Sequential(Counts(1, 1))
+    for number, move in enumerate((model.half, model.double, lambda: model.to("meta"))):
+        move()
+        assert len(calls) == number + 1
+    model.to_empty(device="cpu")
+    assert len(calls) == 4
+
+
+def test_every_library_has_a_file_of_canaries() -> None:
+    for module in pkgutil.iter_modules(private.__path__):
+        importlib.import_module(f"tests.core.private.test_{module.name}")

@@ -1,0 +1,195 @@
+"""Canaries for the private APIs of PyTorch."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from paca_lightning.core.paths import clean_path
+from paca_lightning.core.private import torch as private
+from tests.core.private.canary import Recorder, canary, check_coverage
+
+
+def test_a_failed_canary_says_what_to_do() -> None:
+    @canary("torch.storage_id")
+    def fails() -> None:
+        raise AttributeError("no attribute '_cdata'")
+
+    with pytest.raises(AssertionError, match=rf"torch {torch.__version__.split('+')[0]}.*\(torch.storage_id\).*_cdata"):
+        fails()
+
+
+@pytest.fixture
+def fake_ranks() -> Iterator[None]:
+    private.init_fake_process_group(2)
+    yield
+    dist.destroy_process_group()
+
+
+@canary("torch.tensors_in", "torch.map_tensors")
+def test_trees() -> None:
+    first, second = torch.ones(1), torch.ones(2)
+    tree = {"a": [first, (second, 3)], "b": None}
+    assert [id(tensor) for tensor in private.tensors_in(tree)] == [id(first), id(second)]
+    shapes = private.map_tensors(lambda tensor: tuple(tensor.shape), tree)
+    assert shapes == {"a": [(1,), ((2,), 3)], "b": None}
+
+
+@canary("torch.storage_id")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_storage_id(device: str) -> None:
+    tensor = torch.empty(4, device=device)
+    storage = tensor.untyped_storage()
+    key = private.storage_id(storage)
+    assert private.storage_id(tensor[1:].untyped_storage()) == key
+    assert private.storage_id(tensor.clone().untyped_storage()) != key
+    storage.resize_(0)
+    assert private.storage_id(tensor.untyped_storage()) == key
+
+
+@canary("torch.version_of")
+def test_version_of() -> None:
+    tensor = torch.zeros(1)
+    before = private.version_of(tensor)
+    tensor.add_(1)
+    assert private.version_of(tensor) == before + 1
+    with torch.inference_mode():
+        assert private.version_of(torch.zeros(1)) == 0
+
+
+@canary("torch.preserve_versions")
+def test_preserve_versions() -> None:
+    tensor = torch.full((1,), 3.0)
+    leaf = torch.ones(1, requires_grad=True)
+    product = leaf * tensor
+    with private.preserve_versions([tensor]):
+        tensor.add_(1)
+        tensor.sub_(1)
+    product.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.item() == 3
+    product = leaf * tensor
+    tensor.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@canary("torch.is_mutable", "torch.written_arguments")
+def test_what_an_operator_writes() -> None:
+    aten = torch.ops.aten
+    first, second, out = torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2)
+    assert not private.is_mutable(aten.add.Tensor)
+    assert private.written_arguments(aten.add.Tensor, (first, second), {}) == []
+    assert private.is_mutable(aten.add_.Tensor)
+    (written,) = private.written_arguments(aten.add_.Tensor, (first, second), {"alpha": 2})
+    assert written is first
+    (written,) = private.written_arguments(aten.mm.out, (first, second), {"out": out})
+    assert written is out
+
+
+@canary("torch.TorchDispatchMode", "torch.UNSAFE_VIEW")
+def test_dispatch_mode_sees_operators() -> None:
+    with Recorder() as recorder:
+        torch.ones(2, 3, 4) @ torch.ones(4, 5)
+    assert torch.ops.aten.mm.default in recorder.operators
+    assert private.UNSAFE_VIEW in recorder.operators
+
+
+@canary("torch.init_fake_process_group", "torch.awaits_collective")
+@pytest.mark.usefixtures("fake_ranks")
+def test_collectives_of_ranks_that_do_not_exist() -> None:
+    assert (dist.get_rank(), dist.get_world_size()) == (0, 2)
+    sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Shard(0)])
+    assert sharded.to_local().shape == (2,)
+    with Recorder() as recorder:
+        assert sharded.full_tensor().shape == (4,)
+    assert sum(map(private.awaits_collective, recorder.operators)) == 1
+
+
+@canary("torch.GATHERING_OPERATORS", "torch.shards_copied_before_gathering")
+@pytest.mark.usefixtures("fake_ranks")
+def test_how_fsdp2_gathers() -> None:
+    layer = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+    layer(torch.ones(1, 4))  # the first forward initializes
+    assert isinstance(layer, FSDPModule)
+    recorders = []
+    for context in (nullcontext(), private.shards_copied_before_gathering()):
+        layer.reshard()
+        with context, Recorder() as recorder:
+            layer(torch.ones(1, 4))
+        recorders.append(recorder)
+    plain, copied = recorders
+    assert {operator.name() for operator in plain.operators} >= private.GATHERING_OPERATORS
+    assert copied.count("aten::clone") == plain.count("aten::clone") + len(list(layer.parameters()))
+
+
+@canary("torch.non_persistent_buffers")
+def test_non_persistent_buffers() -> None:
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("computed", torch.ones(1), persistent=False)
+    assert private.non_persistent_buffers(module) == {"computed"}
+
+
+@canary("torch.clear_load_hooks")
+def test_clear_load_hooks() -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("called")
+
+    for register in ("register_load_state_dict_pre_hook", "register_load_state_dict_post_hook"):
+        layer = nn.Linear(2, 2)
+        getattr(layer, register)(refuse)
+        with pytest.raises(RuntimeError, match="called"):
+            layer.load_state_dict(layer.state_dict())
+        private.clear_load_hooks(layer)
+        layer.load_state_dict(layer.state_dict())
+
+
+@canary("torch.apply_to_tensors")
+def test_apply_to_tensors() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(2, device="meta"))
+    private.apply_to_tensors(module, lambda tensor: torch.ones_like(tensor, device="cpu"))
+    tensors = [*module.parameters(), *module.buffers()]
+    assert len(tensors) == 5
+    assert all(bool((tensor == 1).all()) for tensor in tensors)
+
+
+@canary("torch.fake_tensors", "torch.active_fake_mode", "torch.is_fake")
+def test_fake_tensors() -> None:
+    assert private.active_fake_mode() is None
+    real = torch.ones(2)
+    with private.fake_tensors():
+        assert private.active_fake_mode() is not None
+        fake = torch.ones(2**40)
+        assert fake.device.type == "cpu"
+        assert private.is_fake(fake[:2] + real)
+        assert isinstance(private.storage_id(fake.untyped_storage()), int)
+    assert not private.is_fake(real)
+
+
+@canary("torch.WRAPPER_SEGMENTS")
+@pytest.mark.usefixtures("fake_ranks")
+def test_wrappers_add_these_segments() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    compiled: Any = torch.compile(nn.Linear(2, 2))
+    sharded = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))
+    wrapped = [compiled, checkpoint_wrapper(nn.Linear(2, 2)), sharded]
+    for module in wrapped:
+        modules = nn.ModuleDict({"layer": module}).named_modules()
+        (path,) = [path for path, layer in modules if type(layer) is nn.Linear]
+        assert path != "layer"
+        assert clean_path(path) == "layer"
+    found = {path for module in wrapped for path, _ in module.named_modules() if path}
+    assert found == private.WRAPPER_SEGMENTS
+
+
+def test_every_function_has_a_canary() -> None:
+    check_coverage("torch")

@@ -1,0 +1,69 @@
+"""Canaries for the private APIs of transformers."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from paca_lightning.core.private import transformers as private
+from tests.core.private.canary import canary, check_coverage
+from tests.tiny import tiny_llama
+
+
+@canary("transformers.is_pretrained_model", "transformers.block_classes", "transformers.initialises")
+def test_what_a_hugging_face_model_declares() -> None:
+    model = tiny_llama()
+    assert private.is_pretrained_model(model)
+    assert private.initialises(model)
+    assert private.block_classes(model) == {"LlamaDecoderLayer"}
+    assert not private.is_pretrained_model(model.lm_head)
+    assert not private.initialises(model.lm_head)
+    assert private.block_classes(model.lm_head) == set()
+
+
+@canary("transformers.initialise")
+def test_initialise() -> None:
+    model = tiny_llama()
+    projection, rotary = model.model.layers[0].self_attn.q_proj, model.model.rotary_emb
+    frequencies = rotary.inv_freq.clone()
+    with torch.no_grad():
+        projection.weight.zero_()
+        rotary.inv_freq.zero_()
+    private.initialise(model, projection)
+    private.initialise(model, rotary)
+    assert projection.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert torch.equal(rotary.inv_freq, frequencies)
+
+
+@canary("transformers.ignored_keys")
+def test_ignored_keys() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8))
+    patterns = {pattern for module in model.modules() for pattern in private.ignored_keys(module)}
+    assert any("attn" in pattern and "bias" in pattern for pattern in patterns)
+    assert private.ignored_keys(nn.Linear(1, 1)) == set()
+
+
+@canary("transformers.attention_of")
+def test_attention_of() -> None:
+    model = tiny_llama()
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        assert private.attention_of(model.config) == implementation
+
+
+@canary("transformers.packing_not_detected")
+def test_packing_not_detected() -> None:
+    model = tiny_llama().eval()
+    inputs = {"input_ids": torch.arange(8)[None], "position_ids": torch.arange(4).repeat(2)[None], "use_cache": False}
+    with torch.no_grad():
+        apart = model(**inputs).logits
+        alone = model(**inputs | {name: inputs[name][:, 4:] for name in ("input_ids", "position_ids")}).logits
+        with private.packing_not_detected():
+            together = model(**inputs).logits
+    torch.testing.assert_close(apart[:, 4:], alone)
+    assert (together[:, 4:] - alone).abs().max() > 1e-3
+    torch.testing.assert_close(together[:, :4], apart[:, :4])
+
+
+def test_every_function_has_a_canary() -> None:
+    check_coverage("transformers")
