@@ -24,6 +24,7 @@ from paca_lightning.adapters.files import (
     write_json,
 )
 from paca_lightning.adapters.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
+from paca_lightning.conversion.changed_state import changed_state, remember_thawed
 from paca_lightning.conversion.convert import convert
 from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.report import ConversionReport
@@ -38,7 +39,9 @@ from paca_lightning.layers.columns import check_indices
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write a converted model's indices, deltas and modules trained whole to a directory.
+    """Write a converted model's indices and deltas to a directory, and what else was trained.
+
+    That is modules trained whole, parameters that were thawed, and buffers that moved, such as running statistics.
 
     A sharded model is gathered layer by layer: call it on every rank, of which the first writes.
 
@@ -64,6 +67,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for path, module in inventory.named_saved().items():
         for name, tensor in module.state_dict().items():
             tensors[f"{PREFIX}{path}.{name}"] = whole_tensor(tensor)
+    changed = {inventory.relative(name): tensor for name, (tensor, _) in changed_state(model).items()}
+    tensors |= {f"{PREFIX}{name}": whole_tensor(tensor) for name, tensor in changed.items()}
     if (broken := _not_finite(tensors)) is not None:
         raise PaCAError(
             f"{broken!r} has NaN or Inf: training diverged, so there is no adapter to save. Lower the learning rate, "
@@ -76,7 +81,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         write_json(scratch / CONFIG, peft_config(inventory.base_model, config))
         ranks = {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()}
         ours = {"version": version("paca-lightning"), "config": config.to_dict(), "layers": ranks}
-        write_json(scratch / SETTINGS, ours | {"fingerprint": samples})
+        write_json(scratch / SETTINGS, ours | {"changed": list(changed), "fingerprint": samples})
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ConversionReport:
@@ -103,7 +108,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
         layers = inventory.named_layers()
         before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
         _check_layers(layers, indices, deltas, settings)
-        targets = _whole_targets(inventory, whole)
+        targets = _whole_targets(inventory, whole, settings)
         try:
             for path, layer in layers.items():
                 layer.move_to_columns(indices[path].to(layer.paca_indices.device))
@@ -117,7 +122,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
             layer.paca_pending = None
             copy_into(layer.paca_delta, deltas[path])
             layer.write_columns()
-        for tensor, value in targets:
+        remember_thawed(model, {id(tensor) for tensor, _ in targets.values()})
+        for tensor, value in targets.values():
             copy_into(tensor, value)
     quantize_layers(layers, known or config)  # those that waited for data to choose their columns
     return report
@@ -201,13 +207,21 @@ def _check_base_model(
         )
 
 
-def _whole_targets(inventory: Inventory, whole: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """What is trained whole in the model, and the value the adapter has for it."""
+def _whole_targets(
+    inventory: Inventory, whole: dict[str, Tensor], settings: AdapterSettings | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The tensors of the model that an adapter holds beside the deltas, and their values, by name from the base model.
+
+    They are those of modules trained whole, and what else had changed when the adapter was saved.
+    """
     here = {
         f"{path}.{name}": tensor
         for path, module in inventory.named_saved().items()
         for name, tensor in module.state_dict().items()
     }
+    changed = () if settings is None else settings.changed
+    present = {inventory.relative(name): t for name, t in (inventory.parameters | inventory.buffers).items()}
+    here |= {name: present[name] for name in changed if name in present}
     for name in sorted(here.keys() ^ whole.keys()):
         where = "not in the adapter" if name in here else "in the adapter but not in modules_to_save"
         raise PaCAError(f"{name!r} is {where}. Use the modules_to_save it was trained with.")
@@ -217,7 +231,7 @@ def _whole_targets(inventory: Inventory, whole: dict[str, Tensor]) -> list[tuple
                 f"{name!r} has shape {tuple(value.shape)}, the model needs {tuple(here[name].shape)}. Use the base "
                 "model it was trained with."
             )
-    return [(here[name], value) for name, value in whole.items()]
+    return {name: (here[name], value) for name, value in whole.items()}
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:

@@ -100,6 +100,7 @@ class AdapterSettings:
     config: PaCAConfig
     scalings: dict[str, float]
     fingerprint: dict[str, list[float]]
+    changed: list[str]
 
 
 def read_settings(directory: Path) -> AdapterSettings | None:
@@ -117,6 +118,7 @@ def read_settings(directory: Path) -> AdapterSettings | None:
             config=PaCAConfig.from_dict(content["config"]),
             scalings={name: layer["alpha"] / layer["r"] for name, layer in content["layers"].items()},
             fingerprint={name: list(map(float, values)) for name, values in content["fingerprint"].items()},
+            changed=[str(name) for name in content.get("changed", [])],  # not in files of version 0.1.0
         )
     except PaCAError as error:
         raise PaCAError(f"{path}: {error}") from error

@@ -27,7 +27,7 @@ def keep_trained_state(module: nn.Module) -> None:
     """
     conversion = _conversion(module)
     names = {clean_path(name): p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
-    conversion.frozen = {name for name, trained in names.items() if not trained} - conversion.trained
+    conversion.frozen = {name for name, trained in names.items() if not trained} - conversion.originals.keys()
     conversion.full_checkpoints = False
     if HOOKED not in vars(module):
         vars(module)[HOOKED] = True
@@ -52,13 +52,13 @@ def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, loc
     if conversion is None or conversion.full_checkpoints:  # merged or unloaded since: a plain model is saved whole
         return
     thawed = {clean_path(name) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    conversion.note_trained(thawed & conversion.frozen)
+    frozen = conversion.frozen - thawed
     for key in list(state_dict):
         if not key.startswith(prefix):  # of a sibling, if the module is inside another one
             continue
         name = clean_path(key.removeprefix(prefix))
         # Some quantized layers keep their scales beside the weight, as "weight.absmax".
-        if any(part in conversion.frozen for part in _with_parents(name)):
+        if any(part in frozen for part in _with_parents(name)):
             del state_dict[key]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paca_lightning.conversion.changed_state import remember_buffers
 from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.report import ConversionReport, report_on
 from paca_lightning.conversion.revert import undone_on_error
@@ -93,6 +94,7 @@ def convert(
         )
     originals = {path: original_state(module) for path, module in resolution.saved.items() if not is_marked(module)}
     _freeze(inventory, conversion)
+    remember_buffers(inventory, conversion)
     for target in fresh:
         _convert(target, conversion, given.get(target.path), by_data, inventory)
     layers = inventory.layers

@@ -4,11 +4,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from paca_lightning.conversion.saved_modules import is_marked
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
+from paca_lightning.core.private.torch import non_persistent_buffers
 from paca_lightning.layers.base import PaCALayer
 
 # Attribute names of output heads that get_output_embeddings does not report (classifiers, other libraries).
@@ -31,6 +32,7 @@ class Inventory:
             path names the module.
         base_models: The outermost Hugging Face models by path.
         parameters: Each parameter once, by its first name.
+        buffers: Each persistent buffer outside PaCA layers, by its first name.
         owners: The names of all places that hold a parameter; several if it is tied.
         heads: Output heads.
         unreachable: Modules that another module replaces or bypasses, with the reason they cannot be converted.
@@ -41,6 +43,7 @@ class Inventory:
     paths: dict[nn.Module, list[str]] = field(default_factory=dict)
     base_models: dict[str, nn.Module] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     owners: dict[nn.Parameter, list[str]] = field(default_factory=dict)
     heads: set[nn.Module] = field(default_factory=set)
     unreachable: dict[nn.Module, str] = field(default_factory=dict)
@@ -114,7 +117,7 @@ def take_inventory(model: nn.Module) -> Inventory:
         inventory.paths.setdefault(module, []).append(path)
         if len(inventory.paths[module]) > 1:
             continue
-        _note_parameters(inventory, module, path)
+        _note_tensors(inventory, module, path)
         if is_base_model(module) and not any(_lies_within(path, outer) for outer in inventory.base_models):
             inventory.base_models[path] = module
         _note_heads(inventory, module, path)
@@ -138,12 +141,17 @@ def _lies_within(path: str, outer: str) -> bool:
     return not outer or path.startswith(f"{outer}.")
 
 
-def _note_parameters(inventory: Inventory, module: nn.Module, path: str) -> None:
+def _note_tensors(inventory: Inventory, module: nn.Module, path: str) -> None:
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         full_name = f"{path}.{clean_path(name)}" if path else clean_path(name)
         if parameter not in inventory.owners:
             inventory.parameters[full_name] = parameter
         inventory.owners.setdefault(parameter, []).append(full_name)
+    if not isinstance(module, PaCALayer):
+        skipped = non_persistent_buffers(module)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in skipped:
+                inventory.buffers[f"{path}.{name}" if path else name] = buffer
 
 
 def _note_heads(inventory: Inventory, module: nn.Module, path: str) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from paca_lightning.conversion.changed_state import changed_state, put
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.saved_modules import (
     load_local_state,
@@ -28,11 +29,12 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
 
     A forward before the context may have its backward after it, as in preference tuning (DPO) with the base model as
     the reference: dense weights come back bitwise, and autograd is told that they never changed. Modules that are
-    trained whole, and deltas that change inside, count as changed. A forward inside must have its backward inside:
-    better, run it under ``torch.no_grad``.
+    trained whole, thawed parameters, and deltas that change inside, count as changed. A forward inside must have its
+    backward inside: better, run it under ``torch.no_grad``.
     """
     layers = [layer for _, layer in paca_layers(model) if layer.paca_enabled]
     tuned = [(path, module, local_state(module)) for path, module in saved_modules(model)]
+    changed = [(tensor, original, local(tensor).detach().clone()) for tensor, original in changed_state(model).values()]
     with torch.no_grad():
         deltas = [local(layer.paca_delta) for layer in layers]
         weights = tuple(local(layer.base) for layer in layers)
@@ -44,6 +46,8 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
                 layer.paca_enabled = False
             for path, module, _ in tuned:
                 restore_original(module, path)
+            for tensor, original, _ in changed:
+                put(tensor, original)
             yield
         finally:
             for layer in layers:
@@ -51,6 +55,8 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
                 layer.write_columns()
             for _, module, state in tuned:
                 load_local_state(module, state)
+            for tensor, _, trained in changed:
+                put(tensor, trained)
     if [version_of(delta) for delta in deltas] != versions:
         for layer in layers:
             layer.write_columns()  # another weight than before: once more, so that autograd sees it
@@ -73,7 +79,8 @@ def merge(model: nn.Module) -> nn.Module:
 def unload(model: nn.Module) -> nn.Module:
     """Turn PaCA layers into plain linear layers with the base weight, bitwise; returns the model.
 
-    Every parameter requires a gradient again if it did before the conversion.
+    Modules trained whole, thawed parameters and running statistics are as before the conversion, too. Every parameter
+    requires a gradient again if it did then.
 
     Raises:
         PaCAError: If the model is sharded, or inside ``disable_paca``, or a module that is trained whole was converted
@@ -83,6 +90,8 @@ def unload(model: nn.Module) -> nn.Module:
     for path, module in saved_modules(model):
         restore_original(module, path)
         unmark(module)
+    for tensor, original in changed_state(model).values():
+        put(tensor, original)
     to_root, found = root_names(model), conversions_in(model)
     for layer in layers:
         layer.release(trained=False)

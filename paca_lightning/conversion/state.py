@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.config import PaCAConfig
@@ -23,7 +23,8 @@ class Conversion:
     Attributes:
         config: The settings.
         was_trainable: Whether each parameter of the root required a gradient before the conversion, by name.
-        trained: Names of parameters beside the deltas that have been trained since.
+        originals: Copies, in host memory, of what may change beside deltas and modules trained whole: of persistent
+            buffers as they were at the conversion, and of thawed parameters as they were before their first step.
         frozen: Names of the parameters that a checkpoint leaves out.
         adapter: Directory of the adapter that was loaded. A later run with the same one goes on from it.
         full_checkpoints: Whether checkpoints keep the frozen parameters.
@@ -32,16 +33,11 @@ class Conversion:
 
     config: PaCAConfig
     was_trainable: dict[str, bool] = field(default_factory=dict)
-    trained: set[str] = field(default_factory=set)
+    originals: dict[str, Tensor] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     adapter: str | None = None
     full_checkpoints: bool = False
     columns_restored: bool = False
-
-    def note_trained(self, names: set[str]) -> None:
-        """Keep parameters in checkpoints from now on."""
-        self.trained |= names
-        self.frozen -= names
 
 
 def conversions_in(model: nn.Module) -> list[tuple[Conversion, str, PaCALayer]]:
@@ -104,7 +100,9 @@ def _take_over(conversion: Conversion, before: Conversion, renamed: Callable[[st
     for name, flag in before.was_trainable.items():
         if (own_name := renamed(name)) is not None:
             conversion.was_trainable[own_name] = flag
-    conversion.trained |= {own_name for name in before.trained if (own_name := renamed(name)) is not None}
+    for name, value in before.originals.items():
+        if (own_name := renamed(name)) is not None:
+            conversion.originals[own_name] = value
     conversion.adapter = conversion.adapter or before.adapter
     conversion.full_checkpoints |= before.full_checkpoints
     conversion.columns_restored |= before.columns_restored

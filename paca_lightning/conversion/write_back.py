@@ -1,6 +1,7 @@
 """Writing the trained columns back into the weights, after each optimizer step."""
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from paca_lightning.conversion.state import conversions_in, root_names
+from paca_lightning.conversion.changed_state import remember_thawed
 from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
 
@@ -56,22 +56,30 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
             "Build it after apply_paca."
         )
     _check_layers(model, layers)
-    return optimizer.register_step_post_hook(_WriteBack(optimizer, model, layers))
+    thawed = optimizer.register_step_pre_hook(_ThawedParameters(optimizer, model))
+    return _Handles(optimizer.register_step_post_hook(_WriteBack(layers)), thawed)
+
+
+class _Handles(RemovableHandle):
+    """Several handles as one."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        super().__init__(OrderedDict())  # a handle keeps a weak reference, which a dict does not take
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Remove all their hooks."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class _WriteBack:
-    """A step hook that writes columns back, and notes which other parameters are trained."""
+    """A hook behind each step that writes the columns of an optimizer's layers back."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, layers: dict[str, PaCALayer]) -> None:
-        self._model, self._layers = model, layers
-        self._first = True
-        self._known = {id(parameter) for parameter in _parameters(optimizer) if parameter.requires_grad}
-        self._count = 0
-        self._others: list[nn.Parameter] = []
-        self._note({id_ for id_ in self._known if id_ not in {id(layer.paca_delta) for layer in layers.values()}})
+    def __init__(self, layers: dict[str, PaCALayer]) -> None:
+        self._layers, self._first = layers, True
 
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Run after a step, while the gradients of that step are there."""
+    def __call__(self, *_: Any) -> None:
         for path, layer in self._layers.items():
             if not isinstance(layer, PaCALayer):
                 raise PaCAError(
@@ -82,27 +90,30 @@ class _WriteBack:
         if self._first:  # after the write, every delta is this rank's own, which has the gradient
             self._first = False
             _warn_of_idle([path for path, layer in self._layers.items() if layer.paca_delta.grad is None])
-        self._note_thawed(optimizer)
 
-    def _note_thawed(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note parameters that were thawed during the run: a checkpoint keeps them even if they are frozen again."""
+
+class _ThawedParameters:
+    """A hook before each step that notes parameters which are trained beside the deltas, and what they were.
+
+    A run may thaw some for a while and freeze them again. They belong to checkpoints and adapters from then on.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._model = model
+        self._known = {id(parameter) for parameter in _parameters(optimizer) if parameter.requires_grad}
+        self._count = 0
+        self._others: list[nn.Parameter] = []
+        remember_thawed(model, self._known)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         if count != self._count:
             self._count = count
             self._others = [parameter for parameter in _parameters(optimizer) if id(parameter) not in self._known]
-        if any(parameter.grad is not None for parameter in self._others):
-            thawed = {id(parameter) for parameter in self._others if parameter.grad is not None}
+        if thawed := {id(parameter) for parameter in self._others if parameter.grad is not None}:
             self._known |= thawed
             self._count = 0  # look at the others again
-            self._note(thawed)
-
-    def _note(self, ids: set[int]) -> None:
-        to_root = root_names(self._model)
-        names = {
-            to_root(clean_path(name)) for name, parameter in self._model.named_parameters() if id(parameter) in ids
-        }
-        for conversion, _, _ in conversions_in(self._model):
-            conversion.note_trained({name for name in names if name is not None})
+            remember_thawed(self._model, thawed)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
