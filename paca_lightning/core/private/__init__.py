@@ -83,6 +83,12 @@ OVERRIDES = (
     ),
     Override(
         ("lightning.pytorch.cli.LightningCLI",),
+        "_parse_ckpt_path",
+        ("tools.run_config",),
+        "it overwrites given settings with a checkpoint's hyperparameters, and no argument turns that off",
+    ),
+    Override(
+        ("lightning.pytorch.cli.LightningCLI",),
         "_run_subcommand",
         ("tools.run_config",),
         "the hooks before and after a subcommand do not see the error that it raises",
