@@ -50,7 +50,7 @@ def launch(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: f
 
 
 def _wait(processes: list[Any], deadline: float) -> None:
-    """Until all have ended, or one has failed and the others have had time to say so."""
+    """Wait until all processes have ended, or one has failed and the others had time to report."""
     while any(process.is_alive() for process in processes):
         if any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + 10)

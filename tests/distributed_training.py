@@ -1,4 +1,4 @@
-"""Training of a tiny Llama, the same on one process and sharded over several."""
+"""Trains a tiny Llama in the same way on one process and sharded over several."""
 
 import os
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ TOKENS = 16
 
 
 class TinyChat(LightningModule):
-    """A tiny Llama with odd sizes, so that rows do not divide by the ranks, built in __init__ or configure_model."""
+    """A tiny Llama whose rows do not divide by the ranks. It is built in __init__ or configure_model."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Run:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train and return losses and whole deltas; sharded if the run has a strategy."""
+    """Train, sharded if the run has a strategy. Returns losses and whole deltas."""
     module = TinyChat(**run.module)
     module.ranks_of_one = run.ranks_of_one
     trainer = make_trainer(run)
@@ -136,7 +136,7 @@ def make_trainer(run: Run, **overrides: Any) -> Trainer:
 
 
 def resume_all(runs: dict[str, Run], refused: dict[str, Run]) -> dict[str, Any]:
-    """Results of runs that resume, and messages of those that must not."""
+    """Results of runs that resume, and error messages of runs that must not resume."""
     messages = {}
     for name, run in refused.items():
         with pytest.raises(PaCAError) as error:
@@ -146,7 +146,7 @@ def resume_all(runs: dict[str, Run], refused: dict[str, Run]) -> dict[str, Any]:
 
 
 def whole_deltas(module: nn.Module) -> dict[str, Tensor]:
-    """The delta of each layer, gathered; and a check that each layer's weight is in step with it."""
+    """The delta of each layer, gathered. Also checks that each layer's weight contains it."""
     deltas = {}
     for path, layer in paca_layers(module):
         delta = layer.paca_delta.detach()
@@ -159,12 +159,12 @@ def whole_deltas(module: nn.Module) -> dict[str, Tensor]:
 
 
 def train_all(runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
-    """Several runs in one launch."""
+    """Train several runs in one launch."""
     return {name: train(run) for name, run in runs.items()}
 
 
 class Plain(LightningModule):
-    """No blocks, no Hugging Face: layers called through ``self(x)``, and a parameter of its own used after that."""
+    """A module without blocks, whose step calls ``self(x)`` and then uses a parameter of the module itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Plain(LightningModule):
 
 
 def train_plain(run: Run) -> dict[str, Any]:
-    """Train the plain module, with validations that look at the base model, then validate once more."""
+    """Train the plain module, with validations that use the base model, then validate once more."""
     module = Plain()
     settings = {"limit_train_batches": 4, "limit_val_batches": 1, "enable_progress_bar": False}
     make_trainer(run, **settings).fit(module)
@@ -230,7 +230,7 @@ class CountCommunication(Callback):
 
 
 def count_communication() -> dict[str, Any]:
-    """Of four micro-batches, two to a step."""
+    """Count collectives in four micro-batches, two per step."""
     counter = CountCommunication()
     run = Run(steps=2, strategy={}, trainer={"accumulate_grad_batches": 2})
     make_trainer(run, callbacks=[PaCAStrategy(run.config), counter]).fit(TinyChat())
@@ -238,7 +238,7 @@ def count_communication() -> dict[str, Any]:
 
 
 def train_until_death(run: Run, dies_at: int) -> None:
-    """Save as the run says after each step; the last rank vanishes at a step."""
+    """Save after each step. The last rank dies at a given step."""
 
     class Die(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -251,7 +251,7 @@ def train_until_death(run: Run, dies_at: int) -> None:
 
 
 def on_two_ranks(runs: dict[str, Run], plain: Run) -> dict[str, Any]:
-    """Everything that is compared with one process, in one launch."""
+    """All runs on two ranks that are compared with one process, in one launch."""
     return {
         "runs": train_all(runs),
         "plain": train_plain(plain),
@@ -262,7 +262,7 @@ def on_two_ranks(runs: dict[str, Run], plain: Run) -> dict[str, Any]:
 
 
 def validate_after_fit() -> tuple[int, int]:
-    """Steps of two fits of one module, with a validation in between, each by a Trainer of its own."""
+    """Numbers of steps of two fits of one module, with a validation in between, each with a new Trainer."""
     module, run = TinyChat(), Run(strategy={}, steps=2)
     make_trainer(run).fit(module)
     make_trainer(run, limit_val_batches=1).validate(module, module.train_dataloader(), verbose=False)
@@ -272,7 +272,7 @@ def validate_after_fit() -> tuple[int, int]:
 
 
 def save_on_a_full_disk() -> str:
-    """What saving says when the last rank's disk has one byte left."""
+    """The error message of saving when the last rank's disk has one byte left."""
     trainer = make_trainer(Run(steps=1, strategy={}))
     trainer.fit(TinyChat())
     free = 1 if trainer.global_rank == trainer.world_size - 1 else 2**40
@@ -282,7 +282,7 @@ def save_on_a_full_disk() -> str:
 
 
 def assert_equal_runs(sharded: dict[str, Any], one: dict[str, Any]) -> None:
-    """Losses and deltas agree up to some ulps of fp32: ranks add up in another order, and HPUs have other kernels."""
+    """Losses and deltas agree up to a few fp32 ulps: ranks sum in another order, and HPUs have other kernels."""
     assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-6)
     assert sharded["deltas"].keys() == one["deltas"].keys()
     for path, delta in one["deltas"].items():

@@ -1,4 +1,4 @@
-"""Selective checkpointing: gradients bitwise those without it, for any decoder, and what is kept is what costs time."""
+"""Selective checkpointing: bitwise the gradients without it, for any decoder, and it keeps what is expensive."""
 
 import copy
 import functools
@@ -55,7 +55,7 @@ def decoder(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def gradients(model: Any, *, selective: bool, autocast: bool = False) -> list[Tensor]:
-    """Gradients of a copy of a model, every block of which is checkpointed or none."""
+    """Gradients of a copy of a model, with all blocks checkpointed or none."""
     model = copy.deepcopy(model)
     if selective:
         checkpoint_blocks(find_blocks(model), selective=True)
@@ -77,7 +77,7 @@ def assert_bitwise(model: Any, **how: Any) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("method", ["paca", "full", "nf4"])
-def test_gradients_are_those_without(name: str, method: str) -> None:
+def test_gradients_equal_those_without_checkpointing(name: str, method: str) -> None:
     model = decoder(name)
     if method != "full":
         apply_paca(model, PaCAConfig(r=4, quantize="nf4" if method == "nf4" else None))
@@ -98,8 +98,8 @@ def test_gradients_beside_lora() -> None:
     assert_bitwise(adapted)
 
 
-def products(model: Any) -> list[tuple[Any, bool]]:
-    """Of each product and attention of the first block: the operator, and whether its output is kept."""
+def recorded_calls(model: Any) -> list[tuple[Any, bool]]:
+    """For each GEMM and attention of the first block: the operator, and whether its output is kept."""
     recorded: list[Any] = []
 
     def recording() -> Any:
@@ -116,27 +116,27 @@ def products(model: Any) -> list[tuple[Any, bool]]:
     return [(call.func.name(), call.output is not None) for call in recorded[0]]
 
 
-def test_keeps_wide_products_and_attention_but_not_what_is_only_added() -> None:
+def test_keeps_wide_gemms_and_attention_but_not_what_is_only_added() -> None:
     model = decoder("grouped-query attention")
     apply_paca(model, PaCAConfig(r=4))
-    kept = [kept for _, kept in products(model)]
-    #                queries, keys, values, attention, its product, gate, up, down
+    kept = [kept for _, kept in recorded_calls(model)]
+    #                queries, keys, values, attention, output projection, gate, up, down
     assert kept == [True, False, False, True, False, True, True, False]
 
 
-def test_keeps_the_last_product_where_a_norm_follows() -> None:
-    assert products(decoder("norms behind the last product"))[-1] == ("aten::mm", True)
+def test_keeps_the_last_gemm_if_a_norm_follows() -> None:
+    assert recorded_calls(decoder("norms behind the last product"))[-1] == ("aten::mm", True)
 
 
 class OwnLoss(CausalLMModule):
-    """With the model's own loss, for which all logits exist."""
+    """A module that computes the model's own loss, which needs all logits."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.model(**batch, use_cache=False).loss
 
 
-def test_llama3_8b_keeps_little_more_than_half_of_what_the_eager_floor_keeps(tmp_path: Any) -> None:
-    """Traced, 2,048 tokens in bf16; the floor is the plain frozen model, with the loss that comes with it."""
+def test_llama3_8b_keeps_at_most_55_percent_of_what_the_floor_keeps(tmp_path: Any) -> None:
+    """Traced at 2,048 tokens in bf16. The floor is the frozen model with its own loss."""
     preset_config("llama3-8b").save_pretrained(tmp_path)
 
     def activations(module_class: Any, method: Baseline, how: Any) -> int:
@@ -153,7 +153,7 @@ def test_llama3_8b_keeps_little_more_than_half_of_what_the_eager_floor_keeps(tmp
 
 
 class InPlace(nn.Module):
-    """A block that changes a product in place."""
+    """A block that changes the output of a GEMM in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class InPlace(nn.Module):
         return hidden + self.down(self.up(hidden).relu_())
 
 
-def test_a_product_changed_in_place_is_recomputed() -> None:
+def test_a_gemm_whose_output_is_changed_in_place_is_recomputed() -> None:
     torch.manual_seed(0)
     block, input = InPlace(), torch.randn(4, 8)
     block(input).square().sum().backward()
@@ -176,7 +176,7 @@ def test_a_product_changed_in_place_is_recomputed() -> None:
 
 @torch.library.custom_op("paca_tests::attention_with_dropout", mutates_args=())
 def attention_with_dropout(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Dropout inside one operator that the policy keeps, as attention kernels on a GPU have it."""
+    """An operator that the policy keeps and that draws its own dropout, like attention kernels on a GPU."""
     mask = (torch.rand_like(hidden) > 0.5).to(hidden.dtype)
     return hidden * mask, mask
 
@@ -188,7 +188,7 @@ attention_with_dropout.register_autograd(
 
 
 class DropoutAround(nn.Module):
-    """Dropout before, inside and behind attention, as in GPT-2 on a GPU."""
+    """Dropout before, inside and after attention, as in GPT-2 on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class DropoutAround(nn.Module):
         return hidden + self.dropout(self.down(torch.tanh(self.dropout(attended))))
 
 
-def test_dropout_behind_kept_attention_that_drew_has_the_same_mask() -> None:
+def test_dropout_after_kept_attention_with_dropout_has_the_same_mask() -> None:
     torch.manual_seed(0)
     blocks, input = nn.Sequential(DropoutAround(), DropoutAround()), torch.randn(4, 8)
     gradients, states = [], []
@@ -216,7 +216,7 @@ def test_dropout_behind_kept_attention_that_drew_has_the_same_mask() -> None:
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:
-    """As averaged models are copies."""
+    """Averaged models are such copies."""
     block = InPlace()
     checkpoint_blocks([block], selective=True)
     other = copy.deepcopy(block)
@@ -236,7 +236,7 @@ def test_a_second_backward_is_refused() -> None:
         loss.backward()
 
 
-def test_a_forward_that_changes_is_noticed() -> None:
+def test_a_changed_forward_is_noticed() -> None:
     block = InPlace()
     checkpoint_blocks([block], selective=True)
     loss = block(torch.randn(4, 8)).sum()
@@ -245,7 +245,7 @@ def test_a_forward_that_changes_is_noticed() -> None:
         loss.backward()
 
 
-def test_disable_paca_and_evaluation_run_as_ever() -> None:
+def test_disable_paca_and_evaluation_still_work() -> None:
     model = tiny_llama()
     apply_paca(model, PaCAConfig(r=4))
     ids = torch.arange(16).view(1, 16)
@@ -258,7 +258,7 @@ def test_disable_paca_and_evaluation_run_as_ever() -> None:
     assert all(layer.paca_delta.grad is None for _, layer in paca_layers(model))
 
 
-def test_the_module_offers_it(tmp_path: Any) -> None:
+def test_the_module_has_selective_checkpointing(tmp_path: Any) -> None:
     directory = str(tiny_model_directory(tmp_path))
     batch = {"input_ids": torch.arange(32).view(2, 16), "labels": torch.arange(32).view(2, 16)}
     grads = []
@@ -271,12 +271,14 @@ def test_the_module_offers_it(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_the_module_refuses_it_with_compile() -> None:
+def test_the_module_refuses_selective_checkpointing_with_compile() -> None:
     with pytest.raises(PaCAError, match=r"torch\.compile chooses itself"):
         CausalLMModule("any", compile=True, activation_checkpointing="selective")
 
 
-def test_the_module_refuses_it_without_blocks(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_module_refuses_selective_checkpointing_without_blocks(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_no_split_modules", None)
     monkeypatch.setattr(transformers.LlamaModel, "_no_split_modules", None)
     monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_no_split_modules", None)

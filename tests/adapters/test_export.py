@@ -1,4 +1,4 @@
-"""Exports compute what the trained model computes, in programs that know nothing of PaCA."""
+"""Exports compute what the trained model computes, in programs without PaCA."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def trained(model: nn.Module, config: PaCAConfig) -> nn.Module:
-    """A converted model whose columns have moved."""
+    """A converted model with trained columns."""
     apply_paca(model, config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def trained(model: nn.Module, config: PaCAConfig) -> nn.Module:
 
 
 def in_bf16(model: nn.Module) -> nn.Module:
-    """As from_pretrained loads it: Llama's rotary frequencies, a buffer, stay fp32."""
+    """Cast parameters only, as from_pretrained does: Llama's rotary frequencies, a buffer, stay fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     return model
@@ -87,7 +87,7 @@ def test_a_second_export_leaves_no_weights_of_the_first(
     assert (tmp_path / "notes.md").exists()
 
 
-def test_no_merged_model_beside_an_adapter_that_would_go_on_top(tmp_path: Path) -> None:
+def test_a_directory_with_an_adapter_is_refused_for_a_merged_model(tmp_path: Path) -> None:
     model = trained(tiny_llama(), PaCAConfig(r=4))
     export_lora(model, tmp_path)
     with pytest.raises(PaCAError, match="holds an adapter"):
@@ -107,14 +107,14 @@ def test_merged_columns_are_exact(tmp_path: Path, quantize: str | None) -> None:
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_transposed_layers_are_merged_too(tmp_path: Path, quantize: str | None) -> None:
+def test_transposed_layers_are_merged(tmp_path: Path, quantize: str | None) -> None:
     model = trained(tiny_gpt2().bfloat16(), PaCAConfig(r=4, quantize=quantize))
     export_merged(nn.ModuleDict({"model": model}), tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(plain), logits(model))
 
 
-def test_layers_that_bitsandbytes_quantized_are_merged_too(tmp_path: Path) -> None:
+def test_layers_that_bitsandbytes_quantized_are_merged(tmp_path: Path) -> None:
     model = in_bf16(tiny_llama())
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"):
         dense = model.get_submodule(path)
@@ -129,7 +129,7 @@ def test_layers_that_bitsandbytes_quantized_are_merged_too(tmp_path: Path) -> No
     assert torch.equal(plain.model.layers[0].self_attn.q_proj.weight, weight)
 
 
-def test_nothing_is_written_where_nothing_is_trained(tmp_path: Path) -> None:
+def test_a_model_without_paca_layers_is_refused(tmp_path: Path) -> None:
     for export in (export_merged, export_lora):
         with pytest.raises(PaCAError, match="no PaCA layers"):
             export(tiny_llama(), tmp_path / "out")
@@ -176,7 +176,7 @@ def test_lora_adapter_of_transposed_layers(tmp_path: Path) -> None:
     )
 
 
-def test_lora_adapter_of_an_nf4_model_belongs_on_its_unloaded_base(tmp_path: Path) -> None:
+def test_lora_adapter_of_an_nf4_model_fits_its_unloaded_base(tmp_path: Path) -> None:
     model = trained(tiny_llama(), PaCAConfig(r=4, quantize="nf4"))
     expected = logits(model)
     export_lora(nn.ModuleDict({"model": model}), tmp_path / "lora")

@@ -1,4 +1,4 @@
-"""Exports of a sharded model: the files that an unsharded one writes, gathered one tensor at a time."""
+"""Exports of a sharded model equal those of a whole one, and gather one tensor at a time."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ CONFIGS = {
 
 
 def trained(name: str, *, sharded: bool) -> nn.Module:
-    """A converted model of odd sizes whose columns have moved."""
+    """A converted model of odd sizes with trained columns."""
     model = tiny_llama(hidden_size=128, intermediate_size=97, vocab_size=383, tie_word_embeddings=name == "tied")
     apply_paca(model, CONFIGS[name])
     if sharded:
@@ -39,7 +39,7 @@ def trained(name: str, *, sharded: bool) -> nn.Module:
 
 
 def export_all(directory: Path, *, sharded: bool) -> dict[str, int]:
-    """Exports of every configuration, and the memory that each merged one takes on this rank."""
+    """Export every configuration. Returns the peak memory of each merged export on this rank."""
     peaks = {}
     for name in CONFIGS:
         model = trained(name, sharded=sharded)

@@ -266,47 +266,41 @@ struct HCCL final : Backend {
     return gloo_->reduce(on_host, options);
   }
   WorkPtr allgather(TensorLists& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
-    auto out = host(outputs);
-    auto in = host(inputs);
-    return gloo_->allgather(out, in, options);
+    return through_gloo(&Backend::allgather, outputs, inputs, options);
   }
   WorkPtr _allgather_base(Tensor& output, Tensor& input, const c10d::AllgatherOptions& options) override {
-    auto out = host(output);
-    auto in = host(input);
-    return gloo_->_allgather_base(out, in, options);
+    return through_gloo(&Backend::_allgather_base, output, input, options);
   }
   WorkPtr _reduce_scatter_base(Tensor& output, Tensor& input, const c10d::ReduceScatterOptions& options) override {
     check(options.reduceOp);
-    auto out = host(output);
-    auto in = host(input);
-    return gloo_->_reduce_scatter_base(out, in, options);
+    return through_gloo(&Backend::_reduce_scatter_base, output, input, options);
   }
   WorkPtr allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                           const c10d::AllgatherOptions& options) override {
-    auto out = host(outputs);
-    auto in = host(inputs);
-    return gloo_->allgather_into_tensor_coalesced(out, in, options);
+    return through_gloo(&Backend::allgather_into_tensor_coalesced, outputs, inputs, options);
   }
   WorkPtr reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                           const c10d::ReduceScatterOptions& options) override {
     check(options.reduceOp);
-    auto out = host(outputs);
-    auto in = host(inputs);
-    return gloo_->reduce_scatter_tensor_coalesced(out, in, options);
+    return through_gloo(&Backend::reduce_scatter_tensor_coalesced, outputs, inputs, options);
   }
   WorkPtr scatter(Tensors& outputs, TensorLists& inputs, const c10d::ScatterOptions& options) override {
-    auto out = host(outputs);
-    auto in = host(inputs);
-    return gloo_->scatter(out, in, options);
+    return through_gloo(&Backend::scatter, outputs, inputs, options);
   }
   WorkPtr gather(TensorLists& outputs, Tensors& inputs, const c10d::GatherOptions& options) override {
-    auto out = host(outputs);
-    auto in = host(inputs);
-    return gloo_->gather(out, in, options);
+    return through_gloo(&Backend::gather, outputs, inputs, options);
   }
   WorkPtr barrier(const c10d::BarrierOptions& options) override { return gloo_->barrier(options); }
 
  private:
+  template <class Outputs, class Inputs, class Options>
+  WorkPtr through_gloo(WorkPtr (Backend::*collective)(Outputs&, Inputs&, const Options&), Outputs& outputs,
+                       Inputs& inputs, const Options& options) {
+    auto out = host(outputs);
+    auto in = host(inputs);
+    return ((*gloo_).*collective)(out, in, options);
+  }
+
   c10::intrusive_ptr<Backend> gloo_;
 };
 

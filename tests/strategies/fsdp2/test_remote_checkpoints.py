@@ -1,4 +1,4 @@
-"""Sharded checkpoints at URLs: written, replaced and resumed through fsspec."""
+"""Sharded checkpoints at URLs are written, replaced and loaded through fsspec."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ class Bucket(LocalFileSystem):
 
 
 def half_and_rest(root: str, *, sharded: bool) -> dict[str, Any]:
-    """Five steps, of which the last is saved at a URL in place of an older checkpoint, and five more from there."""
+    """Train five steps, replace an older checkpoint at a URL, and train five more steps from it."""
     fsspec.register_implementation("bucket", Bucket, clobber=True)
     run = Run(steps=5, module={"by_step": True}, strategy={"save_distributed_checkpoint": sharded})
     saving = ModelCheckpoint(f"{root}/run", "last", every_n_train_steps=2, enable_version_counter=False)

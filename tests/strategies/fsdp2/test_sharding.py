@@ -1,4 +1,4 @@
-"""What units gather and when, in plain loops: what stays gathered, and dtypes that a policy must not narrow."""
+"""What FSDP2 units gather, when, and in which dtypes, in plain training loops."""
 
 import copy
 import os
@@ -36,8 +36,8 @@ def converted(config: PaCAConfig, reshard: bool | int) -> nn.Module:
     return model
 
 
-def prefer_over_the_base(config: PaCAConfig, reshard: bool | int) -> dict[str, Any]:
-    """Three steps with the base model as reference, and with forwards that no backward follows."""
+def train_against_the_base_model(config: PaCAConfig, reshard: bool | int) -> dict[str, Any]:
+    """Three steps with the base model as reference. Some forwards are not followed by a backward."""
     model = converted(config, reshard)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     attach(optimizer, model)
@@ -54,7 +54,7 @@ def prefer_over_the_base(config: PaCAConfig, reshard: bool | int) -> dict[str, A
         assert torch.equal(reference, before)
         loss = (logits - reference - 0.1).square().mean() + logits.logsumexp(-1).mean()
         loss.backward()
-        with torch.no_grad():  # leaves parameters gathered that the step makes old
+        with torch.no_grad():  # leaves parameters gathered, which the step makes out of date
             model(input_ids=ids)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*had no gradient in the first step")
@@ -70,7 +70,7 @@ def prefer_over_the_base(config: PaCAConfig, reshard: bool | int) -> dict[str, A
 
 
 def all_gathers(reshard: bool | int) -> list[int]:
-    """How many collectives gather in each of two training steps."""
+    """Number of all-gathers in each of two training steps."""
     model = converted(CONFIGS["dense"], reshard)
     counts = []
     for _ in range(2):
@@ -85,7 +85,7 @@ def on_four_ranks() -> dict[str, Any]:
     return {
         "gathers": {name: all_gathers(reshard) for name, reshard in RESHARD.items()},
         "trained": {
-            (config, name): prefer_over_the_base(CONFIGS[config], reshard)
+            (config, name): train_against_the_base_model(CONFIGS[config], reshard)
             for config in CONFIGS
             for name, reshard in RESHARD.items()
         },
@@ -98,7 +98,7 @@ def four_ranks() -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_what_stays_gathered_is_not_gathered_again_for_the_backward(four_ranks: dict[str, Any]) -> None:
+def test_the_backward_gathers_nothing_that_was_kept(four_ranks: dict[str, Any]) -> None:
     once = 5  # embeddings, two blocks, the norm behind them, the head
     twice = once + 4  # the head's forward is followed by its backward
     assert four_ranks["gathers"] == {"freed": [twice] * 2, "kept": [once] * 2, "a share kept": [twice] * 2}
@@ -107,10 +107,8 @@ def test_what_stays_gathered_is_not_gathered_again_for_the_backward(four_ranks: 
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", RESHARD)
-def test_whatever_stays_gathered_columns_are_written_to_the_shards(
-    four_ranks: dict[str, Any], config: str, name: str
-) -> None:
-    sharded, one = four_ranks["trained"][config, name], prefer_over_the_base(CONFIGS[config], True)
+def test_columns_are_written_to_the_shards(four_ranks: dict[str, Any], config: str, name: str) -> None:
+    sharded, one = four_ranks["trained"][config, name], train_against_the_base_model(CONFIGS[config], True)
     assert one["losses"][0] > one["losses"][-1]
     assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-6)
     torch.testing.assert_close(sharded["final"], one["final"], rtol=0, atol=1e-5)
@@ -119,7 +117,7 @@ def test_whatever_stays_gathered_columns_are_written_to_the_shards(
 
 
 def adopted(*, nested: bool) -> nn.Sequential:
-    """Two layers that bitsandbytes quantized, with scales that bf16 cannot hold, converted."""
+    """Two converted layers that bitsandbytes quantized. Their scales cannot be represented in bf16."""
     torch.manual_seed(0)
     layers = []
     for inputs, outputs in ((128, 192), (192, 130)):
@@ -137,7 +135,7 @@ def adopted(*, nested: bool) -> nn.Sequential:
 
 
 def computed(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients for one input, and the layers' scales as the forward sees them."""
+    """Output and gradients for one input, and the scales that the forward uses."""
     seen: list[Tensor] = []
     for _, layer in paca_layers(model):
         layer.register_forward_pre_hook(lambda layer, _: seen.extend(s.detach().clone() for s in layer.scales))

@@ -60,7 +60,7 @@ PLAIN = Run(strategy={}, steps=8, config=PaCAConfig(r=3, target_modules=r"layers
 
 
 def on_one_process(run: Run, ranks: int) -> Run:
-    """What a sharded run must equal. In bf16, where sums are rounded, one process takes the ranks' very batches."""
+    """The run on one process that a sharded run must equal. In bf16 it takes the same micro-batches as the ranks."""
     narrow = "precision" in run.trainer or "dtype" in run.module
     return dataclasses.replace(run, strategy=None, ranks_of_one=ranks if narrow else 1)
 
@@ -77,7 +77,7 @@ def test_two_ranks_equal_one_process(two_ranks: dict[str, Any], name: str) -> No
 
 
 @pytest.mark.distributed
-def test_a_module_without_blocks_calls_its_forward_within_its_steps(two_ranks: dict[str, Any]) -> None:
+def test_a_module_without_blocks_may_call_its_forward_in_its_steps(two_ranks: dict[str, Any]) -> None:
     one = train_plain(dataclasses.replace(PLAIN, strategy=None))
     assert_equal_runs(two_ranks["plain"], one)
     assert one["changed"] > 0.01
@@ -90,12 +90,12 @@ def test_write_back_is_local_and_accumulation_reduces_once_per_step(two_ranks: d
 
 
 @pytest.mark.distributed
-def test_a_sharded_module_goes_on_to_other_runs(two_ranks: dict[str, Any]) -> None:
+def test_a_sharded_module_can_be_used_in_further_runs(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["again"] == (4, 2)
 
 
 @pytest.mark.distributed
-def test_all_ranks_refuse_to_save_where_one_has_too_little_space(two_ranks: dict[str, Any]) -> None:
+def test_all_ranks_refuse_to_save_if_one_has_too_little_space(two_ranks: dict[str, Any]) -> None:
     assert "does not fit on the disk of '/tmp/never-written.ckpt'" in two_ranks["full disk"]
 
 
@@ -112,7 +112,7 @@ SAVED = {name: (Run().config, sharded) for name, sharded in FORMATS.items()} | {
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Whole runs of four ranks, and runs stopped and saved half-way in both formats."""
+    """Complete runs on four ranks, and runs that stop half-way and save in both formats."""
     directory = tmp_path_factory.mktemp("checkpoints")
     half = {
         name: Run(
@@ -191,7 +191,7 @@ def latter_half(four_ranks: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_when_a_rank_dies_the_other_ends_and_the_last_checkpoint_resumes(tmp_path: Path) -> None:
+def test_if_a_rank_dies_the_other_ends_and_a_run_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     run = Run(strategy={}, steps=9, save=tmp_path / "last.ckpt")
     with pytest.raises(AssertionError, match=r"(?s)exit codes \[1, 9\].*rank 0: .*[Cc]onnection"):
         launch(train_until_death, 2, run, 3)
@@ -203,7 +203,7 @@ def test_registered_by_name() -> None:
     assert isinstance(StrategyRegistry.get("paca_fsdp2"), FSDP2Strategy)
 
 
-def test_blocks_are_those_that_hugging_face_declares_or_given_by_name() -> None:
+def test_blocks_are_declared_by_hugging_face_or_given_by_name() -> None:
     model = tiny_llama()
     assert find_blocks(model) == list(model.model.layers)
     assert find_blocks(model, ["LlamaMLP"]) == [layer.mlp for layer in model.model.layers]
@@ -212,7 +212,7 @@ def test_blocks_are_those_that_hugging_face_declares_or_given_by_name() -> None:
         find_blocks(model, ["LlamaDecoder"])
 
 
-def test_checkpointed_blocks_give_the_same_gradients_even_with_a_cache() -> None:
+def test_checkpointed_blocks_give_the_same_gradients_with_a_cache() -> None:
     ids = torch.arange(32).view(2, 16)
     gradients = []
     for offload in (None, False, True):
@@ -225,7 +225,7 @@ def test_checkpointed_blocks_give_the_same_gradients_even_with_a_cache() -> None
 
 
 class Shared(nn.Module):
-    """Two blocks with one weight between them."""
+    """Two blocks that share a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def converted_gpt2() -> nn.Module:
         (converted_gpt2(), r"The weight of '0' \(Hugging Face's Conv1D\) is transposed"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused_before_anything_is(model: nn.Module, message: str) -> None:
+def test_a_model_that_cannot_be_sharded_is_refused_first(model: nn.Module, message: str) -> None:
     blocks = find_blocks(model, ["Sequential"]) if isinstance(model, Shared) else []
     with pytest.raises(PaCAError, match=message):
         shard(model, None, blocks, ShardingOptions())
@@ -280,7 +280,7 @@ def test_sizes_that_do_not_divide_are_refused(arguments: dict[str, Any], message
 
 
 class Described(LightningModule):
-    """Its hyperparameters are an object, which a checkpoint can only pickle."""
+    """A module whose hyperparameters are an object, which a checkpoint has to pickle."""
 
     def __init__(self, config: PaCAConfig) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class Described(LightningModule):
 
 
 def described_run(directory: Path) -> dict[str, Any]:
-    """A file of one device, evaluated and resumed sharded, and a directory resumed."""
+    """Evaluate and resume the file of one device on a sharded model, then resume a directory."""
     config = PaCAConfig(r=2)
     data = DataLoader(torch.ones(8, 8), batch_size=4)  # type: ignore[arg-type]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -330,7 +330,7 @@ def described_run(directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_a_file_is_evaluated_and_objects_are_unpickled_when_the_user_allows_them(tmp_path: Path) -> None:
+def test_a_file_is_evaluated_and_its_objects_are_unpickled_if_allowed(tmp_path: Path) -> None:
     result = launch(described_run, 1, tmp_path)[0]
     assert result["found"] == result["expected"]
     assert result["steps"] == 3

@@ -1,4 +1,4 @@
-"""A safetensors checkpoint fills a model on the meta device, each rank reading and keeping its rows only."""
+"""A safetensors checkpoint fills a model on the meta device. Each rank reads and keeps its rows only."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ IDS = torch.arange(32).view(2, 16)
 
 
 def meta_model(directory: Path) -> nn.Module:
-    """The model of a directory without its weights, which are to come from there."""
+    """A model on meta whose weights will be read from the directory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).train()
     model.checkpoint_directory = directory
@@ -42,14 +42,14 @@ def meta_model(directory: Path) -> nn.Module:
 
 
 def checkpoint(path: Path, *, shard_size: str = "100KB", **overrides: Any) -> Path:
-    """A tiny Llama with odd sizes on disk, in several files."""
+    """Write a tiny Llama with odd sizes, in several files."""
     settings = {"intermediate_size": 97, "vocab_size": 383} | overrides
     tiny_llama(**settings).save_pretrained(path, max_shard_size=shard_size)
     return path
 
 
 def streamed(directory: Path, config: PaCAConfig | None) -> nn.Module:
-    """A model on this process, sharded if there are several."""
+    """A model filled from the directory, sharded if there are several processes."""
     model = meta_model(directory)
     if config:
         apply_paca(model, config)
@@ -61,8 +61,8 @@ def streamed(directory: Path, config: PaCAConfig | None) -> nn.Module:
 
 
 @torch.no_grad()
-def rows_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole tensors of a model, gathered, buffers included."""
+def whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters and buffers of a model, gathered."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
 
@@ -77,7 +77,7 @@ def loaded(directory: Path, config: PaCAConfig | None) -> nn.Module:
 
 def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
     result: dict[str, Any] = {
-        name: rows_of(streamed(directory, config))
+        name: whole_tensors(streamed(directory, config))
         for name, directory in directories.items()
         for config in [{"dense": DENSE, "tied": DENSE, "NF4": NF4}[name]]
     }
@@ -89,7 +89,7 @@ def on_two_ranks(directories: dict[str, Path]) -> dict[str, Any]:
 
 
 def chosen(directory: Path, selection: str) -> dict[str, torch.Tensor]:
-    """Columns that are chosen while the weights come in."""
+    """Columns that are chosen while the weights are read."""
     model = meta_model(directory)
     apply_paca(model, dataclasses.replace(NF4, selection=selection))
     shard(model, init_device_mesh("cpu", (2,)), find_blocks(model), ShardingOptions())
@@ -114,7 +114,7 @@ def two_ranks(directories: dict[str, Path]) -> list[dict[str, Any]]:
 def test_streamed_rows_are_those_of_the_whole_model(
     directories: dict[str, Path], two_ranks: list[dict[str, Any]], name: str, config: PaCAConfig
 ) -> None:
-    expected = rows_of(loaded(directories[name], config))
+    expected = whole_tensors(loaded(directories[name], config))
     assert expected.keys() == two_ranks[0][name].keys()
     for tensor, value in expected.items():  # rotary frequencies, which no file holds, among them
         assert torch.equal(two_ranks[0][name][tensor], value), tensor
@@ -127,7 +127,7 @@ def test_a_streamed_model_computes(directories: dict[str, Path], two_ranks: list
 
 
 @pytest.mark.distributed
-def test_a_run_streams_the_model_that_its_module_builds_on_meta(directories: dict[str, Path]) -> None:
+def test_a_run_streams_a_model_that_was_built_on_meta(directories: dict[str, Path]) -> None:
     runs = {
         "dense": Run(strategy={}, steps=3, module={"directory": directories["dense"]}),
         "NF4": Run(strategy={}, steps=3, module={"directory": directories["NF4"]}, config=NF4),
@@ -159,7 +159,7 @@ def test_scores_are_summed_over_ranks(
 
 
 def measured(directory: Path, config: PaCAConfig) -> dict[str, Any]:
-    """Bytes that this rank reads and keeps to load a model, and that it allocates at the peak."""
+    """Bytes that this rank reads and keeps when it loads a model, and the peak of its memory."""
     model = meta_model(directory)
     apply_paca(model, config)
     shard(model, init_device_mesh("cpu", (2,)), find_blocks(model), ShardingOptions())
@@ -222,7 +222,7 @@ def test_another_models_checkpoint_is_refused(
         streamed(directory, NF4)
 
 
-def test_a_truncated_or_missing_file_is_named_with_a_tensor_in_it(tmp_path: Path) -> None:
+def test_a_truncated_or_missing_file_is_named_with_one_of_its_tensors(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path)
     weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     file = directory / weight_map[K_PROJ]

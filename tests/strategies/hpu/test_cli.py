@@ -1,4 +1,4 @@
-"""The jobs of configs/gaudi through the command line on a simulated HPU, with a tiny model and little data."""
+"""The jobs in configs/gaudi, run by the command line on a simulated HPU with a tiny model and little data."""
 
 import csv
 import os
@@ -21,7 +21,7 @@ ON_A_CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strat
 
 
 class Witness(Callback):
-    """Writes down beside the metrics where a run took place."""
+    """Writes the strategy and the device of a run to a file beside the metrics."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         directory = Path(str(trainer.log_dir))  # asked on all ranks, as they agree on it
@@ -32,7 +32,7 @@ class Witness(Callback):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What stands in for the hub's models and data sets."""
+    """A directory with a tiny model and data sets instead of those of the hub."""
     directory = tmp_path_factory.mktemp("tiny")
     tiny_model_directory(directory / "model", max_position_embeddings=2048)
     mmlu_in(directory / "mmlu")
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_cli(command: str, config: str, tiny: Path, output: Path, *more: str) -> Path:
-    """``paca-lightning COMMAND --config configs/CONFIG.yaml``, made small; returns the folder of the run."""
+    """Run ``paca-lightning COMMAND --config configs/CONFIG.yaml`` at a small size. Returns the folder of the run."""
     os.chdir(ROOT)
     data = [f"train={tiny}/guanaco.jsonl", f"validation={tiny}/guanaco.jsonl", f"cache_dir={tiny}/cache"]
     if config == MMLU:
@@ -67,7 +67,7 @@ def checkpoint(run: Path) -> str:
     return f"--ckpt_path={next((run / 'checkpoints').glob('*.ckpt'))}"
 
 
-# fp32 is rounded elsewhere in attention only: PyTorch has a kernel of its own for it on CPUs, and none on the HPU.
+# In fp32 only attention rounds differently: PyTorch has a fused kernel on CPUs, and none on the HPU.
 TOLERANCES = {"bf16-true": 1e-2, "32-true": 1e-6}
 
 
@@ -113,7 +113,7 @@ def test_run_resumes_from_its_checkpoint(hpu_host: Run, tiny: Path, tmp_path: Pa
     assert adapters[0] == adapters[1]
 
 
-def test_config_for_any_machine_takes_the_card_of_a_gaudi_host(hpu_host: Run, tiny: Path, tmp_path: Path) -> None:
+def test_config_for_any_machine_uses_the_card_of_a_gaudi_host(hpu_host: Run, tiny: Path, tmp_path: Path) -> None:
     assert "accelerator: auto" in (ROOT / "configs" / "debug.yaml").read_text()
     on_hpu = hpu_host(run_cli, "fit", "debug", tiny, tmp_path / "hpu")
     on_cpu = run_cli("fit", "debug", tiny, tmp_path / "cpu", *ON_A_CPU)
@@ -128,7 +128,7 @@ def test_config_for_all_cards_shards_over_four(hpu_host: Run, tiny: Path, tmp_pa
     same_rows = "--data.init_args.batch_size=8"  # in a step
     on_cpu = run_cli("fit", SHARDED, tiny, tmp_path / "cpu", *FP32, *ON_A_CPU, same_rows)
     assert (on_hpu / "place").read_text() == "HPUFSDP2Strategy on 4 x hpu:0"
-    # The mean over ranks weighs their rows alike, though some have a few more trained tokens than others.
+    # The mean over ranks gives every rank the same weight, although some have a few more trained tokens.
     assert logged(on_hpu, "train/loss") == pytest.approx(logged(on_cpu, "train/loss"), rel=1e-3)
     assert len(logged(on_hpu, "train/loss")) == 4
     assert (on_hpu / "adapter" / "adapter_model.safetensors").stat().st_size > 0

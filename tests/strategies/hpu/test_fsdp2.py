@@ -1,4 +1,4 @@
-"""Training sharded over simulated HPUs equals training on one CPU, and resumes from what it saved."""
+"""Training sharded over simulated HPUs equals training on one CPU, and resumes from its checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ SAVED = {
 
 
 def train_on_cards(jobs: dict[str, Job]) -> dict[str, dict[str, Any]]:
-    """Losses and whole deltas of several jobs, in this order; those of this process among its cards."""
+    """Train several jobs in order on the cards of this launch. Returns losses and whole deltas."""
     results = {}
     for name, job in jobs.items():
         assert job.strategy is not None
@@ -51,7 +51,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def four_cards(hpu_host: Run, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Whole jobs, and jobs that are saved after 5 of 10 steps and resumed, all in one launch."""
+    """Complete jobs, and jobs that are saved after 5 of 10 steps and resumed, in one launch."""
     jobs = dict(JOBS)
     for name, job in SAVED.items():
         jobs[f"first half, {name}"] = replace(job, steps=5, save=checkpoints[name])
@@ -69,29 +69,27 @@ def test_four_cards_equal_one_cpu(four_cards: dict[str, Any], name: str) -> None
 @pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job.trainer])
 def test_four_cards_train_in_mixed_precision_as_one_cpu(four_cards: dict[str, Any], name: str) -> None:
     one = train(replace(JOBS[name], strategy=None))
-    # Autocast has lists of its own for CPUs, so that it rounds elsewhere.
+    # Autocast has its own operator lists for CPUs, so it rounds at other places.
     assert four_cards[name]["losses"] == pytest.approx(one["losses"], rel=1e-2)
     assert four_cards[name]["losses"] != four_cards[name.removesuffix("bf16-mixed").rstrip(", ") or "dense"]["losses"]
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_a_run_on_four_cards_resumes_as_if_it_had_not_stopped(four_cards: dict[str, Any], name: str) -> None:
+def test_a_resumed_run_on_four_cards_equals_an_uninterrupted_one(four_cards: dict[str, Any], name: str) -> None:
     first, second, straight = (four_cards[f"{part}, {name}"] for part in ("first half", "second half", "straight"))
     assert first["losses"] + second["losses"] == straight["losses"]
     for path, delta in straight["deltas"].items():
         assert torch.equal(second["deltas"][path], delta)
 
 
-def test_runs_on_four_cards_go_on_on_two(
-    hpu_host: Run, four_cards: dict[str, Any], checkpoints: dict[str, Path]
-) -> None:
+def test_two_cards_resume_runs_of_four(hpu_host: Run, four_cards: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     jobs = {name: replace(SAVED[name], resume=checkpoints[name]) for name in ("dense", "NF4")}
     for name, resumed in hpu_host(launch, train_on_cards, 2, jobs, timeout=170)[0].items():
         straight = four_cards[f"straight, {name}"]
         assert_equal_runs(resumed, straight | {"losses": straight["losses"][5:]})
 
 
-def test_a_run_on_four_cards_goes_on_on_a_cpu(four_cards: dict[str, Any], checkpoints: dict[str, Path]) -> None:
+def test_a_cpu_resumes_a_run_of_four_cards(four_cards: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     resumed = train(replace(SAVED["one file"], strategy=None, resume=checkpoints["one file"]))
     straight = four_cards["straight, one file"]
     assert_equal_runs(resumed, straight | {"losses": straight["losses"][5:]})

@@ -1,7 +1,7 @@
 """Gaudi support, on a simulated HPU: PyTorch's HPU device on host memory (``tests/simulated_hpu``).
 
-What runs on the device runs in a process of its own, where the simulated Gaudi software is installed; the functions for
-it stand at the end. This process is a host without Gaudi software.
+Code for the device runs in a process of its own, where the simulated Gaudi software is installed. The functions that
+run there are at the end of this file. The test process itself is a host without Gaudi software.
 """
 
 import ast
@@ -67,7 +67,7 @@ def test_another_lightning_is_refused_at_registration(change: dict[str, Any], co
 
 
 def test_simulated_bridge_offers_exactly_the_names_that_we_call() -> None:
-    """So that a call of a name that nobody has checked against the real bridge fails in these tests."""
+    """A call of a name that was never checked against the real bridge must fail in these tests."""
     called, imported = set(), set()
     for path in [*ROOT.glob("paca_lightning/**/*.py"), *ROOT.glob("scripts/hpu_*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -118,7 +118,7 @@ def test_paca_on_one_card_computes_what_it_computes_on_the_cpu(hpu: Run, precisi
     on_hpu, on_cpu = (
         run(_train_paca, accelerator, precision=precision) for run, accelerator in [(hpu, "hpu"), (_here, "cpu")]
     )
-    # Autocast has lists of its own for the CPU, so that mixed precision rounds elsewhere.
+    # Autocast has its own operator lists for CPUs, so mixed precision rounds at other places.
     assert on_hpu.losses == (on_cpu.losses if precision != "bf16-mixed" else pytest.approx(on_cpu.losses, rel=1e-2))
     deltas = [p for name, p in on_hpu.named_parameters() if name.endswith("paca_delta")]
     assert deltas
@@ -210,7 +210,7 @@ def test_choice_of_strategy_and_devices(hpu: Run, options: dict[str, Any], strat
         ({"devices": 9}, r"devices=9: 8 HPU\(s\) are visible"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(hpu: Run, options: dict[str, Any], complaint: str) -> None:
+def test_unsupported_options_are_refused(hpu: Run, options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(PaCAError, match=complaint):
         hpu(_make_trainer, **options)
 
@@ -290,7 +290,7 @@ def _train_paca(accelerator: str, config: PaCAConfig = PACA, **options: Any) -> 
 
 
 def _train_nf4_with(bitsandbytes: str) -> None:
-    """Trains as if that version of bitsandbytes were installed; a step on a card without operators must not happen."""
+    """Train as if that version of bitsandbytes were installed. Without its operators no step may run."""
     import bitsandbytes as installed
 
     module = TinyModule()
@@ -317,7 +317,7 @@ def _describe_trainer(**options: Any) -> SimpleNamespace:
 
 
 def _train_compiled(config: PaCAConfig | None) -> tuple[TinyModule, int]:
-    """Trains through ``hpu_backend``; also returns the number of graphs that it compiled."""
+    """Train with ``hpu_backend``. Also returns the number of compiled graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     module = TinyModule(backend="hpu_backend")
@@ -327,7 +327,7 @@ def _train_compiled(config: PaCAConfig | None) -> tuple[TinyModule, int]:
 
 
 def _train_straight_and_resumed(folder: Path) -> tuple[TinyModule, TinyModule]:
-    """An epoch is 4 steps. The checkpoint lies at its end, where Lightning resumes any loader exactly."""
+    """Train 2 epochs of 4 steps, and resume from the end of the first: there Lightning resumes any loader exactly."""
     options = {"accelerator": "hpu", "max_steps": -1}
 
     def fit(epochs: int, ckpt_path: Path | None = None) -> tuple[pl.Trainer, TinyModule]:
@@ -359,7 +359,7 @@ def _choose_accelerator_on(mutant: str) -> tuple[str, list[str]]:
 
 
 def _mutants() -> dict[str, Any]:
-    """Ways in which the Gaudi software of a host can be wrong, as context managers."""
+    """Context managers that break the Gaudi software of a host in different ways."""
     import habana_frameworks.torch
 
     wrong_torch = ImportError("libhabana_pytorch_plugin.so: undefined symbol: _ZN3c10")
