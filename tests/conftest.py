@@ -3,6 +3,10 @@
 import os
 from collections.abc import Iterator
 
+# Before torch and huggingface_hub are imported. One thread a process: several workers share the machine, and sums
+# round alike wherever they run. No test reaches for the network.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
 import pytest
 import torch.distributed as dist
 

@@ -1,7 +1,6 @@
 """Runs a function on several ranks of one host: forked from a server that has the imports done, so quick to start."""
 
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -12,37 +11,36 @@ from typing import Any
 
 import torch
 
+from tests.processes import HANG, kill_group, lead_group
+
 _CONTEXT = get_context("forkserver")
 # The server imports these once for all tests. It never computes: autograd's threads do not survive a fork.
 _CONTEXT.set_forkserver_preload(["lightning.pytorch", "transformers.models.llama", "tests.distributed_training"])
 
 
-def launch(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 120) -> list[Any]:
+def launch(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """What ``function(*arguments)`` returns on each rank.
 
     Args:
         function: Importable. A Trainer in it finds its ranks in the environment, as under torchrun.
         ranks: How many processes.
         arguments: Pickled.
-        timeout: Seconds after which the ranks are killed and the test fails.
 
     Raises:
         AssertionError: With the traceback, if any rank raises, dies or does not end.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        port = _free_port()
-        processes = [
-            _CONTEXT.Process(target=_run, args=(function, rank, ranks, port, Path(scratch), arguments), daemon=True)
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
+        # The ranks meet at this store, as torchrun's do. The kernel chose its port, so that no other test has it.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        job = (ranks, store.port, Path(scratch), function, arguments)
+        processes = [_CONTEXT.Process(target=_run, args=(rank, *job), daemon=True) for rank in range(ranks)]
         try:
-            _wait(processes, time.monotonic() + timeout)
+            for process in processes:
+                process.start()
+            _wait(processes, time.monotonic() + HANG)
         finally:
             for process in processes:
-                process.kill()
-                process.join()
+                _end(process)
         errors = [path.read_text() for path in sorted(Path(scratch).glob("*.txt"))]
         codes = [process.exitcode for process in processes]
         assert not any(codes), "\n".join([f"exit codes {codes}", *errors])
@@ -53,13 +51,22 @@ def _wait(processes: list[Any], deadline: float) -> None:
     """Wait until all processes have ended, or one has failed and the others had time to report."""
     while any(process.is_alive() for process in processes):
         if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + 10)
+            deadline = min(deadline, time.monotonic() + 60)
         if time.monotonic() > deadline:
             return
         time.sleep(0.05)
 
 
-def _run(function: Callable[..., Any], rank: int, ranks: int, port: int, scratch: Path, arguments: Any) -> None:
+def _end(process: Any) -> None:
+    """Kill a rank, if it was started, and what it started."""
+    if process.pid is not None:
+        kill_group(process.pid)
+        process.kill()  # a rank that had not come as far as leading a group
+        process.join()
+
+
+def _run(rank: int, ranks: int, port: int, scratch: Path, function: Callable[..., Any], arguments: Any) -> None:
+    lead_group()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -67,6 +74,7 @@ def _run(function: Callable[..., Any], rank: int, ranks: int, port: int, scratch
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
     try:
@@ -77,9 +85,3 @@ def _run(function: Callable[..., Any], rank: int, ranks: int, port: int, scratch
     finally:
         if torch.distributed.is_initialized() and not list(scratch.glob("*.txt")):
             torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

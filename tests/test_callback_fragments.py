@@ -1,11 +1,9 @@
 """The fragments in callbacks/, in LightningCLI projects that know nothing of paca_lightning (tests/projects)."""
 
-import csv
 import json
-import os
 import shutil
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +12,77 @@ import torch
 import yaml
 
 from paca_lightning.cli import main
+from tests.artefacts import PNG, logged, trained_layers
 from tests.mmlu_files import write_csv_folders
+from tests.processes import run
 
 ROOT = Path(__file__).parents[1]
 CALLBACKS = ROOT / "callbacks"
 
 
+@dataclass(frozen=True)
+class Job:
+    """A run of a copy of a project: ``python train.py COMMAND --config config.yaml --config FRAGMENT ... MORE``."""
+
+    project: str
+    command: str
+    fragments: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    first_line: str = ""  # of train.py, before its own
+
+    def copy_to(self, directory: Path) -> list[str]:
+        """Copy the project, and return the arguments of its train.py."""
+        shutil.copytree(ROOT / "tests" / "projects" / self.project, directory)
+        script = directory / "train.py"
+        script.write_text(self.first_line + script.read_text())
+        base = ["--config", "config.yaml"] if (directory / "config.yaml").exists() else []
+        added = [argument for name in self.fragments for argument in ("--config", str(CALLBACKS / f"{name}.yaml"))]
+        return [self.command, *base, *added, *self.more]
+
+
+JOBS = {
+    "trained": Job("vision_transformer", "fit", ("paca", "adapter", "heldout")),
+    "evaluated": Job(
+        "vision_transformer",
+        "validate",
+        ("from_adapter",),
+        ("--trainer.callbacks.adapter=../trained/logs/version_0/adapter",),
+    ),
+    "shorthand": Job(
+        "vision_transformer",
+        "fit",
+        more=("--trainer.callbacks+=PaCAStrategy", "--trainer.callbacks.config.r=16", "--trainer.max_epochs=1"),
+        first_line="import paca_lightning\n",
+    ),
+    "demo": Job(
+        "demo_transformer",
+        "fit",
+        ("qpaca", "adapter"),
+        ("--trainer.max_steps=8", "--trainer.accelerator=cpu", "--model.vocab_size=64"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    directory: Path
+    printed: str
+
+
 @pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_of("vision_transformer", tmp_path_factory.mktemp("vision"))
-
-
-def copy_of(project: str, directory: Path) -> Path:
-    return Path(shutil.copytree(ROOT / "tests" / "projects" / project, directory, dirs_exist_ok=True))
-
-
-def python_train(project: Path, command: str, *fragments: str, more: tuple[str, ...] = ()) -> str:
-    """Runs the project's train.py as its user would; its output."""
-    base = ["--config", "config.yaml"] if (project / "config.yaml").exists() else []
-    added = [argument for name in fragments for argument in ("--config", str(CALLBACKS / f"{name}.yaml"))]
-    finished = subprocess.run(
-        [sys.executable, "train.py", command, *base, *added, *more],
-        cwd=project,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout + finished.stderr
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    """All jobs, run one after the other by one interpreter."""
+    root = tmp_path_factory.mktemp("projects")
+    arguments = {name: job.copy_to(root / name) for name, job in JOBS.items()}
+    words = " ".join(f"w{number % 50}" for number in range(1200))
+    (root / "demo" / "data").mkdir()
+    (root / "demo" / "data" / "wikitext-2.txt").write_text(words)
+    given = json.dumps([(str(root / name), of_it) for name, of_it in arguments.items()])
+    command = [sys.executable, str(ROOT / "tests" / "projects" / "run_each.py")]
+    ended = run(command, given=given, env={"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 0, ended.stderr
+    printed = json.loads(ended.stdout.splitlines()[-1])
+    return {name: Done(root / name, text) for name, text in zip(JOBS, printed, strict=True)}
 
 
 def callbacks_of(config: Path) -> list[str]:
@@ -55,52 +95,38 @@ def trained_keys(checkpoint: Path) -> set[str]:
     return set(torch.load(checkpoint, weights_only=True)["state_dict"])
 
 
-@pytest.fixture(scope="module")
-def trained(vision: Path) -> Path:
-    """The vision transformer after a run with fragments: the run's directory."""
-    python_train(vision, "fit", "paca", "adapter", "heldout")
-    return vision / "logs" / "version_0"
+VISION_LAYERS = [f"net.blocks.{i}.{name}" for i in (0, 1) for name in ("mlp.0", "mlp.2", "proj", "qkv")]
 
 
-def test_the_users_own_callbacks_are_still_there(vision: Path, trained: Path) -> None:
+def test_the_users_own_callbacks_are_still_there(jobs: dict[str, Done]) -> None:
+    project = jobs["trained"].directory
     added = ["PaCAStrategy", "AdapterCheckpoint", "HeldOutLoss", "LossPlot"]
-    assert callbacks_of(trained / "config.yaml") == ["ModelCheckpoint", "LossNotes", *added]
-    assert len((vision / "notes.txt").read_text().splitlines()) == 4  # one an epoch
-    assert (vision / "checkpoints" / "last.ckpt").is_file()
+    assert callbacks_of(project / "logs" / "version_0" / "config.yaml") == ["ModelCheckpoint", "LossNotes", *added]
+    assert len((project / "notes.txt").read_text().splitlines()) == 4  # one an epoch
 
 
-def test_checkpoint_holds_the_adapter_alone(vision: Path, trained: Path) -> None:
-    layers = {f"net.blocks.{i}.{name}" for i in (0, 1) for name in ("qkv", "proj", "mlp.0", "mlp.2")}
-    expected = {f"{layer}.{part}" for layer in layers for part in ("paca_delta", "paca_indices")}
-    assert trained_keys(vision / "checkpoints" / "last.ckpt") == expected
+def test_checkpoint_holds_the_adapter_alone(jobs: dict[str, Done]) -> None:
+    expected = {f"{layer}.{part}" for layer in VISION_LAYERS for part in ("paca_delta", "paca_indices")}
+    assert trained_keys(jobs["trained"].directory / "checkpoints" / "last.ckpt") == expected
 
 
-def test_run_leaves_an_adapter_and_a_plot_and_learns(trained: Path) -> None:
-    assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["r"] == 16
-    assert (trained / "loss.png").stat().st_size > 0
-    losses = values_of(trained / "metrics.csv", "val/loss")
+def test_run_leaves_an_adapter_and_a_plot_and_learns(jobs: dict[str, Done]) -> None:
+    logs = jobs["trained"].directory / "logs" / "version_0"
+    assert json.loads((logs / "adapter" / "adapter_config.json").read_text())["r"] == 16
+    assert trained_layers(logs / "adapter") == VISION_LAYERS
+    assert (logs / "loss.png").read_bytes().startswith(PNG)
+    losses = logged(logs, "val/loss")
     assert losses[-1] < 0.9 * losses[0]
 
 
-def values_of(metrics: Path, name: str) -> list[float]:
-    with metrics.open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+def test_an_adapter_is_evaluated_in_the_project(jobs: dict[str, Done]) -> None:
+    trained, evaluated = ((jobs[name].directory / "notes.txt").read_text() for name in ("trained", "evaluated"))
+    assert evaluated.splitlines() == trained.splitlines()[-1:]
 
 
-def test_an_adapter_is_evaluated_in_the_project(vision: Path, trained: Path) -> None:
-    before = (vision / "notes.txt").read_text().splitlines()
-    more = (f"--trainer.callbacks.adapter={trained / 'adapter'}",)
-    python_train(vision, "validate", "from_adapter", more=more)
-    assert (vision / "notes.txt").read_text().splitlines()[len(before) :] == before[-1:]
-
-
-def test_shorthand_of_the_readme(tmp_path: Path) -> None:
-    project = copy_of("vision_transformer", tmp_path)
-    script = project / "train.py"
-    script.write_text("import paca_lightning\n" + script.read_text())
-    shorthand = ("--trainer.callbacks+=PaCAStrategy", "--trainer.callbacks.config.r=16")
-    printed = python_train(project, "fit", more=(*shorthand, "--trainer.max_epochs=1"))
-    assert "Trainable: 7,168 of" in printed  # 16 columns of 8 layers that have 448 rows together
+def test_shorthand_of_the_readme(jobs: dict[str, Done]) -> None:
+    project = jobs["shorthand"].directory
+    assert "Trainable: 7,168 of" in jobs["shorthand"].printed  # 16 columns of 8 layers that have 448 rows together
     assert callbacks_of(project / "logs" / "version_0" / "config.yaml") == [
         "ModelCheckpoint",
         "LossNotes",
@@ -109,18 +135,17 @@ def test_shorthand_of_the_readme(tmp_path: Path) -> None:
     assert all(key.endswith(("paca_delta", "paca_indices")) for key in trained_keys(project / "checkpoints/last.ckpt"))
 
 
-def test_lightnings_demo_transformer(tmp_path: Path) -> None:
-    project = copy_of("demo_transformer", tmp_path)
-    (project / "data").mkdir()
-    words = [f"w{number % 50}" for number in range(1200)]
-    (project / "data" / "wikitext-2.txt").write_text(" ".join(words))
-    bounded = ("--trainer.max_steps=8", "--trainer.accelerator=cpu", "--model.vocab_size=64")
-    printed = python_train(project, "fit", "qpaca", "adapter", more=bounded)
-    assert "out_proj" in printed.partition("Left alone:")[2]  # nn.MultiheadAttention never calls it
-    run = project / "lightning_logs" / "version_0"
-    keys = trained_keys(next((run / "checkpoints").glob("*.ckpt")))
+def test_lightnings_demo_transformer(jobs: dict[str, Done]) -> None:
+    # nn.MultiheadAttention never calls out_proj.
+    assert "out_proj" in jobs["demo"].printed.partition("Left alone:")[2]
+    version = jobs["demo"].directory / "lightning_logs" / "version_0"
+    keys = trained_keys(next((version / "checkpoints").glob("*.ckpt")))
     assert {key.rpartition(".")[0].rpartition(".")[2] for key in keys} == {"linear1", "linear2", "decoder"}
-    assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    assert {path.rpartition(".")[2] for path in trained_layers(version / "adapter")} == {
+        "linear1",
+        "linear2",
+        "decoder",
+    }
 
 
 def test_fragments_for_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +158,11 @@ def test_fragments_for_language_models(tmp_path: Path, monkeypatch: pytest.Monke
     bounded = ["--trainer.limit_train_batches=4", "--trainer.log_every_n_steps=2", "--trainer.max_epochs=1"]
     output = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     main(["fit", "--config=configs/debug.yaml", *fragments, *overrides, *bounded, *output])
-    run = tmp_path / "version_0"
-    assert callbacks_of(run / "config.yaml")[-3:] == ["TokenThroughput", "SampleAnswers", "MMLUEvaluation"]
-    assert all(value > 0 for value in values_of(run / "metrics.csv", "train/tokens_per_second"))
-    assert len(values_of(run / "metrics.csv", "mmlu/accuracy")) >= 1
-    answers: list[dict[str, Any]] = json.loads((run / "answers.json").read_text())
+    version = tmp_path / "version_0"
+    assert callbacks_of(version / "config.yaml")[-3:] == ["TokenThroughput", "SampleAnswers", "MMLUEvaluation"]
+    assert len(logged(version, "train/tokens_per_second")) == 2  # four steps, logged every second
+    assert [len(logged(version, f"mmlu/{name}")) for name in ("before/accuracy", "accuracy")] == [1, 1]
+    answers: list[dict[str, Any]] = json.loads((version / "answers.json").read_text())
     assert [set(answer) for answer in answers] == [{"prompt", "before", "after"}] * 2
-    assert list((run / "mmlu").glob("*.json"))
+    files = sorted(path.name for path in (version / "mmlu").glob("*.json"))
+    assert files == ["before-step=000000.json", "validate-step=000004.json"]

@@ -1,20 +1,23 @@
 """The paca-lightning command as users type it."""
 
-import csv
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, save_adapter
 from paca_lightning.cli import _as_jsonargparse_has_them, main
+from tests.artefacts import PNG, logged, trained_layers
+from tests.processes import run
 from tests.tiny import tiny_llama, tiny_model_directory
 
 ROOT = Path(__file__).parents[1]
@@ -66,11 +69,13 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_fit_leaves_an_adapter_metrics_a_plot_and_the_config(tmp_path: Path) -> None:
     main(["fit", *DEBUG, *output_to(tmp_path), "--trainer.max_epochs=1"])
-    run = tmp_path / "version_0"
-    for name in ("adapter/adapter_config.json", "metrics.csv", "loss.png", "config.yaml"):
-        assert (run / name).stat().st_size > 0
-    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["peft_type"] == "PACA"
-    tensors = next((run / "checkpoints").glob("*.ckpt"))
+    version = tmp_path / "version_0"
+    assert len(trained_layers(version / "adapter")) == 14
+    assert json.loads((version / "adapter" / "adapter_config.json").read_text())["peft_type"] == "PACA"
+    assert logged(version, "train/loss")[-1] < logged(version, "train/loss")[0]
+    assert (version / "loss.png").read_bytes().startswith(PNG)
+    assert yaml.safe_load((version / "config.yaml").read_text())["trainer"]["max_epochs"] == 1
+    tensors = next((version / "checkpoints").glob("*.ckpt"))
     keys = torch.load(tensors, weights_only=True)["state_dict"]
     assert all(key.endswith(("paca_delta", "paca_indices", "lm_head.weight")) for key in keys)
 
@@ -79,8 +84,7 @@ def test_validate_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
     short = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
     main(["fit", *DEBUG, *output_to(tmp_path), *short])
     checkpoint = next((tmp_path / "version_0" / "checkpoints").glob("*.ckpt"))
-    with (tmp_path / "version_0" / "metrics.csv").open(newline="") as file:
-        trained = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    trained = logged(tmp_path / "version_0", "val/loss")
     capsys.readouterr()
     main(["validate", *DEBUG, *output_to(tmp_path), f"--ckpt_path={checkpoint}"])
     printed = capsys.readouterr().out
@@ -188,27 +192,29 @@ def test_debug_shows_the_traceback() -> None:
         main(["train", "--debug"])
 
 
-def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(tmp_path)]
-    process = subprocess.Popen(
-        [*command, "--trainer.max_epochs=1000"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "version_0" / "metrics.csv").exists():  # written once training is on its way
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.2)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+class CtrlC(Callback):
+    """Presses Ctrl-C in the third step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, as in a shell; Lightning leaves it ignored when it has saved."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted = ["--trainer.max_epochs=1000", "--trainer.callbacks+=tests.test_cli.CtrlC"]
+    code, errors = failure(["fit", *DEBUG, *output_to(tmp_path), *interrupted], capsys)
+    assert code == 130
     assert "Traceback" not in errors
-    assert (tmp_path / "version_0" / "adapter" / "adapter_model.safetensors").exists()
+    assert len(trained_layers(tmp_path / "version_0" / "adapter")) == 14
 
 
 @pytest.mark.parametrize(
@@ -230,20 +236,14 @@ def test_a_run_that_cannot_begin_says_why_in_a_line(
     assert complaint in message
 
 
+@pytest.mark.distributed
 def test_of_several_ranks_only_the_one_that_found_the_mistake_speaks(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(tmp_path)]
     ranks = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    run = subprocess.run(
-        [*command, *ranks, "--data.train=nowhere.jsonl"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 2
-    assert "nowhere.jsonl" in run.stderr.splitlines()[-1]
-    assert "Traceback" not in run.stderr
+    ended = run([*command, *ranks, "--data.train=nowhere.jsonl"], directory=ROOT)
+    assert ended.returncode == 2
+    assert "nowhere.jsonl" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
 
 
 def test_an_adapter_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """Every YAML under configs/ and callbacks/ is found, counted, built and, with a tiny model for a large one, run."""
 
-import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from paca_lightning.cli import main
 from paca_lightning.strategies import HPUFSDP2Strategy, SingleHPUStrategy
 from paca_lightning.strategies.hpu.bridge import bridge_installed
 from paca_lightning.tools.run_config import lightning_cli
+from tests.artefacts import logged, trained_layers
 from tests.distributed_launch import launch
 from tests.mmlu_files import rows_of, write_csv_folders
 from tests.tiny import tiny_llama, tiny_model_directory
@@ -277,11 +277,11 @@ RUN_ELSEWHERE = {"configs/debug.yaml": "tests/test_cli.py"}
 RUN_HERE = [path for path in CONFIGS if path.relative_to(ROOT).as_posix() not in RUN_ELSEWHERE]
 
 
-def assert_trained(run: Path) -> None:
-    with (run / "metrics.csv").open(newline="") as file:
-        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
-    assert len(losses) == 2
-    assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+def assert_trained(version: Path) -> None:
+    assert len(logged(version, "train/loss")) == 2
+    names = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    layers = [path.rpartition(".")[2] for path in trained_layers(version / "adapter")]
+    assert sorted(layers) == sorted(2 * names)
 
 
 @pytest.mark.parametrize("path", RUN_HERE, ids=names_of(RUN_HERE))

@@ -1,7 +1,6 @@
 """Runs code on the simulated HPU, in processes of its own: the device would change other tests in pytest's."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +9,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tests import processes
 
 Run = Callable[..., Any]
 
@@ -37,23 +38,17 @@ def hpu_process(library: Path, *, autoload: bool) -> Iterator[Run]:
         # threads, so that sums are rounded alike.
         host = mock.patch.dict(os.environ, gaudi_host(library, autoload=autoload))
         with host, mock.patch.object(sys, "path", [str(BRIDGE), *sys.path]):
-            pool.submit(os.getpid).result(timeout=120)
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(timeout=180)
+            pid = pool.submit(processes.lead_group).result(timeout=processes.HANG)
+        # Longer than ranks that the function starts, which would otherwise be left behind.
+        timeout = processes.HANG + 60
+        try:
+            yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result(timeout=timeout)
+        finally:
+            processes.kill_group(pid)
 
 
-def launch(module: str, *arguments: str, library: Path, timeout: int = 150) -> str:
+def launch(module: str, *arguments: str, library: Path) -> str:
     """Runs ``python -m module`` where the simulated Gaudi software is installed, and returns what it printed."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "WORLD_SIZE")}
-    environment |= gaudi_host(library) | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the launched ranks too
-        output, _ = process.communicate()
-        raise AssertionError(f"{module} {arguments} did not end within {timeout} s:\n{output}") from None
-    assert process.returncode == 0, f"{module} {arguments} failed:\n{output}"
-    return output
+    ended = processes.run([sys.executable, "-m", module, *arguments], env=gaudi_host(library))
+    assert ended.returncode == 0, f"{module} {arguments} failed:\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout

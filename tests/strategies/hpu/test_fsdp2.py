@@ -57,7 +57,7 @@ def four_cards(hpu_host: Run, checkpoints: dict[str, Path]) -> dict[str, dict[st
         jobs[f"first half, {name}"] = replace(job, steps=5, save=checkpoints[name])
         jobs[f"second half, {name}"] = replace(job, resume=checkpoints[name])
         jobs[f"straight, {name}"] = job
-    results: dict[str, dict[str, Any]] = hpu_host(launch, train_on_cards, 4, jobs, timeout=170)[0]
+    results: dict[str, dict[str, Any]] = hpu_host(launch, train_on_cards, 4, jobs)[0]
     return results
 
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_on_four_cards_equals_an_uninterrupted_one(four_cards: dic
 
 def test_two_cards_resume_runs_of_four(hpu_host: Run, four_cards: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     jobs = {name: replace(SAVED[name], resume=checkpoints[name]) for name in ("dense", "NF4")}
-    for name, resumed in hpu_host(launch, train_on_cards, 2, jobs, timeout=170)[0].items():
+    for name, resumed in hpu_host(launch, train_on_cards, 2, jobs)[0].items():
         straight = four_cards[f"straight, {name}"]
         assert_equal_runs(resumed, straight | {"losses": straight["losses"][5:]})
 

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -8,6 +6,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.callbacks import throughput
 from paca_lightning.tasks.callbacks.throughput import TokenThroughput, count_tokens, flops_per_token
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.collate import Documents, PadCollator
@@ -59,24 +58,31 @@ def test_padding_does_not_count_however_batches_are_made(per_row, packed):
     assert count_tokens(batch) == 14
 
 
-class Slow(Callback):
-    """Takes a second before training, 20 ms over each training batch and a second over validation."""
+class Clock(Callback):
+    """Stands at 0, and goes on by a second before training, 20 ms in each training batch, a second in validation."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
 
     def on_train_start(self, *args):
-        time.sleep(1.0)
+        self.now += 1.0
 
     def on_train_batch_start(self, *args):
-        time.sleep(0.02)
+        self.now += 0.02
 
     def on_validation_batch_start(self, *args):
-        time.sleep(1.0)
+        self.now += 1.0
 
 
-def test_logs_tokens_per_second_without_padding_and_what_is_not_training(tmp_path):
-    directory = str(tiny_model_directory(tmp_path / "model"))
+def test_logs_tokens_per_second_without_padding_and_what_is_not_training(tmp_path, monkeypatch):
+    directory, clock = str(tiny_model_directory(tmp_path / "model")), Clock()
+    monkeypatch.setattr(throughput, "time", clock)
     run = trainer(
         tmp_path,
-        callbacks=[TokenThroughput(peak_flops=1e9), Slow()],
+        callbacks=[TokenThroughput(peak_flops=1e9), clock],
         log_every_n_steps=6,
         val_check_interval=3,
         limit_val_batches=1,
@@ -84,9 +90,10 @@ def test_logs_tokens_per_second_without_padding_and_what_is_not_training(tmp_pat
     )
     module = CausalLMModule(directory)
     run.fit(module, batches(6), batches(1))
+    assert clock.now == pytest.approx(1 + 6 * 0.02 + 3)  # validation in the sanity check and twice in training
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches(6))
     speed = float(run.callback_metrics["train/tokens_per_second"])
-    assert tokens / 1.0 < speed < tokens / 0.12  # at least 6 x 20 ms, and neither second of other work
+    assert speed == pytest.approx(tokens / (6 * 0.02))
 
     flops = sum(
         int(batch["attention_mask"].sum()) * flops_per_token(module, batch["input_ids"].shape[1])

@@ -306,7 +306,6 @@ class Recorder(Bigram):
 
 
 @pytest.mark.distributed
-@pytest.mark.timeout(180)
 def test_two_processes_share_the_rows_without_a_second_sampler(data_settings: dict[str, Any], tmp_path: Path) -> None:
     trainer = Trainer(
         accelerator="cpu",
