@@ -65,7 +65,7 @@ def test_before_batch_transfer(owner: str, tmp_path: Path) -> None:
 
     holder = model if owner == "module" else data
     holder.__class__ = type("Adds", (type(holder),), {"on_before_batch_transfer": lambda self, batch, index: batch + 1})
-    trainer(tmp_path, callbacks=[Asks()], limit_train_batches=1).fit(model, datamodule=data)
+    trainer(tmp_path, callbacks=[Asks()], limit_train_batches=1).fit(model, datamodule=data if holder is data else None)
     assert [tensor.item() for tensor in seen] == [1]
 
 
