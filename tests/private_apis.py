@@ -21,14 +21,12 @@ def is_private(name: str) -> bool:
 
 
 def own_names(sources: Iterable[str]) -> set[str]:
-    """Private names that the package defines: classes, functions, and attributes and methods of its classes."""
+    """Private names that the package defines: classes, and attributes and methods of classes."""
     names: set[str] = set()
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef):
-                names.update(class_names(node))
-            if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                names.add(node.name)
+                names.update([node.name, *class_names(node)])
     return {name for name in names if is_private(name)}
 
 

@@ -187,6 +187,7 @@ def test_private_apis_of_other_libraries_are_used_in_core_private_only() -> None
         ("def f():\n    import torch._dynamo", "torch._dynamo"),
         ("key = tensor.untyped_storage()._cdata", "tensor.untyped_storage()._cdata"),
         ("module._apply(fn)", "module._apply"),
+        ("def _version(tensor): return tensor._version", "tensor._version"),
         ("names = getattr(model, '_no_split_modules', None)", "'_no_split_modules'"),
         ("SET = '_non_persistent_buffers_set'", "'_non_persistent_buffers_set'"),
         ("vars(module).pop('_forward_hooks')", "'_forward_hooks'"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from paca_lightning.core.private.torch import is_fake
+from paca_lightning.core.private.torch import is_fake, version_of
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
 
 MIN_CHUNK = 128
@@ -173,22 +173,17 @@ class CausalLMLoss:
         def loss_in_place_of_logits(hidden: Tensor) -> Tensor:
             total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, head.bias, self.chunk_size)
             total = total.view(1, 1, 1)
-            returned.append((total, _version(total)))
+            returned.append((total, version_of(total)))
             return total
 
         with _forward_replaced(head, loss_in_place_of_logits):
             logits = model(**inputs, use_cache=False).logits
         if len(returned) == 1:
             total, version = returned[0]
-            if logits is total and _version(logits) == version:
+            if logits is total and version_of(logits) == version:
                 return total.view(())
         rank_zero_info(f"{type(model).__name__} changes its logits after the head: the loss needs full logits.")
         return None
-
-
-def _version(tensor: Tensor) -> int:
-    """Number of in-place changes of a tensor; inference mode does not count them."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager
