@@ -71,7 +71,7 @@ def load_file(location: Location, model: nn.Module, optimizers: Sequence[Optimiz
     """
     checkpoint = _torch_load(location)
     named: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-    state = {name: _like(tensor, named.get(name), name) for name, tensor in checkpoint.pop("state_dict").items()}
+    state = {name: _sharded_as(tensor, named.get(name), name) for name, tensor in checkpoint.pop("state_dict").items()}
     model.load_state_dict(state, strict=strict)
     states = checkpoint.get("optimizer_states", [])
     if optimizers and len(states) != len(optimizers):
@@ -133,7 +133,7 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _like(saved: Any, current: Tensor | None, name: str) -> Any:
+def _sharded_as(saved: Any, current: Tensor | None, name: str) -> Any:
     """A saved tensor, sharded like the model's tensor of that name."""
     if not isinstance(current, DTensor) or not isinstance(saved, Tensor):
         return saved

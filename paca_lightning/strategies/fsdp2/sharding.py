@@ -63,7 +63,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
         return
     _check_parameters(model)
     units = [_Unit([block], options.reshard_after_forward) for block in blocks]
-    units += _ends(model, options)
+    units += _embedding_units(model, options)
     # The root is gathered for the whole of a step, within which disable_paca may write columns: PaCA layers elsewhere
     # are units of their own.
     inside = {child for unit in units for root in unit.modules for child in root.modules()}
@@ -161,10 +161,10 @@ def _pretrained_models(model: nn.Module) -> list[nn.Module]:
     return [m for m in reversed(list(model.modules())) if is_pretrained_model(m) and m is not model]
 
 
-def _ends(model: nn.Module, options: ShardingOptions) -> list[_Unit]:
+def _embedding_units(model: nn.Module, options: ShardingOptions) -> list[_Unit]:
     """Units of the input embeddings and the output heads of Hugging Face models."""
     embeddings, heads = (
-        [end for m in model.modules() if isinstance(end := _call(m, name), nn.Module)]
+        [end for m in model.modules() if isinstance(end := _declared_module(m, name), nn.Module)]
         for name in ("get_input_embeddings", "get_output_embeddings")
     )
     units: list[_Unit] = []
@@ -180,7 +180,8 @@ def _ends(model: nn.Module, options: ShardingOptions) -> list[_Unit]:
     return units
 
 
-def _call(module: nn.Module, getter: str) -> object:
+def _declared_module(module: nn.Module, getter: str) -> object:
+    """What a Hugging Face model returns from a getter; None for other modules, and for models without it."""
     if not hasattr(module, getter):
         return None
     try:

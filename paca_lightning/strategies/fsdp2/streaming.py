@@ -54,7 +54,7 @@ class _Destination:
             tensor.copy_(rows)
             return
         rows = rows.to(tensor.device)
-        _select(self.layer, rows, name)
+        _choose_columns(self.layer, rows, name)
         if isinstance(self.layer, QPaCALinear):
             packed, absmax = quantize_rows(rows, name)
             tensor.copy_(packed)
@@ -91,9 +91,9 @@ def stream(model: nn.Module, directory: str | Path) -> RowReader:
         destinations = _matched(model, reader)
     except PaCAError as error:
         failure = error
-    _agree(failure)
+    _raise_on_all_ranks(failure)
     assert reader is not None
-    _agree(_fill(reader, destinations))
+    _raise_on_all_ranks(_fill(reader, destinations))
     return reader
 
 
@@ -134,7 +134,7 @@ def _matched(model: nn.Module, reader: RowReader) -> dict[str, _Destination]:
             f"{str(reader.directory)!r} has no tensor {missing[0]!r} ({len(missing)} are missing). The checkpoint is "
             "incomplete or belongs to another architecture: download it again, or use the model's own."
         )
-    if unexpected := [name for name in reader.names if name not in wanted and not _ignored(model, name)]:
+    if unexpected := [name for name in reader.names if name not in wanted and not _is_ignored(model, name)]:
         raise PaCAError(
             f"{str(reader.file_of(unexpected[0]))!r} has a tensor {unexpected[0]!r} that the model lacks "
             f"({len(unexpected)} such tensors). The checkpoint belongs to another architecture: use the model's own."
@@ -163,13 +163,13 @@ def _destinations(model: nn.Module) -> Iterator[tuple[str, _Destination]]:
                 yield prefix + name, _Destination(buffer)
 
 
-def _ignored(model: nn.Module, name: str) -> bool:
+def _is_ignored(model: nn.Module, name: str) -> bool:
     """Whether a tensor of the checkpoint may be ignored: the model computes it, or declares that it ignores it."""
     patterns = [pattern for module in model.modules() for pattern in ignored_keys(module)]
     return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
 
 
-def _select(layer: PaCALayer, rows: Tensor, name: str) -> None:
+def _choose_columns(layer: PaCALayer, rows: Tensor, name: str) -> None:
     """Choose the columns of a layer that was converted on meta, by scores summed over the rows of all ranks."""
     pending = layer.paca_pending
     if pending is None or pending.by_data:
@@ -178,7 +178,7 @@ def _select(layer: PaCALayer, rows: Tensor, name: str) -> None:
     failure: PaCAError | None = None
     scores = torch.zeros(layer.in_features, device=rows.device)
     try:
-        scores += squared_errors(rows, name) if selection == "quant_error" else _squares(rows)
+        scores += squared_errors(rows, name) if selection == "quant_error" else _squared_norms(rows)
     except PaCAError as error:
         failure = error
     if isinstance(layer.base, DTensor):
@@ -189,13 +189,13 @@ def _select(layer: PaCALayer, rows: Tensor, name: str) -> None:
     layer.paca_indices.copy_(largest_indices(scores, layer.r))
 
 
-def _squares(rows: Tensor) -> Tensor:
+def _squared_norms(rows: Tensor) -> Tensor:
     """Sum of squares of each column, computed over a few rows at a time."""
     chunks = rows.split(max(1, CHUNK // rows.shape[1]))
     return sum((c.float().square().sum(0) for c in chunks), torch.zeros(rows.shape[1], device=rows.device))
 
 
-def _agree(failure: PaCAError | None) -> None:
+def _raise_on_all_ranks(failure: PaCAError | None) -> None:
     """Raise the failure of any rank on all ranks, so that none waits for a rank that has stopped."""
     if not dist.is_initialized():
         failures = [failure and str(failure)]
