@@ -86,7 +86,7 @@ class _Forward(TorchDispatchMode):
 
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()
-        self._calls = calls
+        self.calls = calls
         self._summands: dict[int, set[_Call]] = {}  # by storage: the calls of whose outputs it is the sum
         self._attended: set[int] = set()  # storages that hold the output of attention
 
@@ -109,7 +109,7 @@ class _Forward(TorchDispatchMode):
         attended = any(key in self._attended for key in read)
         if attends or func in _GEMMS:
             call = _recorded(func, args, output, attends=attends, attended=attended)
-            self._calls.append(call)
+            self.calls.append(call)
             summands = {call}
         # The allocator reuses addresses, so every output overwrites what its storage meant before.
         for key in returned:
@@ -122,7 +122,7 @@ class _Forward(TorchDispatchMode):
 
     def _recompute_what_is_written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         written = _storages(written_arguments(func, args, kwargs))
-        for call in self._calls:
+        for call in self.calls:
             if not written.isdisjoint(_storages(call.output)):
                 call.output, call.needed = None, True
 
@@ -130,7 +130,7 @@ class _Forward(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._summands.clear()
-        for call in self._calls:
+        for call in self.calls:
             if not call.needed:
                 call.output = None
 
@@ -140,7 +140,7 @@ class _Recomputation(TorchDispatchMode):
 
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()
-        self._calls = calls
+        self.calls = calls
         self._used = False
 
     @override
@@ -158,9 +158,9 @@ class _Recomputation(TorchDispatchMode):
             return NotImplemented
         if func not in _GEMMS and _ATTENTION.search(func.name()) is None:
             return func(*args, **(kwargs or {}))
-        if not self._calls or self._calls[0].func is not func:
+        if not self.calls or self.calls[0].func is not func:
             raise RuntimeError(f"A selectively checkpointed block called {func.name()} in its recomputation only.")
-        call = self._calls.pop(0)  # autograd alone decides how long its output lives
+        call = self.calls.pop(0)  # autograd alone decides how long its output lives
         if not call.needed:
             shape, dtype, device = cast(tuple[torch.Size, torch.dtype, torch.device], call.stand_in)
             # Takes no memory, and NaN would be noticed if its values were used after all.

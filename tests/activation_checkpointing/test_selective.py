@@ -104,7 +104,7 @@ def recorded_calls(model: Any) -> list[tuple[Any, bool]]:
 
     def recording() -> Any:
         forward, recomputation = contexts()
-        recorded.append(forward._calls)
+        recorded.append(forward.calls)
         return forward, recomputation
 
     block = find_blocks(model)[0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from lightning.pytorch import LightningDataModule
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
@@ -59,7 +59,9 @@ def test_added_tokens_without_an_embedding_are_refused_if_the_data_may_hold_them
 def test_the_tokenizer_of_another_model_is_refused(directory, tmp_path):
     other = ByteLevelBPETokenizer()
     other.train_from_iterator(["To be or not to be"], vocab_size=300, special_tokens=["<eos>"], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=other._tokenizer, eos_token="<eos>").save_pretrained(tmp_path / "other")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(other.to_str()), eos_token="<eos>").save_pretrained(
+        tmp_path / "other"
+    )
     with pytest.raises(PaCAError, match="is another one than that of the model"):
         run_on(tmp_path, "fit", CausalLMModule(directory), tmp_path / "other", max_length=200)
     # Random weights have learned no words yet.

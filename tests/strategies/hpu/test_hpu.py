@@ -318,7 +318,7 @@ def _describe_trainer(**options: Any) -> SimpleNamespace:
 
 def _train_compiled(config: PaCAConfig | None) -> tuple[TinyModule, int]:
     """Train with ``hpu_backend``. Also returns the number of compiled graphs."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     module = TinyModule(backend="hpu_backend")
     train("hpu", module=module, callbacks=[PaCAStrategy(config)] if config else [])

@@ -320,7 +320,7 @@ def test_bench_finds_the_longest_sequence(model: str) -> None:
 def test_compiled_methods_compile_a_block_each_once(workload: Workload) -> None:
     from torch._dynamo.utils import counters
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
     compiled = Workload(**(vars(workload) | {"compile": True}))
     methods, said = [Method("floor"), Method("paca", 4), Method("lora", 2)], []
