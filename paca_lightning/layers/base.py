@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from paca_lightning.core.dtensor import local
-from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.autograd import tapped
-from paca_lightning.layers.columns import PendingSelection, check_indices
+from paca_lightning.layers.columns import PendingSelection, check_loaded_columns
+from paca_lightning.layers.write_watch import check_written, is_written, note_written
 
 
 class PaCALayer(nn.Module):
@@ -33,6 +33,7 @@ class PaCALayer(nn.Module):
     """
 
     base_name: ClassVar[str] = "weight"  # of the parameter that holds the base weight
+    keeps_weight: ClassVar[bool] = True  # whether there is a weight to write the columns into
     weight: Tensor
     in_features: int
     out_features: int
@@ -46,6 +47,8 @@ class PaCALayer(nn.Module):
     paca_pending: PendingSelection | None = None
     paca_conversion: Any = None
     paca_path: str = ""
+    paca_written: tuple[int, int] | None = None  # the delta that the weight has, by id and version; None: not known
+    paca_written_at: int = -1  # the step of an optimizer after which it was written
     paca_reshard: Callable[[], None] | None = None
 
     @property
@@ -79,6 +82,8 @@ class PaCALayer(nn.Module):
         dtype = torch.promote_types(self.paca_base_columns.dtype, torch.float32)
         shape = (self.out_features, self.r)
         self.paca_delta = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.base.device))
+        if self.keeps_weight:
+            note_written(self, self.paca_delta)
 
     def release(self, *, trained: bool) -> None:
         """Turn back into the layer it was made from.
@@ -93,7 +98,7 @@ class PaCALayer(nn.Module):
         del self.paca_delta, self.paca_base_columns, self.paca_indices
         base_class = self.paca_base_class
         added = ("r", "scaling", "paca_enabled", "paca_base_class", "paca_pending", "paca_conversion", "paca_path")
-        for name in (*added, "paca_reshard"):
+        for name in (*added, "paca_reshard", "paca_written", "paca_written_at"):
             vars(self).pop(name, None)
         self.__class__ = base_class  # type: ignore[assignment]
 
@@ -118,6 +123,7 @@ class PaCALayer(nn.Module):
         if self.paca_enabled:
             self._reshard()
             self._put_columns(torch.add(local(self.paca_base_columns), local(self.paca_delta), alpha=self.scaling))
+            note_written(self, self.paca_delta)
 
     @torch.no_grad()
     def restore_columns(self) -> None:
@@ -156,9 +162,18 @@ class PaCALayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The base layer's output, shape (..., out_features)."""
-        if self.paca_enabled and torch.is_grad_enabled() and self.paca_delta.requires_grad:
-            return tapped(self._base_forward, input, self.paca_delta, self.paca_indices, self.scaling)
-        return self._base_forward(input)
+        if not (self.paca_enabled and torch.is_grad_enabled()):
+            return self._base_forward(input)
+        delta = self.paca_delta
+        if not delta.requires_grad:
+            return self._base_forward(input)
+        if self.keeps_weight and not torch.compiler.is_compiling() and not is_written(self, delta):
+            check_written(self, delta)
+        return tapped(self._base_forward, input, delta, self.paca_indices, self.scaling)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has a delta of its own, which is as new as its weight."""
+        return {**vars(self), "paca_written": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PaCALayer":
         """Move or cast the layer, but never narrow the delta and the base columns, nor lose what is known.
@@ -180,7 +195,10 @@ class PaCALayer(nn.Module):
             return result
 
         indices, dtype = self.paca_indices, self.base.dtype
+        in_step = is_written(self, self.paca_delta)
         super()._apply(keep_precision, recurse)
+        if in_step:
+            note_written(self, self.paca_delta)
         if not indices.is_meta:
             self.paca_indices = indices.to(self.paca_indices.device)
         if self.base.dtype != dtype and not self.base.is_meta:
@@ -218,16 +236,7 @@ class PaCALayer(nn.Module):
 
     def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
         delta, indices = (state_dict.get(prefix + name) for name in ("paca_delta", "paca_indices"))
-        if (delta is None) != (indices is None):
-            present, missing = ("paca_delta", "paca_indices") if indices is None else ("paca_indices", "paca_delta")
-            raise PaCAError(f"The checkpoint has {present} of {path!r} but not its {missing}. It is incomplete.")
-        if delta is not None and tuple(delta.shape) != (self.out_features, self.r):
-            raise PaCAError(
-                f"The delta of {path!r} has shape {tuple(delta.shape)} in the checkpoint and "
-                f"{(self.out_features, self.r)} in the model. Use the rank and the base model it was trained with."
-            )
-        if indices is not None and not indices.is_meta:
-            check_indices(local(indices), self.in_features, self.r, path=path)
+        check_loaded_columns(delta, indices, (self.out_features, self.in_features, self.r), path=path)
 
     def _describe(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 
 
@@ -72,3 +73,30 @@ def check_indices(indices: Tensor, in_features: int, r: int, *, path: str) -> No
         problem = "are not sorted and unique"
     if problem:
         raise PaCAError(f"The column indices of {path!r} {problem}. Were they made for this model?")
+
+
+def check_loaded_columns(
+    delta: Tensor | None, indices: Tensor | None, sizes: tuple[int, int, int], *, path: str
+) -> None:
+    """Raise unless a state dict has both delta and indices of a layer or neither, and they fit.
+
+    Args:
+        delta: Its delta for the layer, if it has one.
+        indices: Its indices for the layer, if it has some.
+        sizes: The layer's out_features, in_features and r.
+        path: Names the layer in the error.
+
+    Raises:
+        PaCAError: If they do not fit.
+    """
+    out_features, in_features, r = sizes
+    if (delta is None) != (indices is None):
+        present, missing = ("paca_delta", "paca_indices") if indices is None else ("paca_indices", "paca_delta")
+        raise PaCAError(f"The checkpoint has {present} of {path!r} but not its {missing}. It is incomplete.")
+    if delta is not None and tuple(delta.shape) != (out_features, r):
+        raise PaCAError(
+            f"The delta of {path!r} has shape {tuple(delta.shape)} in the checkpoint and {(out_features, r)} in the "
+            "model. Use the rank and the base model it was trained with."
+        )
+    if indices is not None and not indices.is_meta:
+        check_indices(local(indices), in_features, r, path=path)

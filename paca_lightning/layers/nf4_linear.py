@@ -54,6 +54,7 @@ class QPaCALinear(PaCALayer):
     """
 
     base_name: ClassVar[str] = "packed"
+    keeps_weight: ClassVar[bool] = False
     packed: nn.Parameter
     absmax: nn.Parameter
     absmax_scale: nn.Parameter | None

@@ -1,0 +1,106 @@
+"""Noticing that a delta was moved and not written back: the weight would not learn, and nothing would tell.
+
+An optimizer that no write-back is attached to moves deltas and leaves the weights: the loss stands still, and a saved
+adapter was never evaluated. Each layer remembers which delta it last wrote, and its version. PyTorch's version counter
+moves with every change in place but those of fused optimizers. So hooks around every optimizer's step count the steps,
+and mark the layers whose deltas a step has moved without a write-back.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from paca_lightning.core.dtensor import is_sharded
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import version_of
+
+if TYPE_CHECKING:
+    from paca_lightning.layers.base import PaCALayer
+
+MOVED = (0, -1)
+"""In place of what was written last: an optimizer has moved the delta since."""
+
+_layers: dict[int, "weakref.ref[PaCALayer]"] = {}
+_steps = 0
+_hooked = False
+
+
+def is_written(layer: "PaCALayer", delta: Tensor) -> bool:
+    """Whether a layer's weight is known to be in step with its delta."""
+    return layer.paca_written == (id(delta), version_of(delta))
+
+
+def note_written(layer: "PaCALayer", delta: Tensor) -> None:
+    """Note that a layer's weight is in step with its delta now."""
+    global _hooked
+    if is_sharded(delta):  # a forward sees another parameter, the gathered one
+        layer.paca_written = None
+        return
+    layer.paca_written, layer.paca_written_at = (id(delta), version_of(delta)), _steps
+    if id(delta) not in _layers or _layers[id(delta)]() is not layer:
+        key = id(delta)
+        _layers[key] = weakref.ref(layer, lambda _: _layers.pop(key, None))
+    if not _hooked:
+        _hooked = True
+        register_optimizer_step_pre_hook(_count_step)
+        register_optimizer_step_post_hook(_mark_moved)
+
+
+def check_written(layer: "PaCALayer", delta: Tensor) -> None:
+    """Raise if a delta was changed and not written back since.
+
+    Raises:
+        PaCAError: If so, or if the delta is another tensor that ``torch.func.functional_call`` put in its place.
+    """
+    if not isinstance(delta, nn.Parameter):
+        raise PaCAError(
+            f"{_name(layer)} is called with another delta (torch.func.functional_call), but its weight follows its own "
+            "delta only. Load the delta with load_state_dict, or with load_adapter."
+        )
+    written = layer.paca_written
+    unknown = written is None or (written is not MOVED and written[0] != id(delta))  # a copy, or gathered by FSDP2
+    # Only values can tell what else moves the counter: DDP broadcasts weights and deltas alike.
+    if unknown or _weight_is_in_step(layer):
+        note_written(layer, delta)
+        return
+    raise PaCAError(
+        f"The delta of {_name(layer)} has moved since its weight was written, so the weight would not learn. Call "
+        "attach(optimizer, model) before training: PaCAStrategy does it in Lightning, PaCATrainerCallback in Hugging "
+        "Face's Trainer. After a change of your own, or after an optimizer swaps its parameters, call "
+        "write_columns(model)."
+    )
+
+
+@torch.no_grad()
+def _weight_is_in_step(layer: "PaCALayer") -> bool:
+    """Whether the weight equals its base columns plus its scaled delta. Waits for the device."""
+    columns = torch.add(layer.paca_base_columns, layer.paca_delta, alpha=layer.scaling)
+    present = layer._read_columns()
+    return torch.equal(present, columns.to(present.dtype))
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+def _mark_moved(optimizer: Optimizer, *_: Any) -> None:
+    """Run behind a step and behind the optimizer's own hooks, among which is the write-back if it is attached."""
+    if not _layers:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            reference = _layers.get(id(parameter))
+            layer = None if reference is None else reference()
+            if layer is None or vars(layer).get("paca_written") is None:  # merged or unloaded since
+                continue
+            if layer.paca_delta is parameter and layer.paca_written_at != _steps and parameter.grad is not None:
+                layer.paca_written = MOVED
+
+
+def _name(layer: "PaCALayer") -> str:
+    return repr(layer.paca_path) if layer.paca_path else type(layer).__name__
