@@ -182,10 +182,10 @@ class MMLUEvaluation(Callback):
             fitting = trainer.state.fn == TrainerFn.FITTING
             rich.print(result_table(title, results, self._before, subjects=not fitting))
             name = f"{stage}-step={trainer.global_step:06d}"
-            write_results(self._directory / "mmlu", name, results, self._about(split, trainer.global_step))
+            write_results(self._directory / "mmlu", name, results, self._description(split, trainer.global_step))
         return results
 
-    def _about(self, split: str, step: int) -> dict[str, Any]:
+    def _description(self, split: str, step: int) -> dict[str, Any]:
         evaluator = self._evaluators[split]
         names = ("source", "shots", "limit", "seed", "max_length", "confidence")
         settings = {name: getattr(self, name) for name in names}
