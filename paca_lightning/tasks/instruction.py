@@ -1,11 +1,12 @@
 """The data module for instruction tuning: conversations in common formats, tokenized, batched and resumable."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
@@ -14,9 +15,11 @@ from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.converters import TreePaths
 from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.records import Source, locate
+from paca_lightning.tasks.data.locations import locate, skipped, split_and_rows
+from paca_lightning.tasks.data.records import Source
+from paca_lightning.tasks.data.report import SplitReport
 from paca_lightning.tasks.data.sampler import BatchOrder
-from paca_lightning.tasks.data.tokenization import TokenizedSplit, tokenize
+from paca_lightning.tasks.data.tokenization import OnBadRow, TokenizedSplit, tokenize
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
 
 
@@ -61,9 +64,13 @@ class InstructionDataModule(LightningDataModule):
         tree_paths: `best` follows the best-ranked reply at every message of a tree; `all` takes every path.
         text_column: Field with the text of a `guanaco` or `text` row.
         subset: Configuration name of a hub data set.
-        train_split: Split of the hub id or saved DatasetDict given as `train`.
+        train_split: Split of the hub id or saved DatasetDict given as `train`; with a slice (`train[:100]`), some of
+            its rows, or of the rows of local files.
         validation_split: Split of the one given as `validation`.
         test_split: Split of the one given as `test`.
+        on_bad_row: What to do if rows cannot be used: raise an `error` that lists them, or `drop` and count them.
+        strict_template: Raise an error, not a warning, where the chat template leaves out or adds text, or has no
+            end-of-turn token.
 
     Raises:
         PaCAError: A number out of its range; and, from `prepare_data` and `setup`, a tokenizer, source or row that
@@ -99,6 +106,8 @@ class InstructionDataModule(LightningDataModule):
         train_split: str = "train",
         validation_split: str = "validation",
         test_split: str = "test",
+        on_bad_row: OnBadRow = "error",
+        strict_template: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -116,8 +125,18 @@ class InstructionDataModule(LightningDataModule):
         """Tokenize every split into the cache, on one process of each node."""
         encoder = self._encoder()
         for name in ("train", "validation", "test"):
-            if self.hparams[name] is not None:
-                rank_zero_info(self._tokenize(name, encoder).describe())
+            if self.hparams[name] is None:
+                continue
+            split = self._tokenize(name, encoder)
+            rank_zero_info(split.describe())
+            for sentence in (*skipped(self.hparams[name]), *split.report.describe_unused()):
+                rank_zero_info(f"{name}: {sentence}")
+            for sentence in split.report.describe_template():
+                if self.hparams["strict_template"]:
+                    raise PaCAError(
+                        f"{name}: {sentence}\nSet `chat_template` to another one, or strict_template: false."
+                    )
+                rank_zero_warn(f"{name}: {sentence}")
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits that a stage needs from the cache."""
@@ -161,14 +180,24 @@ class InstructionDataModule(LightningDataModule):
 
     def _tokenize(self, name: str, encoder: ChatEncoder) -> TokenizedSplit:
         hparams = self.hparams
-        part = (hparams[f"{name}_split"], hparams["subset"], hparams["cache_dir"])
+        locations, split, rows = locate(hparams[name]), hparams[f"{name}_split"], slice(None)
+        if any(Path(location).expanduser().exists() for location in locations):  # `datasets` slices those of the hub
+            split, rows = split_and_rows(split, name)
+        sources = [Source(location, split, hparams["subset"], hparams["cache_dir"]) for location in locations]
+        if split != name and any(source.path.is_file() for source in sources):
+            raise PaCAError(
+                f"{name}_split is {hparams[f'{name}_split']!r}, but files have no splits. Leave it out, or give rows "
+                f"alone, such as '{name}[:100]'."
+            )
         return tokenize(
             name,
-            [Source(location, *part) for location in locate(hparams[name])],
+            sources,
             encoder,
             format=hparams["format"],
             text_column=hparams["text_column"],
             tree_paths=hparams["tree_paths"],
+            rows=rows,
+            on_bad_row=hparams["on_bad_row"],
         )
 
     def _hold_out(self, train: TokenizedSplit) -> None:
@@ -186,7 +215,9 @@ class InstructionDataModule(LightningDataModule):
             )
         in_validation = held_out[conversation_rows]
         self.splits["train"] = train.select(~in_validation)
-        self.splits["validation"] = replace(train.select(in_validation), name="validation", dropped=0)
+        self.splits["validation"] = replace(
+            train.select(in_validation), name="validation", dropped=0, report=SplitReport()
+        )
 
     def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:
         if name not in self.splits:

@@ -7,6 +7,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.data.decode import decoded_runs
 from paca_lightning.tasks.data.tokenization import TokenizedSplit
 from paca_lightning.tasks.instruction import InstructionDataModule
 
@@ -31,6 +32,9 @@ def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
     datamodule.setup()
     console = Console()
     console.print(_statistics(datamodule))
+    for name, split in datamodule.splits.items():
+        for sentence in (*split.report.describe_unused(), *split.report.describe_template()):
+            console.print(Text(f"{name}: {sentence}"))
     train = datamodule.splits["train"]
     for sample in train.dataset.select(range(min(samples, len(train.dataset)))):
         console.rule(f"{train.locations[sample['file']]}, row {sample['row']}: {sample['length']} tokens")
@@ -41,13 +45,9 @@ def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
 
 def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: list[bool]) -> Text:
     """Decode tokens to text in which each run of trained ones stands in ⟦ ⟧, green on a terminal."""
-    bounds = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(input_ids)]
-    # Decoded from the start each time: some tokenizers drop the first token's leading space.
-    texts = [tokenizer.decode(input_ids[:bound], clean_up_tokenization_spaces=False) for bound in bounds]
     text = Text()
-    for i, start in enumerate(bounds[:-1]):
-        part = texts[i + 1][len(texts[i]) :]
-        text.append(*((f"⟦{part}⟧", "bold green") if trained[start] else (part,)))
+    for part, on in decoded_runs(tokenizer, input_ids, trained):
+        text.append(*((f"⟦{part}⟧", "bold green") if on else (part,)))
     return text
 
 

@@ -15,7 +15,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "data" / "quickstart"
 def read(path: Path, **options: Any) -> list[tuple[int, list[tuple[str, str]]]]:
     settings = {"format": "auto", "text_column": "text", "tree_paths": "best"} | options
     pairs = conversations(Source(str(path)).rows(), path.name, **settings)
-    return [(row, [(message["role"], message["content"]) for message in messages]) for row, messages in pairs]
+    return [(row, [(message["role"], message["content"]) for message in found.messages]) for row, found in pairs]
 
 
 PLAIN = (  # no end-of-turn token: the line break is what ends an answer

@@ -2,17 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.conversation import Conversation, is_text
+from paca_lightning.tasks.data.answers import Span, answer_span
+from paca_lightning.tasks.data.conversation import Conversation
+from paca_lightning.tasks.data.remarks import remarks
+from paca_lightning.tasks.data.template import ChatTemplate
 
-Span = tuple[int, int]
 
-_SENTINEL = "qPaCAq0turn0qPaCAq"  # replaces an answer; plain letters and digits, which no template changes
+class Rendered(NamedTuple):
+    """A conversation as text, the spans of characters to train, what the template did (`remarks`) and did not read."""
+
+    text: str
+    spans: list[Span]
+    remarks: Sequence[str] = ()
+    unread: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -37,18 +45,18 @@ class Encoded:
         return pieces
 
 
+NOTHING = Encoded(np.empty(0, np.int32), np.empty(0, bool))
+"""No tokens."""
+
+
 class ChatEncoder:
     """Tokenizes conversations with the tokenizer's chat template and marks the tokens to train.
-
-    The assistant's characters are found by comparing renderings, which works with any template, also without
-    `{% generation %}` marks: answer i starts where turns 0..i-1 with the generation prompt end, and ends where turns
-    0..i end. If a template rewrites earlier turns (drops their reasoning, say), the answer is found by rendering the
-    conversation with another text in its place.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         max_length: Most tokens of a conversation. Callers cut what `encode` returns.
-        loss_on: "assistant" trains every assistant turn with its end-of-turn token, "all" trains everything.
+        loss_on: "assistant" trains every assistant turn with its end-of-turn token, "all" trains everything. Answers
+            that the data mark as not trained are left out of both.
     """
 
     def __init__(
@@ -60,60 +68,105 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.loss_on = loss_on
+        self.template = ChatTemplate(tokenizer)
         starts = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
-        self._bos = tokenizer.bos_token if starts else ""
-        self._stops = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        self._bos = str(tokenizer.bos_token) if starts else ""
+        self._eos = str(tokenizer.eos_token or "")
 
-    def render(self, conversation: Conversation, generation_prompt: bool = False) -> str:
-        """The conversation as text, by the chat template.
-
-        Raises:
-            PaCAError: The template fails.
-        """
-        try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            roles = ", ".join(message["role"] for message in conversation)
-            raise PaCAError(
-                f"the chat template fails on turns of the roles {roles}: {type(error).__name__}: {error}. "
-                "Change the data, or set `chat_template`"
-            ) from error
-        assert isinstance(text, str)
-        return text
-
-    def spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The rendered text, and the spans [start, end) of characters to train, one for each answer.
+    def spans(self, conversation: Conversation) -> Rendered:
+        """Render a conversation, and find the characters to train.
 
         A raw text does not pass the template and is trained whole, between the tokenizer's tokens that begin and end a
-        text.
-        """
-        if is_text(conversation):
-            text = f"{self._bos}{conversation[0]['content']}{self.tokenizer.eos_token or ''}"
-            return text, [(0, len(text))]
-        text = self.render(conversation)
-        if self.loss_on == "all":
-            return text, [(0, len(text))]
-        turns = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
-        return text, [self._span(text, conversation, i) for i in turns]
+        text, which are not doubled.
 
-    def encode(self, rendered: Sequence[tuple[str, list[Span]]]) -> list[Encoded]:
+        Raises:
+            PaCAError: The template fails, does not read what the conversation has, or hides an answer.
+        """
+        if conversation.is_text:
+            text = conversation.messages[0]["content"]
+            if self._bos and text.startswith(self._bos):
+                text = text[len(self._bos) :]
+            if self._eos and text.endswith(self._eos):
+                text = text[: -len(self._eos)]
+            text = f"{self._bos}{text}{self._eos}"
+            return Rendered(text, [(0, len(text))])
+        conversation, unread = self._checked(conversation), self._unread(conversation)
+        text = self.template.render(conversation.messages, conversation.arguments)
+        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        masks = conversation.masks
+        if self.loss_on == "all" and all(masks.values()):
+            return self._trimmed(Rendered(text, [(0, len(text))], (), unread))
+        spans = {i: answer_span(self.template, text, conversation, i) for i in answers}
+        found = remarks(self.template, conversation, text, spans)
+        trained = [span for i, span in spans.items() if masks.get(i, True)]
+        if self.loss_on == "all":
+            trained = _complement([spans[i] for i in answers if not masks.get(i, True)], len(text))
+        return self._trimmed(Rendered(text, trained, found, unread))
+
+    def _checked(self, conversation: Conversation) -> Conversation:
+        """A conversation all of which the template reads, without tokens that the template will double."""
+        needed: set[str] = {name for name in ("tools", "documents") if name in conversation.arguments}
+        needed |= {"tool_calls" for message in conversation.messages if "tool_calls" in message}
+        missing = [f"'{name}'" for name in sorted(needed) if not self.template.reads(name)]
+        if any("reasoning_content" in message for message in conversation.messages):
+            missing += [] if self.template.reasoning_field else ["'reasoning_content'"]
+        if missing:
+            raise PaCAError(
+                f"the chat template does not read {' and '.join(missing)}. Use a model whose template does, set "
+                "`chat_template`, or remove them from the data"
+            )
+        for number, mask in conversation.masks.items():
+            role = conversation.messages[number]["role"]
+            if role != "assistant" and mask is False and self.loss_on == "all":
+                raise PaCAError(f"turn {number + 1} ({role}) is marked as not trained, which loss_on: all cannot do")
+        messages = [dict(message) for message in conversation.messages]
+        for message in messages:
+            content = message["content"].rstrip()
+            if message["role"] == "assistant" and self._eos and content.endswith(self._eos) and content != self._eos:
+                message["content"] = content[: -len(self._eos)]
+        bos = self.tokenizer.bos_token
+        if bos and messages[0]["content"].startswith(bos):
+            messages[0]["content"] = messages[0]["content"][len(bos) :]
+        return Conversation(messages, conversation.arguments, conversation.masks)
+
+    def _unread(self, conversation: Conversation) -> list[str]:
+        """Names of what nothing uses: arguments that the template does not read, marks on turns never trained."""
+        unread = [name for name in conversation.arguments if not self.template.reads(name)]
+        roles = {conversation.messages[number]["role"] for number, mask in conversation.masks.items() if mask}
+        if self.loss_on == "assistant":
+            unread += [f"marks to train {role} turns" for role in sorted(roles - {"assistant"})]
+        return unread
+
+    def _trimmed(self, rendered: Rendered) -> Rendered:
+        """A text whose first and last token are not doubled by the template."""
+        text, spans = rendered.text, rendered.spans
+        bos, eos = self.tokenizer.bos_token, self._eos
+        while bos and text.startswith(bos * 2):
+            text = text[len(bos) :]
+            spans = [(max(0, start - len(bos)), end - len(bos)) for start, end in spans]
+        while eos and text.rstrip().endswith(eos) and (before := text.rstrip()[: -len(eos)].rstrip()).endswith(eos):
+            text = before
+            spans = [(start, min(end, len(text))) for start, end in spans]
+        return rendered._replace(text=text, spans=spans)
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """Tokenize a batch of texts with their spans to train, as `spans` returns them.
 
         The first token of a conversation is never trained, as nothing precedes it.
         """
-        texts = [text for text, _ in rendered]
+        if not rendered:
+            return []
+        texts = [one.text for one in rendered]
         if self.tokenizer.is_fast:
             encoding = self.tokenizer(
                 texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
             )
             ids = encoding["input_ids"]
             offsets = [np.array(row).reshape(-1, 2) for row in encoding["offset_mapping"]]
-            bounds = [_overlapping(row, spans) for row, (_, spans) in zip(offsets, rendered, strict=True)]
+            bounds = [_overlapping(row, one.spans) for row, one in zip(offsets, rendered, strict=True)]
         else:
             ids = [self._ids(text) for text in texts]
-            bounds = [self._token_bounds(row, *pair) for row, pair in zip(ids, rendered, strict=True)]
+            bounds = [self._token_bounds(row, one.text, one.spans) for row, one in zip(ids, rendered, strict=True)]
         return [self._encoded(row, pairs) for row, pairs in zip(ids, bounds, strict=True)]
 
     def _encoded(self, ids: list[int], bounds: np.ndarray) -> Encoded:
@@ -122,35 +175,6 @@ class ChatEncoder:
             trained[first:last] = True
         trained[:1] = False
         return Encoded(np.asarray(ids, dtype=np.int32), trained)
-
-    def _span(self, text: str, conversation: Conversation, turn: int) -> Span:
-        before = self.render(conversation[:turn], generation_prompt=True)
-        through = self.render(conversation[: turn + 1]) if turn + 1 < len(conversation) else text
-        if text.startswith(through) and text.startswith(before) and len(before) < len(through):
-            return len(before), self._end(text[len(before) : len(through)], len(before))
-        return self._span_by_substitution(text, conversation, turn)
-
-    def _span_by_substitution(self, text: str, conversation: Conversation, turn: int) -> Span:
-        """Find an answer by replacing it, and its end of turn by what follows it as the last turn."""
-        other = [*conversation[:turn], {**conversation[turn], "content": _SENTINEL}, *conversation[turn + 1 :]]
-        changed = self.render(other)
-        last = self.render(other[: turn + 1])
-        start = changed.find(_SENTINEL)
-        tail = changed[start + len(_SENTINEL) :]
-        if changed.count(_SENTINEL) != 1 or changed[:start] != text[:start] or not text.endswith(tail):
-            raise PaCAError(
-                f"the chat template leaves no trace of turn {turn + 1} by which to tell the assistant's tokens from "
-                "the others. Set `chat_template` to one that renders turns independently of each other, or loss_on: all"
-            )
-        end = len(text) - len(tail)
-        close = last.rpartition(_SENTINEL)[2]
-        close = close if text.startswith(close, end) else close.rstrip()
-        return start, self._end(text[start:end] + close, start) if text.startswith(close, end) else end
-
-    def _end(self, answer: str, start: int) -> int:
-        """The end of an answer that starts at `start`, without white space after an end-of-turn token."""
-        stripped = answer.rstrip()
-        return start + len(stripped if stripped.endswith(self._stops) else answer)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -164,10 +188,16 @@ class ChatEncoder:
                 (n for n, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids))
             )
 
-        return np.array([[count(first), count(last)] for first, last in spans])
+        return np.array([[count(first), count(last)] for first, last in spans]).reshape(-1, 2)
 
 
 def _overlapping(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     """The tokens [first, last) that overlap each span; `offsets` (T, 2) are the tokens' own spans."""
-    firsts, lasts = np.array(spans).T
+    firsts, lasts = np.array(spans, dtype=np.int64).reshape(-1, 2).T
     return np.stack([np.searchsorted(offsets[:, 1], firsts, "right"), np.searchsorted(offsets[:, 0], lasts)], axis=1)
+
+
+def _complement(spans: list[Span], length: int) -> list[Span]:
+    """The spans between these, in order."""
+    bounds = [0, *(bound for span in sorted(spans) for bound in span), length]
+    return [(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]

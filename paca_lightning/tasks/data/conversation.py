@@ -1,66 +1,76 @@
 """A conversation as the chat template takes it, and the checks that every conversation passes."""
 
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.records import Row
 
-Message = dict[str, str]
-"""One turn: its `role` (system, user or assistant) and its `content`."""
-
-Conversation = list[Message]
-"""The turns of a conversation, or a raw text as a single message of the role `text`."""
+Message = dict[str, Any]
+"""One turn: its `role` (system, user, assistant or tool), its `content`, and what else the chat template takes of it:
+`tool_calls` and `reasoning_content` of an assistant's turn, `name` and `tool_call_id` of a tool's."""
 
 
-def is_text(conversation: Conversation) -> bool:
-    """Whether it is a raw text without turns."""
-    return len(conversation) == 1 and conversation[0]["role"] == "text"
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation, or a raw text.
+
+    Attributes:
+        messages: The turns; of a raw text, one message of the role `text`.
+        arguments: Arguments of the chat template, such as `tools`, `documents` and `enable_thinking`.
+        masks: For turns that the data mark, whether they are trained, by their number from 0.
+        unread: Names of the fields of its row that nothing uses.
+    """
+
+    messages: list[Message]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    masks: dict[int, bool] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a raw text without turns."""
+        return len(self.messages) == 1 and self.messages[0]["role"] == "text"
+
+    def to_json(self) -> str:
+        """The conversation without `unread`, as text."""
+        return json.dumps([self.messages, self.arguments, sorted(self.masks.items())], ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str) -> "Conversation":
+        """The conversation that `to_json` wrote."""
+        messages, arguments, masks = json.loads(text)
+        return Conversation(messages, arguments, dict(masks))
 
 
-def check_turns(conversation: Conversation) -> None:
-    """Check the order of turns: an optional system message, then user and assistant in turn.
+def text_document(text: str, unread: tuple[str, ...] = ()) -> Conversation:
+    """A raw text as a conversation."""
+    return Conversation([{"role": "text", "content": text}], unread=unread)
+
+
+def check_turns(messages: list[Message]) -> None:
+    """Check the order of turns: an optional system message, then user and assistant in turn, tools in between.
 
     Raises:
         PaCAError: Roles out of order, no assistant turn, or an empty assistant turn.
     """
-    turns = conversation[1:] if conversation and conversation[0]["role"] == "system" else conversation
-    offset = len(conversation) - len(turns) + 1
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    offset = len(messages) - len(turns) + 1
+    due: tuple[str, ...] = ("user",)
     for i, message in enumerate(turns):
-        due = ("user", "assistant")[i % 2]
-        if message["role"] != due:
+        role = message["role"]
+        if role not in due:
             raise PaCAError(
-                f"roles out of order: turn {i + offset} has the role {message['role']!r} where {due!r} is due; "
-                "a conversation is an optional system message, then user and assistant by turns"
+                f"roles out of order: turn {i + offset} has the role {role!r} where {' or '.join(map(repr, due))} is "
+                "due; a conversation is an optional system message, then user and assistant by turns, with the results "
+                "of tools after an assistant's tool calls"
             )
-        if due == "assistant" and not message["content"].strip():
-            raise PaCAError(f"the assistant's turn {i + offset} is empty")
-    if len(turns) < 2:
+        if role == "assistant":
+            calls = bool(message.get("tool_calls"))
+            if not calls and not message["content"].strip():
+                raise PaCAError(f"the assistant's turn {i + offset} is empty")
+            due = ("tool", "user") if calls else ("user",)
+        else:
+            due = ("assistant",) if role == "user" else ("tool", "assistant")
+    if not any(message["role"] == "assistant" for message in turns):
         raise PaCAError("a conversation without an assistant turn: nothing to learn from; remove the row")
-
-
-def text_field(row: Row, field: str, where: str = "") -> str:
-    """A text field of a row.
-
-    Args:
-        row: The row, or an object inside it.
-        field: Name of the field.
-        where: Prefix of the field's name in messages.
-
-    Raises:
-        PaCAError: The field is missing, is not a string, or cannot be encoded as UTF-8.
-    """
-    if field not in row:
-        raise PaCAError(
-            f"the field '{where}{field}' is missing; the row has {', '.join(map(repr, row)) or 'no fields'}"
-        )
-    value = row[field]
-    if not isinstance(value, str):
-        raise PaCAError(f"the field '{where}{field}' is {kind(value)}, expected a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise PaCAError(f"the field '{where}{field}' holds half of a surrogate pair, which is no valid text") from error
-    return value
-
-
-def kind(value: object) -> str:
-    """The type of a value in words, for messages."""
-    return "null" if value is None else f"a {type(value).__name__}"

@@ -7,8 +7,9 @@ from typing import Literal
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data import oasst
-from paca_lightning.tasks.data.conversation import Conversation, kind, text_field
-from paca_lightning.tasks.data.records import Row
+from paca_lightning.tasks.data.conversation import Conversation, Message, text_document
+from paca_lightning.tasks.data.fields import Fields, Row, checked_text, kind
+from paca_lightning.tasks.data.turns import Turns, system_messages, template_arguments
 
 TreePaths = Literal["best", "all"]
 Converter = Callable[[Row], Iterator[Conversation]]
@@ -17,8 +18,6 @@ LIST_FIELDS = ("messages", "conversations", "conversation")
 """Fields that may hold the turns of a conversation."""
 GUANACO_MARK = re.compile(r"### (Human|Assistant):")
 
-_CHAT_ROLES = {role: role for role in ("system", "user", "assistant")}
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", **_CHAT_ROLES}
 _GUANACO_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -31,8 +30,8 @@ def converter(format: str, text_column: str, tree_paths: TreePaths) -> Converter
         tree_paths: "best" takes the best-ranked reply at every message of a tree, "all" takes every path.
     """
     converters: dict[str, Converter] = {
-        "chat": partial(_from_turns, role_field="role", content_field="content", roles=_CHAT_ROLES),
-        "sharegpt": partial(_from_turns, role_field="from", content_field="value", roles=_SHAREGPT_ROLES),
+        "chat": partial(_from_turns, sharegpt=False),
+        "sharegpt": partial(_from_turns, sharegpt=True),
         "alpaca": _from_alpaca,
         "prompt_completion": _from_prompt,
         "text": partial(_from_text, field=text_column),
@@ -47,84 +46,97 @@ def from_messages(rows: list[tuple[int, Row]], paths: TreePaths) -> Iterator[Con
     yield from _from_paths(oasst.assemble(rows), paths)
 
 
-def _from_turns(row: Row, role_field: str, content_field: str, roles: dict[str, str]) -> Iterator[Conversation]:
-    field = next((field for field in LIST_FIELDS if field in row), None)
-    if field is None:
+def _from_turns(row: Row, sharegpt: bool) -> Iterator[Conversation]:
+    fields = Fields(row)
+    name = next((name for name in LIST_FIELDS if name in row), "messages")
+    if name not in row:
         raise PaCAError(f"the field 'messages' is missing; the row has {', '.join(map(repr, row)) or 'no fields'}")
-    turns = row[field]
-    if not isinstance(turns, list):
-        raise PaCAError(f"the field '{field}' is {kind(turns)}, expected a list of messages")
-    conversation = _system(row)
-    for i, turn in enumerate(turns):
-        where = f"{field}[{i}]"
-        if not isinstance(turn, dict):
-            raise PaCAError(f"the field '{where}' is {kind(turn)}, expected an object")
-        role = text_field(turn, role_field, f"{where}.")
-        if role not in roles:
-            raise PaCAError(f"the field '{where}.{role_field}' is {role!r}, expected one of {', '.join(roles)}")
-        conversation.append({"role": roles[role], "content": _content(turn, content_field, f"{where}.")})
-    yield conversation
+    fields.take(name)
+    turns = Turns(row[name], name, sharegpt=sharegpt)
+    yield _conversation(fields, turns.messages, turns.masks, turns.unread)
 
 
-def _content(turn: Row, field: str, where: str) -> str:
-    """The text of a message, whose content is a string or a list of text parts."""
-    parts = turn.get(field)
-    if not isinstance(parts, list):
-        return text_field(turn, field, where)
-    texts = []
-    for i, part in enumerate(parts):
-        place = f"{where}{field}[{i}]"
-        if not isinstance(part, dict) or part.get("type") != "text":
-            found = repr(part.get("type")) if isinstance(part, dict) else kind(part)
-            raise PaCAError(f"the field '{place}' is {found}, expected a part of the type 'text'")
-        texts.append(text_field(part, "text", f"{place}."))
-    return "".join(texts)
-
-
-def _system(row: Row) -> Conversation:
-    return [{"role": "system", "content": text_field(row, "system")}] if row.get("system") else []
-
-
-def _one_turn(row: Row, user: str, answer_field: str) -> Conversation:
-    answer = text_field(row, answer_field)
-    return [*_system(row), {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+def _conversation(
+    fields: Fields, messages: list[Message], masks: dict[int, bool] | None = None, unread: list[str] | None = None
+) -> Conversation:
+    """A conversation with the system message and the template arguments of its row."""
+    system = system_messages(fields)
+    arguments = template_arguments(fields)
+    masks = {number + len(system): mask for number, mask in (masks or {}).items()}
+    return Conversation([*system, *messages], arguments, masks, (*fields.unread(), *dict.fromkeys(unread or ())))
 
 
 def _from_alpaca(row: Row) -> Iterator[Conversation]:
-    user = text_field(row, "instruction")
-    if row.get("input"):
-        user = f"{user}\n\n{text_field(row, 'input')}"
-    yield _one_turn(row, user, "output")
+    fields = Fields(row)
+    user, addition = fields.text("instruction"), fields.optional_text("input")
+    if addition is not None:
+        user = f"{user}\n\n{addition}"
+    answer = fields.text("output")
+    messages = [*_history(fields), {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    yield _conversation(fields, messages)
+
+
+def _history(fields: Fields) -> list[Message]:
+    """Earlier turns: a list of [question, answer] pairs."""
+    messages: list[Message] = []
+    pairs = fields.parsed("history") or []
+    if not isinstance(pairs, list):
+        raise PaCAError(f"the field 'history' is {kind(pairs)}, expected a list of [question, answer] pairs")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise PaCAError(f"the field 'history[{i}]' is {pair!r}, expected a [question, answer] pair")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": checked_text(text, f"history[{i}]")})
+    return messages
 
 
 def _from_prompt(row: Row) -> Iterator[Conversation]:
-    yield _one_turn(row, text_field(row, "prompt"), "completion")
+    fields = Fields(row)
+    if not isinstance(row.get("prompt"), list):
+        messages = [{"role": "user", "content": fields.text("prompt")}]
+        yield _conversation(fields, [*messages, {"role": "assistant", "content": fields.text("completion")}])
+        return
+    prompt = Turns(fields.take("prompt"), "prompt")
+    completion = Turns(fields.take("completion"), "completion")
+    count = len(prompt.messages)
+    masks = {i: False for i, message in enumerate(prompt.messages) if message["role"] == "assistant"}
+    masks |= {number + count: mask for number, mask in completion.masks.items()}
+    yield _conversation(fields, prompt.messages + completion.messages, masks, prompt.unread + completion.unread)
 
 
 def _from_text(row: Row, field: str) -> Iterator[Conversation]:
-    text = text_field(row, field)
+    fields = Fields(row)
+    text = fields.text(field)
     if not text.strip():
         raise PaCAError(f"the field '{field}' is empty; remove the row")
-    yield [{"role": "text", "content": text}]
+    yield text_document(text, tuple(fields.unread()))
 
 
 def _from_guanaco(row: Row, field: str) -> Iterator[Conversation]:
-    before, *parts = GUANACO_MARK.split(text_field(row, field))
+    fields = Fields(row)
+    before, *parts = GUANACO_MARK.split(fields.text(field))
     if before.strip() or not parts:
         raise PaCAError(f"the field '{field}' does not start with '### Human:'")
-    yield [
-        {"role": _GUANACO_ROLES[mark], "content": text.strip()}
-        for mark, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    yield _conversation(fields, [{"role": _GUANACO_ROLES[mark], "content": text.strip()} for mark, text in turns])
 
 
 def _from_tree(row: Row, paths: TreePaths) -> Iterator[Conversation]:
-    prompt = row.get("prompt")
+    if "prompt" not in row and {"text", "role"} <= row.keys():  # the tree's first message itself
+        yield from _from_paths(row, paths)
+        return
+    fields = Fields(row)
+    prompt, _ = fields.take("prompt"), fields.take("message_tree_id")
     if not isinstance(prompt, dict):
         raise PaCAError(f"the field 'prompt' is {kind(prompt)}, expected the tree's first message")
-    yield from _from_paths(prompt, paths)
+    yield from _from_paths(prompt, paths, tuple(fields.unread()))
 
 
-def _from_paths(prompt: Row, paths: TreePaths) -> Iterator[Conversation]:
+def _from_paths(prompt: Row, paths: TreePaths, unread: tuple[str, ...] = ()) -> Iterator[Conversation]:
     for path in oasst.best_path(prompt) if paths == "best" else oasst.all_paths(prompt):
-        yield [{"role": oasst.role(node), "content": text_field(node, "text", "prompt...")} for node in path]
+        messages, left = [], dict.fromkeys(unread)
+        for node in path:
+            fields = Fields(node, "prompt...")
+            messages.append({"role": oasst.role(node), "content": fields.text("text")})
+            left |= dict.fromkeys(name for name in fields.unread() if name not in oasst.FIELDS)
+        yield Conversation(messages, unread=tuple(left))

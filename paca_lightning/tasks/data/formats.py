@@ -11,18 +11,21 @@
 | `oasst_messages` | one OpenAssistant message: `message_id`, `parent_id`, `message_tree_id`, `role`, `text`, `rank` |
 | `text` | `{"text": "..."}`: a document without turns, for continued pretraining |
 
-Rows of `chat`, `sharegpt`, `alpaca` and `prompt_completion` may also have a `system` text. `messages` and
-`conversations` are interchangeable. The content of a message may be a list of `{"type": "text", "text": "..."}`.
+Rows of turns may also have a `system` text, `tools`, `documents` and settings of the chat template (`enable_thinking`,
+`chat_template_kwargs`). `messages` and `conversations` are interchangeable. The content of a message may be a list of
+`{"type": "text", "text": "..."}`; an assistant's message may have `tool_calls` and `reasoning_content`, any message a
+mark whether it is trained (`weight`, `train`, `loss` or `loss_weight`). Alpaca rows may have a `history` of
+[question, answer] pairs. `prompt` and `completion` may be lists of messages.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, groupby
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.conversation import Conversation, check_turns, is_text
+from paca_lightning.tasks.data.conversation import Conversation, check_turns
 from paca_lightning.tasks.data.converters import GUANACO_MARK, LIST_FIELDS, TreePaths, converter, from_messages
-from paca_lightning.tasks.data.records import Row
+from paca_lightning.tasks.data.fields import Row
+from paca_lightning.tasks.data.other_tasks import refuse_other_tasks
 
 Format = Literal[
     "auto", "chat", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst", "oasst_messages", "text"
@@ -30,47 +33,57 @@ Format = Literal[
 
 
 def conversations(
-    rows: Iterable[tuple[int, Row]], name: str, format: Format, *, text_column: str, tree_paths: TreePaths
-) -> Iterator[tuple[int, Conversation]]:
-    """Yield (row number, conversation) for every conversation in the rows.
+    rows: Iterable[tuple[int, Row | PaCAError]], name: str, format: Format, *, text_column: str, tree_paths: TreePaths
+) -> Iterator[tuple[int, Conversation | PaCAError]]:
+    """Yield (row number, conversation) for every conversation in the rows, or what is wrong with the row.
 
     Args:
-        rows: (row number, row) pairs, as from `Source.rows`.
+        rows: (row number, row) pairs, as from `Source.read`.
         name: The source, for messages.
         format: One of the formats above; "auto" goes by the fields of the first row.
         text_column: The field that holds the text of `guanaco` and `text` rows.
         tree_paths: "best" takes the best-ranked reply at every message of a tree, "all" takes every path.
 
     Raises:
-        PaCAError: A row is malformed; the message names the source, the row and the field.
+        PaCAError: The first row that can be read fits no format.
     """
-    rows = iter(rows)
-    if format == "auto":
-        first = next(rows)
-        format = detect(first[1], f"{name}, row {first[0]}", text_column)
-        rows = chain([first], rows)
-    for number, found in _converted(rows, format, text_column, tree_paths):
-        try:
-            for conversation in found:
-                if not is_text(conversation):
-                    check_turns(conversation)
-                yield number, conversation
-        except PaCAError as error:
-            raise PaCAError(f"{name}, row {number}: {error} (format {format!r})") from error
+    convert, broken = None, None
+    trees: dict[object, list[tuple[int, Row]]] = {}
+    for number, row in rows:
+        where = f"{name}, row {number}"
+        if isinstance(row, PaCAError):
+            broken = broken or row
+            yield number, row
+            continue
+        if format == "auto":
+            try:
+                format = detect(row, where, text_column)
+            except PaCAError as error:
+                raise broken or error from error
+        if format == "oasst_messages":
+            trees.setdefault(row.get("message_tree_id"), []).append((number, row))
+            continue
+        convert = convert or converter(format, text_column, tree_paths)
+        yield from ((number, found) for found in _checked(convert, row, where, format))
+    for tree in trees.values():
+        where = f"{name}, row {tree[0][0]}"
+        for found in _checked(lambda rows: from_messages(rows, tree_paths), tree, where, format):
+            yield tree[0][0], found
 
 
-def _converted(
-    rows: Iterator[tuple[int, Row]], format: Format, text_column: str, tree_paths: TreePaths
-) -> Iterator[tuple[int, Iterator[Conversation]]]:
-    """Each row's number and conversations; of `oasst_messages`, those of each tree and its first row's number."""
-    if format == "oasst_messages":
-        for _, tree in groupby(rows, key=lambda row: row[1].get("message_tree_id")):
-            messages = list(tree)
-            yield messages[0][0], from_messages(messages, tree_paths)
-    else:
-        convert = converter(format, text_column, tree_paths)
-        for number, row in rows:
-            yield number, convert(row)
+def _checked(
+    convert: Callable[[Any], Iterator[Conversation]], row: Any, where: str, format: Format
+) -> Iterator[Conversation | PaCAError]:
+    """The conversations of a row (of `oasst_messages`, of a tree), or what is wrong with it."""
+    try:
+        if isinstance(row, dict) and format != "text":
+            refuse_other_tasks(row)
+        for conversation in convert(row):
+            if not conversation.is_text:
+                check_turns(conversation.messages)
+            yield conversation
+    except PaCAError as error:
+        yield PaCAError(f"{where}: {error} (format {format!r})")
 
 
 def detect(row: Row, where: str, text_column: str = "text") -> Format:
@@ -79,10 +92,18 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
     Raises:
         PaCAError: The fields fit none of the formats.
     """
+    try:
+        if not isinstance(row.get(text_column), str):
+            refuse_other_tasks(row)
+    except PaCAError as error:
+        raise PaCAError(f"{where}: {error}.") from error
     if isinstance(row.get("prompt"), dict):
         return "oasst"
-    if {"message_id", "parent_id", "role", "text"} <= row.keys():
-        return "oasst_messages"
+    if {"message_id", "role", "text"} <= row.keys():
+        if row.get("replies") or "message_tree_id" not in row:
+            return "oasst"
+        if "parent_id" in row:
+            return "oasst_messages"
     for field in LIST_FIELDS:
         if isinstance(turns := row.get(field), list):
             return "sharegpt" if turns and isinstance(turns[0], dict) and "from" in turns[0] else "chat"
@@ -93,6 +114,12 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
     if isinstance(text := row.get(text_column), str) and GUANACO_MARK.search(text):
         return "guanaco"
     known = ", ".join(get_args(Format)[1:])
+    for field, value in row.items():
+        if len(row) == 1 and isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            raise PaCAError(
+                f"{where}: is one object whose field {field!r} holds {len(value):,} objects. If these are the rows, "
+                "save that list alone."
+            )
     raise PaCAError(
         f"{where}: the fields {', '.join(map(repr, row)) or '(none)'} fit no known format ({known}). Rename the "
         "fields, or set `format` (and `text_column`) if the first row is unusual; raw text needs `format: text`."

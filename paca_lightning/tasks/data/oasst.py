@@ -12,6 +12,9 @@ from paca_lightning.core.errors import PaCAError
 
 Node = dict[str, Any]
 
+FIELDS = frozenset({"message_id", "parent_id", "message_tree_id", "text", "role", "rank", "deleted", "replies"})
+"""Fields of a node that decide which paths are taken, or are the conversation itself."""
+
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 

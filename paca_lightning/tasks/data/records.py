@@ -1,12 +1,12 @@
 """Streams the rows of a local file, a saved `datasets` directory or a Hugging Face hub data set."""
 
-import glob
+import bz2
 import gzip
-import json
-import re
-from collections.abc import Iterator, Sequence
+import lzma
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -16,49 +16,11 @@ import pyarrow.parquet as pq
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.datasets import fingerprint_of
-from paca_lightning.tasks.data import json_list
+from paca_lightning.tasks.data.fields import Row
+from paca_lightning.tasks.data.json_rows import read_rows
+from paca_lightning.tasks.data.locations import DATA_SUFFIXES, describe_directory
 
-Row = dict[str, Any]
-
-_SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".parquet"}
-_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what `save_to_disk` writes
-_SPLITS = re.compile(r"(?:^|[-_.])(train|valid(?:ation)?|val|dev|eval|test)(?=[-_.])")
-
-
-def locate(location: str | Sequence[str]) -> list[str]:
-    """The files of a location, or the location itself if it is a file, a saved data set or a hub id.
-
-    Args:
-        location: A file, a directory of files, a pattern (`shards/*.parquet`), any other location of a `Source`, or a
-            list of them. Files of a directory or a pattern come in the order of their names.
-
-    Raises:
-        PaCAError: Nothing matches, or a directory holds files of several splits.
-    """
-    if not isinstance(location, str):
-        if not location:
-            raise PaCAError("the list of data files is empty.")
-        return [file for one in location for file in locate(one)]
-    path = Path(location).expanduser()
-    if path.is_dir() and not any((path / name).exists() for name in _SAVED):
-        files = sorted(
-            file
-            for file in path.iterdir()
-            if file.suffix in _SUFFIXES and not file.name.startswith((".", "dataset_info"))
-        )
-        splits = {found[1]: file for file in files if (found := _SPLITS.search(file.name.lower()))}
-        if len(splits) > 1:
-            raise PaCAError(
-                f"{location}: holds files of several splits ({', '.join(sorted(splits))}). Name those of one by a "
-                f"pattern, such as {str(path / '*train*')!r}, or {str(splits[min(splits)])!r} itself."
-            )
-        return [str(file) for file in files] or [location]
-    if not path.exists() and glob.has_magic(location):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
-        if not files:
-            raise PaCAError(f"{location}: no file matches (looked for {path.absolute()}).")
-        return [str(file) for file in files]
-    return [location]
+_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
 
 
 @dataclass(frozen=True)
@@ -66,8 +28,8 @@ class Source:
     """A file or data set that rows are read from.
 
     Args:
-        location: A local file (JSON list, JSON Lines, either of them gzipped, or Parquet; told apart by content), a
-            directory written by `Dataset.save_to_disk`, or a data set id on the Hugging Face hub.
+        location: A local file (JSON list, JSON Lines or Parquet, told apart by content; JSON may be compressed by gzip,
+            bzip2, xz or Zstandard), a directory written by `Dataset.save_to_disk`, or a data set id on the hub.
         split: Which split to take from a hub id or a saved `DatasetDict`.
         subset: The hub data set's configuration name.
         cache_dir: Where `datasets` keeps downloads; its own default if None.
@@ -94,78 +56,76 @@ class Source:
         """Yield (row number from 1, row). For JSON Lines the number is that of the line.
 
         Raises:
-            PaCAError: The source is missing, empty or unreadable, or a row is not an object in valid UTF-8 JSON.
+            PaCAError: The source is missing, empty or unreadable, or a row is not an object in valid JSON.
         """
-        empty = True
-        for number, row in self._file_rows() if self.path.is_file() else enumerate(self._dataset(), start=1):
-            if not isinstance(row, dict):
-                raise PaCAError(f"{self.location}, row {number}: is a {type(row).__name__}, expected an object.")
-            empty = False
+        for number, row in self.read():
+            if isinstance(row, PaCAError):
+                raise row
             yield number, row
-        if empty:
+
+    def read(self) -> Iterator[tuple[int, Row | PaCAError]]:
+        """Yield rows as `rows` does; for a row that cannot be read, what is wrong with it.
+
+        Raises:
+            PaCAError: The source is missing or empty, or cannot be read beyond a row.
+        """
+        rows = self._file_rows() if self.path.is_file() else enumerate(self._dataset(), start=1)
+        first = next(rows, None)
+        if first is None:
             raise PaCAError(f"{self.location}: has no rows.")
+        for number, row in chain([first], rows):
+            yield number, PaCAError(f"{self.location}, row {number}: {row}") if isinstance(row, PaCAError) else row
 
     def _file_rows(self) -> Iterator[tuple[int, Any]]:
+        if self.path.suffix.lower() in _TABLES:
+            raise PaCAError(
+                f"{self.location}: is a table, and conversations are read from JSON and Parquet. Convert it: "
+                f"`datasets.load_dataset('csv', data_files={self.location!r})['train'].to_json('rows.jsonl')`."
+            )
+        with self._readable():
+            with self.path.open("rb") as file:
+                parquet = file.read(4) == b"PAR1"
+            try:
+                yield from self._parquet_rows() if parquet else read_rows(self._open)
+            except UnicodeDecodeError as error:
+                raise PaCAError(f"{self.location}: is not {error.encoding.upper()} ({error.reason}).") from error
+            except PaCAError as error:
+                raise PaCAError(f"{self.location}, {error}") from error
+
+    def _open(self) -> BinaryIO:
+        """The file, uncompressed; the kind of compression is told by its first bytes."""
         with self.path.open("rb") as file:
-            head = file.read(4)
-            file.seek(0)
-            if head == b"PAR1":
-                yield from self._parquet_rows()
-                return
-            stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if head[:2] == b"\x1f\x8b" else file
-            with self._readable():
-                first = _first_character(stream)
-                yield from self._list_rows(stream) if first == b"[" else self._line_rows(stream)
+            head = file.read(6)
+        if head.startswith(b"\x1f\x8b"):
+            return cast(BinaryIO, gzip.open(self.path))
+        if head.startswith(b"BZh"):
+            return cast(BinaryIO, bz2.open(self.path))
+        if head.startswith(b"\xfd7zXZ\x00"):
+            return cast(BinaryIO, lzma.open(self.path))
+        if head.startswith(b"\x28\xb5\x2f\xfd"):
+            return cast(BinaryIO, pa.CompressedInputStream(str(self.path), "zstd"))
+        return self.path.open("rb")
 
     def _parquet_rows(self) -> Iterator[tuple[int, Row]]:
-        with self._readable():
-            number = 0
-            for batch in pq.ParquetFile(self.path).iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-
-    def _line_rows(self, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(stream, start=1):
-            if line.isspace():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise self._not_utf8(number, error.start + 1) from error
-            except json.JSONDecodeError as error:
-                raise PaCAError(
-                    f"{self.location}, row {number}: is not valid JSON ({error.msg}, column {error.colno}). "
-                    "A data file is a JSON list of objects, JSON Lines (one object a line), or Parquet."
-                ) from error
-
-    def _list_rows(self, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
         number = 0
-        try:
-            for number, (row, text) in enumerate(json_list.iterate(stream), start=1):
-                text.encode("utf-8")
+        for batch in pq.ParquetFile(self.path).iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
                 yield number, row
-        except UnicodeEncodeError as error:
-            raise self._not_utf8(number, error.start + 1) from error
-        except json.JSONDecodeError as error:
-            raise PaCAError(f"{self.location}, row {number + 1}: is not valid JSON ({error.msg}).") from error
-
-    def _not_utf8(self, number: int, position: int) -> PaCAError:
-        return PaCAError(
-            f"{self.location}, row {number}: is not UTF-8 (character {position} of the row). Convert the file."
-        )
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
             raise PaCAError(f"{self.location}: cannot be read ({error}). Is the file complete?") from error
 
     def _dataset(self) -> datasets.Dataset:
         if self.path.is_dir():
             loaded = self._saved_dataset()
-        elif self.path.suffix in _SUFFIXES or self.path.is_absolute() or self.location.count("/") != 1:
+        elif "://" in self.location:
+            raise PaCAError(f"{self.location}: is a URL, which is not read. Download the file and give its path.")
+        elif self.path.suffix in DATA_SUFFIXES or self.path.is_absolute() or self.location.count("/") != 1:
             raise PaCAError(f"{self.location}: no such file (looked for {self.path.absolute()}).")
         else:
             loaded = self._hub_dataset()
@@ -180,8 +140,9 @@ class Source:
             return datasets.load_from_disk(str(self.path))
         except Exception as error:
             raise PaCAError(
-                f"{self.location}: is a directory, but not one that `datasets` saved ({error}). "
-                "Give a JSON, JSON Lines or Parquet file, a directory of such, or one written by `save_to_disk`."
+                f"{self.location}: is a directory, but not one that `datasets` saved ({error}), and it holds no data "
+                f"files{describe_directory(self.path)}. Give a JSON, JSON Lines or Parquet file, a directory of such, "
+                "or one written by `save_to_disk`."
             ) from error
 
     def _hub_dataset(self) -> datasets.Dataset:
@@ -193,10 +154,3 @@ class Source:
                 f"{error}. Offline, give a local file, or a directory written on a connected machine by "
                 f"`datasets.load_dataset({self.location!r}).save_to_disk(DIRECTORY)`."
             ) from error
-
-
-def _first_character(stream: BinaryIO) -> bytes:
-    """The first byte that is neither white space nor a byte-order mark; the stream is rewound."""
-    first = stream.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    stream.seek(0)
-    return first

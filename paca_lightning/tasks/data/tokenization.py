@@ -1,9 +1,11 @@
 """Tokenizes the conversations of a split once, and caches them as memory-mapped Arrow."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from itertools import chain, groupby, islice
+from operator import itemgetter
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -11,18 +13,23 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.chat import ChatEncoder
-from paca_lightning.tasks.data.conversation import Conversation, is_text
+from paca_lightning.tasks.data.chat import NOTHING, ChatEncoder, Encoded, Rendered
+from paca_lightning.tasks.data.conversation import Conversation
 from paca_lightning.tasks.data.converters import TreePaths
 from paca_lightning.tasks.data.formats import Format, conversations
 from paca_lightning.tasks.data.records import Source
+from paca_lightning.tasks.data.report import SplitReport, split_report
 from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
-_VERSION = 2  # of the cached tokens: raise it when the same rows and settings give other tokens
+OnBadRow = Literal["error", "drop"]
+
+_VERSION = 3  # of the cached tokens: raise it when the same rows and settings give other tokens
 
 _CONVERSATIONS = Features(
     {
-        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "conversation": Value("string"),  # JSON
+        "error": Value("string"),
+        "unread": List(Value("string")),
         "file": Value("int32"),
         "row": Value("int64"),
     }
@@ -37,6 +44,9 @@ _TOKENS = Features(
         "file": Value("int32"),
         "row": Value("int64"),
         "piece": Value("int32"),
+        "error": Value("string"),
+        "unread": List(Value("string")),
+        "remarks": List(Value("string")),
     }
 )
 
@@ -52,6 +62,7 @@ class TokenizedSplit:
             `truncated`, and the origin: number of the `file`, number of the `row` in it, `piece` of a raw text.
         dropped: Conversations dropped because truncation left no token to train.
         locations: The files or other parts of the source, by number.
+        report: Bad rows, fields that nothing used, and what the chat template did.
     """
 
     name: str
@@ -59,6 +70,7 @@ class TokenizedSplit:
     dataset: Dataset
     dropped: int
     locations: tuple[str, ...]
+    report: SplitReport = field(default_factory=SplitReport)
 
     def column(self, name: str) -> np.ndarray:
         """A column with one number per conversation, such as `length`."""
@@ -89,6 +101,8 @@ def tokenize(
     format: Format,
     text_column: str,
     tree_paths: TreePaths,
+    rows: slice = slice(None),
+    on_bad_row: OnBadRow = "error",
 ) -> TokenizedSplit:
     """Read, convert and tokenize a split, or load it from the cache if no file and no setting has changed.
 
@@ -101,17 +115,21 @@ def tokenize(
         format: Format of the rows, see `formats`.
         text_column: The field of `guanaco` and `text` rows.
         tree_paths: Which paths to take through message trees.
+        rows: Which rows to take, counted from 0 over all sources.
+        on_bad_row: What to do with rows that cannot be used: raise an "error" that lists them, or "drop" them.
 
     Raises:
         PaCAError: A source or row cannot be used, or no conversation has a token to train.
     """
     locations = tuple(source.location for source in sources)
     location = locations[0] if len(locations) == 1 else f"{len(locations)} files ({locations[0]}, ...)"
-    settings = [_VERSION, *(source.fingerprint() for source in sources), format, text_column, tree_paths]
+    part = (rows.start, rows.stop)
+    settings = [_VERSION, *(source.fingerprint() for source in sources), format, text_column, tree_paths, part]
     raw = _cached_conversations(
         sources,
         Hasher.hash(settings),
         partial(conversations, format=format, text_column=text_column, tree_paths=tree_paths),
+        rows,
     )
     settings = [*settings, tokenizer_fingerprint(encoder.tokenizer), encoder.max_length, encoder.loss_on]
     tokens = raw.map(
@@ -122,20 +140,38 @@ def tokenize(
         new_fingerprint=Hasher.hash(settings),
         desc=f"Tokenizing {name}",
     )
-    split = TokenizedSplit(name, location, tokens, 0, locations)
+    report = split_report(tokens, locations, encoder.tokenizer)
+    if report.bad_rows and on_bad_row == "error":
+        raise PaCAError(report.bad_row_list(location))
+    bad = len(report.bad_rows)
+    if bad:
+        errors = tokens.select_columns("error").with_format("arrow")[:].column("error")
+        tokens = tokens.select(np.flatnonzero(errors.is_null().to_numpy()))
+    split = TokenizedSplit(name, location, tokens, 0, locations, report)
     if not len(tokens):
         raise PaCAError(
-            f"{location}: none of the {len(raw):,} conversations keeps a token to train within max_length "
+            f"{location}: none of the {len(raw) - bad:,} conversations keeps a token to train within max_length "
             f"{encoder.max_length}. Raise max_length, or look at the data with `paca-lightning data`."
         )
-    return replace(split, dropped=len(raw) - int((split.column("piece") == 0).sum()))
+    return replace(split, dropped=len(raw) - bad - int((split.column("piece") == 0).sum()))
 
 
-def _cached_conversations(sources: Sequence[Source], fingerprint: str, convert: Any) -> Dataset:
+def _cached_conversations(sources: Sequence[Source], fingerprint: str, convert: Any, rows: slice) -> Dataset:
     def generate() -> Iterator[dict[str, Any]]:
-        for file, source in enumerate(sources):
-            for row, messages in convert(source.rows(), name=source.location):
-                yield {"messages": messages, "file": file, "row": row}
+        taken = islice(((i, pair) for i, source in enumerate(sources) for pair in source.read()), rows.start, rows.stop)
+        first = next(taken, None)
+        if first is None:
+            raise PaCAError(f"{sources[0].location}: has no rows from {rows.start or 0} on. Correct the split's slice.")
+        for file, pairs in groupby(chain([first], taken), key=itemgetter(0)):
+            for row, found in convert((pair for _, pair in pairs), name=sources[file].location):
+                good = isinstance(found, Conversation)
+                yield {
+                    "conversation": found.to_json() if good else None,
+                    "error": None if good else str(found),
+                    "unread": list(found.unread) if good else [],
+                    "file": file,
+                    "row": row,
+                }
 
     try:
         return Dataset.from_generator(
@@ -148,30 +184,38 @@ def _cached_conversations(sources: Sequence[Source], fingerprint: str, convert: 
 
 
 def _encode_batch(batch: dict[str, list[Any]], encoder: ChatEncoder, locations: Sequence[str]) -> dict[str, list[Any]]:
-    rendered = []
-    for file, row, messages in zip(batch["file"], batch["row"], batch["messages"], strict=True):
-        rendered.append(_spans(encoder, messages, f"{locations[file]}, row {row}"))
     columns: dict[str, list[Any]] = {name: [] for name in _TOKENS}
-    for i, encoded in enumerate(encoder.encode(rendered)):
-        pieces = (
-            encoded.split(encoder.max_length) if is_text(batch["messages"][i]) else [encoded.cut(encoder.max_length)]
-        )
-        for number, piece in enumerate(pieces):
-            if not piece.trained.any():
+
+    def add(i: int, piece: Encoded, number: int = 0, **others: Any) -> None:
+        values = {
+            "input_ids": piece.input_ids,
+            "trained": piece.trained,
+            "length": len(piece.input_ids),
+            "trained_length": piece.trained.sum(),
+            "truncated": piece.truncated,
+            "file": batch["file"][i],
+            "row": batch["row"][i],
+            "piece": number,
+            **others,
+        }
+        for name, column in columns.items():
+            column.append(values.get(name))
+
+    rendered: dict[int, tuple[Conversation, Rendered]] = {}
+    for i, (text, error) in enumerate(zip(batch["conversation"], batch["error"], strict=True)):
+        if error is None:
+            conversation = Conversation.from_json(text)
+            try:
+                rendered[i] = conversation, encoder.spans(conversation)
                 continue
-            columns["input_ids"].append(piece.input_ids)
-            columns["trained"].append(piece.trained)
-            columns["length"].append(len(piece.input_ids))
-            columns["trained_length"].append(piece.trained.sum())
-            columns["truncated"].append(piece.truncated)
-            columns["file"].append(batch["file"][i])
-            columns["row"].append(batch["row"][i])
-            columns["piece"].append(number)
+            except PaCAError as mistake:
+                error = f"{locations[batch['file'][i]]}, row {batch['row'][i]}: {mistake}."
+        add(i, NOTHING, error=error, unread=[], remarks=[])
+    for (i, (conversation, one)), encoded in zip(
+        rendered.items(), encoder.encode([one for _, one in rendered.values()]), strict=True
+    ):
+        pieces = encoded.split(encoder.max_length) if conversation.is_text else [encoded.cut(encoder.max_length)]
+        for number, piece in enumerate(pieces):
+            if piece.trained.any():
+                add(i, piece, number, unread=[*batch["unread"][i], *one.unread], remarks=list(one.remarks))
     return columns
-
-
-def _spans(encoder: ChatEncoder, messages: Conversation, where: str) -> tuple[str, list[tuple[int, int]]]:
-    try:
-        return encoder.spans(messages)
-    except PaCAError as error:
-        raise PaCAError(f"{where}: {error}.") from error

@@ -9,6 +9,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.chat import ChatEncoder
+from paca_lightning.tasks.data.conversation import Conversation
 from paca_lightning.tasks.data.tokenizer import DEFAULT_CHAT_TEMPLATE
 from tests.tasks.rows import GOOD, PLAIN, chat, write_rows
 from tests.tiny import tiny_tokenizer
@@ -41,7 +42,7 @@ QWEN_3 = (  # earlier answers lose their reasoning, so that no rendering of a pa
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]] = TALK, **options: Any) -> list[str]:
     encoder = ChatEncoder(tokenizer, **({"max_length": 1000} | options))
-    (encoded,) = encoder.encode([encoder.spans(talk)])
+    (encoded,) = encoder.encode([encoder.spans(Conversation(talk))])
     edges = np.flatnonzero(np.diff(encoded.trained.astype(int), prepend=0, append=0)).reshape(-1, 2)
     return [tokenizer.decode(encoded.input_ids[start:end]) for start, end in edges]
 
@@ -75,7 +76,7 @@ def test_a_tokenizer_without_offsets() -> None:
 def test_loss_on_all_trains_everything_that_something_comes_before() -> None:
     tokenizer = tiny_tokenizer()
     encoder = ChatEncoder(tokenizer, max_length=1000, loss_on="all")
-    (encoded,) = encoder.encode([encoder.spans(TALK)])
+    (encoded,) = encoder.encode([encoder.spans(Conversation(TALK))])
     assert not encoded.trained[0]
     assert encoded.trained[1:].all()
     assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(TALK, tokenize=False)

@@ -32,7 +32,7 @@ def test_files_are_told_apart_by_content_not_by_name(tmp_path: Path) -> None:
 
 
 def test_a_long_json_list_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paca_lightning.tasks.data.json_list._CHUNK_BYTES", 7)  # boundaries fall everywhere
+    monkeypatch.setattr("paca_lightning.tasks.data.json_stream.CHUNK_BYTES", 7)  # boundaries fall everywhere
     rows = [{"text": "é🙂" * i, "n": i} for i in range(20)]
     (tmp_path / "list.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert list(Source(str(tmp_path / "list.json")).rows()) == list(enumerate(rows, start=1))

@@ -1,38 +1,48 @@
-"""Streams a JSON list element by element, without loading the whole file."""
+"""Streams the values of a JSON text one by one, without loading the whole file."""
 
 import codecs
 import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 
-def iterate(stream: BinaryIO) -> Iterator[tuple[Any, str]]:
+def elements(stream: BinaryIO, encoding: str = "utf-8") -> Iterator[tuple[Any, str]]:
     """Yield each element of a JSON list, and its text.
 
-    Bytes that are not UTF-8 become lone surrogates, so that the caller can name the element.
+    Bytes that cannot be decoded become lone surrogates, so that the caller can name the element.
 
     Raises:
-        json.JSONDecodeError: At the element, or the comma or bracket after it, that is malformed or missing.
+        json.JSONDecodeError: At the element, or the comma or bracket after it, that is malformed or missing; or if
+            anything follows the list.
     """
-    text = _Text(stream)
+    text = _Text(stream, encoding)
     text.take("[")
-    if text.peek() == "]":
-        return
-    while True:
+    while text.peek() != "]":
         yield text.value()
-        if text.peek() == "]":
-            return
-        text.take(",")
+        if text.peek() != "]":
+            text.take(",")
+    text.take("]")
+    if rest := text.peek():
+        raise json.JSONDecodeError(
+            f"After the end of the list the file goes on with {rest!r}; were two files joined?", rest, 0
+        )
+
+
+def values(stream: BinaryIO, encoding: str = "utf-8") -> Iterator[tuple[Any, str]]:
+    """Yield each of the JSON values that follow one another, and its text; as `elements`."""
+    text = _Text(stream, encoding)
+    while text.peek():
+        yield text.value()
 
 
 class _Text:
     """The unparsed rest of a text, read in pieces as needed."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, encoding: str) -> None:
         self._decoder = json.JSONDecoder()
-        self._pieces = _pieces(stream)
+        self._pieces = _pieces(stream, encoding)
         self._rest = next(self._pieces, "").removeprefix("\ufeff")
 
     def peek(self) -> str:
@@ -72,9 +82,9 @@ class _Text:
         return bool(pieces)
 
 
-def _pieces(stream: BinaryIO) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    while chunk := stream.read(_CHUNK_BYTES):
+def _pieces(stream: BinaryIO, encoding: str) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
+    while chunk := stream.read(CHUNK_BYTES):
         if piece := decoder.decode(chunk):  # empty if a chunk ends within its first character
             yield piece
     if tail := decoder.decode(b"", final=True):

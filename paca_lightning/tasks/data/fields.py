@@ -1,0 +1,96 @@
+"""Reads the fields of a row one by one, so that what nobody read can be reported."""
+
+import json
+from typing import Any
+
+from paca_lightning.core.errors import PaCAError
+
+Row = dict[str, Any]
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN (as pandas writes null), or an empty text, list or object."""
+    return value is None or value != value or (isinstance(value, str | list | dict) and not value)
+
+
+def kind(value: object) -> str:
+    """The type of a value in words, for messages."""
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+class Fields:
+    """A row, or an object inside it. Each field is taken once; `unread` names those that are left.
+
+    Args:
+        values: The fields.
+        where: Prefix of their names in messages, such as `messages[0].`.
+    """
+
+    def __init__(self, values: Row, where: str = "") -> None:
+        self.values = values
+        self.where = where
+        self._left = dict(values)
+
+    def __contains__(self, name: str) -> bool:
+        return not is_empty(self.values.get(name))
+
+    def take(self, *names: str) -> Any:
+        """The value of the first of these fields that holds something, else None. All of them count as read."""
+        found = [value for name in names if not is_empty(value := self._left.pop(name, None))]
+        return found[0] if found else None
+
+    def text(self, name: str) -> str:
+        """A field that must hold a text.
+
+        Raises:
+            PaCAError: The field is missing, is not a string, or cannot be encoded as UTF-8.
+        """
+        if name not in self.values:
+            has = ", ".join(map(repr, self.values)) or "no fields"
+            raise PaCAError(f"the field '{self.where}{name}' is missing; the row has {has}")
+        value = self._left.pop(name, None)
+        if value != value:
+            value = None
+        return checked_text(value, f"{self.where}{name}")
+
+    def optional_text(self, *names: str) -> str | None:
+        """The text of the first of these fields that holds something, else None."""
+        name = next((name for name in names if name in self), names[0])
+        value = self.take(*names)
+        return None if value is None else checked_text(value, f"{self.where}{name}")
+
+    def parsed(self, name: str) -> Any:
+        """A field that holds a list or object, or the JSON of one; None if it is empty."""
+        value = self.take(name)
+        return parsed_json(value, f"{self.where}{name}") if isinstance(value, str) else value
+
+    def unread(self) -> list[str]:
+        """Names of the fields that hold something and were not taken."""
+        return [name for name, value in self._left.items() if not is_empty(value)]
+
+
+def checked_text(value: object, name: str) -> str:
+    """A value that must be a text.
+
+    Raises:
+        PaCAError: It is not a string, or cannot be encoded as UTF-8.
+    """
+    if not isinstance(value, str):
+        raise PaCAError(f"the field '{name}' is {kind(value)}, expected a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PaCAError(f"the field '{name}' holds half of a surrogate pair, which is no valid text") from error
+    return value
+
+
+def parsed_json(text: str, name: str) -> Any:
+    """The value of a text that must be JSON.
+
+    Raises:
+        PaCAError: It is not valid JSON.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise PaCAError(f"the field '{name}' is a text that is not valid JSON ({error})") from error

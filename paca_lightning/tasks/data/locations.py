@@ -1,0 +1,94 @@
+"""Finds the data files of a location: a file, a directory of files, or a pattern."""
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from paca_lightning.core.errors import PaCAError
+
+DATA_SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".bz2", ".xz", ".zst", ".parquet"}
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what `save_to_disk` writes
+_SPLITS = re.compile(r"(?:^|[-_.])(train|valid(?:ation)?|val|dev|eval|test)(?=[-_.])")
+_NAMED = 10  # entries of a directory that a message names
+
+
+def locate(location: str | Sequence[str]) -> list[str]:
+    """The files of a location, or the location itself if it is a file, a saved data set or a hub id.
+
+    Args:
+        location: A file, a directory of files, a pattern (`shards/*.parquet`), any other location of a `Source`, or a
+            list of them. Files of a directory or a pattern come in the order of their names.
+
+    Raises:
+        PaCAError: Nothing matches, or a directory holds files of several splits.
+    """
+    if not isinstance(location, str):
+        if not location:
+            raise PaCAError("the list of data files is empty.")
+        return [file for one in location for file in locate(one)]
+    path = Path(location).expanduser()
+    if _is_directory_of_files(path):
+        files = [file for file in sorted(path.iterdir()) if _is_data(file)]
+        splits = {found[1]: file for file in files if (found := _SPLITS.search(file.name.lower()))}
+        if len(splits) > 1:
+            raise PaCAError(
+                f"{location}: holds files of several splits ({', '.join(sorted(splits))}). Name those of one by a "
+                f"pattern, such as {str(path / '*train*')!r}, or {str(splits[min(splits)])!r} itself."
+            )
+        return [str(file) for file in files] or [location]
+    if not path.exists() and glob.has_magic(location):
+        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        if not files:
+            raise PaCAError(f"{location}: no file matches (looked for {path.absolute()}).")
+        return [str(file) for file in files]
+    return [location]
+
+
+def skipped(location: str | Sequence[str]) -> list[str]:
+    """What of the directories of a location is not read, as sentences."""
+    if not isinstance(location, str):
+        return [sentence for one in location for sentence in skipped(one)]
+    path = Path(location).expanduser()
+    if not _is_directory_of_files(path) or not (others := describe_directory(path)):
+        return []
+    return [f"{location}: its JSON and Parquet files are read, but not the other entries{others}."]
+
+
+def split_and_rows(split: str, default: str) -> tuple[str, slice]:
+    """A split such as `train[:100]` as its name and its rows.
+
+    Args:
+        split: Name of a split, with or without a slice of whole numbers.
+        default: The name if only a slice is given.
+
+    Raises:
+        PaCAError: It is no name or slice, or needs to know how many rows there are.
+    """
+    found = re.fullmatch(r"([^\[\]]*)(?:\[(\d*):(\d*)\])?", split)
+    if found is None:
+        raise PaCAError(
+            f"The split {split!r} cannot be used: give a name, or a name and rows by whole numbers from 0, such as "
+            f"'{default}[:100]' or '{default}[100:200]'."
+        )
+    name, start, stop = found.groups()
+    return name or default, slice(int(start) if start else None, int(stop) if stop else None)
+
+
+def describe_directory(path: Path) -> str:
+    """The entries of a directory that are not data files, in parentheses; empty if there are none."""
+    names = [
+        entry.name + "/" * entry.is_dir()
+        for entry in sorted(path.iterdir())
+        if not entry.name.startswith(".") and not _is_data(entry)
+    ]
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f" ({', '.join(names[:_NAMED])}{more})" if names else ""
+
+
+def _is_directory_of_files(path: Path) -> bool:
+    return path.is_dir() and not any((path / name).exists() for name in _SAVED)
+
+
+def _is_data(file: Path) -> bool:
+    return file.suffix in DATA_SUFFIXES and not file.is_dir() and not file.name.startswith((".", "dataset_info"))

@@ -1,0 +1,87 @@
+"""What became of the rows of a split: bad rows, fields that nothing used, and what the chat template did."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from paca_lightning.tasks.data.decode import marked_text
+from paca_lightning.tasks.data.remarks import REMARKS
+
+_LISTED = 20  # bad rows that a message lists
+_EXAMPLE = 600  # characters of a decoded example
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What became of the rows of a split.
+
+    Attributes:
+        bad_rows: What is wrong with each row that cannot be used.
+        unread: Conversations by the name of a field that nothing used.
+        remarks: Conversations by the kind of what the chat template did to them (`remarks.REMARKS`).
+        examples: Of each kind the first conversation: its row, and its text with the trained tokens in ⟦ ⟧.
+    """
+
+    bad_rows: list[str] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)
+    remarks: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def bad_row_list(self, location: str) -> str:
+        """The bad rows as a message: one alone, or a count and the first of them."""
+        if len(self.bad_rows) == 1:
+            return self.bad_rows[0]
+        listed = "\n".join(f"  {row}" for row in self.bad_rows[:_LISTED])
+        more = f"\n  and {len(self.bad_rows) - _LISTED:,} more" if len(self.bad_rows) > _LISTED else ""
+        return (
+            f"{location}: {len(self.bad_rows):,} rows cannot be used. Correct them, or set on_bad_row: drop to leave "
+            f"them out.\n{listed}{more}"
+        )
+
+    def describe_unused(self) -> list[str]:
+        """Sentences on dropped rows and unused fields."""
+        sentences = []
+        if self.bad_rows:
+            sentences.append(f"{len(self.bad_rows):,} bad rows dropped, the first: {self.bad_rows[0]}")
+        if self.unread:
+            fields = ", ".join(f"{name} ({count:,})" for name, count in self.unread.items())
+            sentences.append(f"Fields not used, and in how many conversations: {fields}.")
+        return sentences
+
+    def describe_template(self) -> list[str]:
+        """Sentences on what the chat template did, each with an example."""
+        return [
+            f"In {count:,} conversations, the chat template {REMARKS[kind]}. The first, with what is trained in ⟦ ⟧: "
+            f"{self.examples[kind]}"
+            for kind, count in self.remarks.items()
+        ]
+
+
+def split_report(tokens: Dataset, locations: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> SplitReport:
+    """The report of a tokenized split.
+
+    Args:
+        tokens: Columns as `tokenization` caches them.
+        locations: The files, by number.
+        tokenizer: Decodes the examples.
+    """
+    table = tokens.select_columns(["error", "unread", "remarks", "piece"]).with_format("arrow")[:]
+    errors = [error.as_py() for error in table.column("error").drop_null()]
+    first_pieces = table.filter(pc.equal(table.column("piece"), 0))
+    counts = {}
+    for name in ("unread", "remarks"):
+        values = pc.value_counts(pc.list_flatten(first_pieces.column(name)))
+        counts[name] = Counter({entry["values"]: entry["counts"] for entry in values.to_pylist()})
+    examples = {}
+    if counts["remarks"]:
+        found = table.column("remarks").to_pylist()
+        for kind in counts["remarks"]:
+            sample = tokens[next(i for i, kinds in enumerate(found) if kind in (kinds or ()))]
+            text = marked_text(tokenizer, sample["input_ids"], sample["trained"])
+            more = "..." * (len(text) > _EXAMPLE)
+            examples[kind] = f"{locations[sample['file']]}, row {sample['row']}: {text[:_EXAMPLE]}{more}"
+    return SplitReport(errors, dict(counts["unread"].most_common()), dict(counts["remarks"]), examples)
