@@ -129,6 +129,9 @@ class InstructionDataModule(LightningDataModule):
                 continue
             split = self._tokenize(name, encoder)
             rank_zero_info(split.describe())
+            named = self.hparams[f"{name}_split"].partition("[")[0]
+            if all(Path(location).is_file() for location in split.locations) and named not in (name, ""):
+                rank_zero_info(f"{name}: {name}_split {named!r} names no split, as the data are files.")
             for sentence in (*skipped(self.hparams[name]), *split.report.describe_unused()):
                 rank_zero_info(f"{name}: {sentence}")
             for sentence in split.report.describe_template():
@@ -184,11 +187,6 @@ class InstructionDataModule(LightningDataModule):
         if any(Path(location).expanduser().exists() for location in locations):  # `datasets` slices those of the hub
             split, rows = split_and_rows(split, name)
         sources = [Source(location, split, hparams["subset"], hparams["cache_dir"]) for location in locations]
-        if split != name and any(source.path.is_file() for source in sources):
-            raise PaCAError(
-                f"{name}_split is {hparams[f'{name}_split']!r}, but files have no splits. Leave it out, or give rows "
-                f"alone, such as '{name}[:100]'."
-            )
         return tokenize(
             name,
             sources,
@@ -216,7 +214,7 @@ class InstructionDataModule(LightningDataModule):
         in_validation = held_out[conversation_rows]
         self.splits["train"] = train.select(~in_validation)
         self.splits["validation"] = replace(
-            train.select(in_validation), name="validation", dropped=0, report=SplitReport()
+            train.select(in_validation), name="validation", dropped=0, report=SplitReport(formats=train.report.formats)
         )
 
     def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:

@@ -72,11 +72,16 @@ def _statistics(datamodule: InstructionDataModule) -> Table:
 def _length_statistics(split: TokenizedSplit) -> dict[str, str]:
     lengths = split.column("length")
     percentiles = np.percentile(lengths, _PERCENTILES)
+    rows = len(set(zip(split.column("file").tolist(), split.column("row").tolist(), strict=True)))
     return {
+        "formats": ", ".join(split.report.formats) or "-",
+        "rows": f"{rows:,}",
+        "bad rows dropped": f"{len(split.report.bad_rows):,}",
         "conversations": f"{len(lengths):,}",
         "cut to max_length": f"{split.column('truncated').sum():,}",
         "dropped, no answer left": f"{split.dropped:,}",
         "tokens": f"{lengths.sum():,}",
+        "trained tokens": f"{split.column('trained_length').sum():,}",
         "of them trained": f"{split.column('trained_length').sum() / lengths.sum():.0%}",
         "mean length": f"{lengths.mean():.1f}",
         **{f"{rank}% are at most": f"{value:.0f}" for rank, value in zip(_PERCENTILES, percentiles, strict=True)},

@@ -10,7 +10,7 @@ from rich.console import Console
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tools import data as data_tool
-from tests.tasks.rows import FIXTURES
+from tests.tasks.rows import FIXTURES, GOOD, chat, write_rows
 from tests.tiny import tiny_tokenizer
 
 
@@ -29,3 +29,28 @@ def test_the_data_tool_marks_trained_tokens(tmp_path: Path, monkeypatch: pytest.
     assert "dropped, no answer left" in text
     with pytest.raises(PaCAError, match="the data here is LightningDataModule"):
         data_tool.data(LightningDataModule())
+
+
+def test_the_data_tool_shows_what_became_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    rows = [{**GOOD, "id": 1}, chat("a", "<think>b</think>c"), chat("a", "")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    template = "{% for m in messages %}{{ m['content'].split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
+    conversations = InstructionDataModule(
+        str(tmp_path), str(path), chat_template=template, on_bad_row="drop", cache_dir=str(tmp_path / "cache")
+    )
+    console = Console(record=True, width=200, file=io.StringIO())
+    monkeypatch.setattr(data_tool, "Console", lambda: console)
+    with pytest.warns(UserWarning, match="leaves out the text of an answer"):
+        data_tool.data(conversations, samples=2)
+    text = " ".join(console.export_text().split())
+    for expected in (
+        "formats │ chat",
+        "rows │ 2",
+        "bad rows dropped │ 1",
+        "train: 1 bad rows dropped, the first: ",
+        "row 3: the assistant's turn 2 is empty",
+        "train: Fields not used, and in how many conversations: id (1).",
+        "train: In 1 conversations, the chat template leaves out the text of an answer, or part of it. The first,",
+    ):
+        assert expected in text

@@ -147,7 +147,7 @@ class ChatEncoder:
         while eos and text.rstrip().endswith(eos) and (before := text.rstrip()[: -len(eos)].rstrip()).endswith(eos):
             text = before
             spans = [(start, min(end, len(text))) for start, end in spans]
-        return rendered._replace(text=text, spans=spans)
+        return Rendered(text, spans, rendered.remarks, rendered.unread)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Encoded]:
         """Tokenize a batch of texts with their spans to train, as `spans` returns them.

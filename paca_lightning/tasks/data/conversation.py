@@ -20,12 +20,14 @@ class Conversation:
         arguments: Arguments of the chat template, such as `tools`, `documents` and `enable_thinking`.
         masks: For turns that the data mark, whether they are trained, by their number from 0.
         unread: Names of the fields of its row that nothing uses.
+        format: Format of its row.
     """
 
     messages: list[Message]
     arguments: dict[str, Any] = field(default_factory=dict)
     masks: dict[int, bool] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    format: str = ""
 
     @property
     def is_text(self) -> bool:
@@ -33,7 +35,7 @@ class Conversation:
         return len(self.messages) == 1 and self.messages[0]["role"] == "text"
 
     def to_json(self) -> str:
-        """The conversation without `unread`, as text."""
+        """Messages, arguments and masks as text."""
         return json.dumps([self.messages, self.arguments, sorted(self.masks.items())], ensure_ascii=False)
 
     @staticmethod

@@ -19,6 +19,7 @@ mark whether it is trained (`weight`, `train`, `loss` or `loss_weight`). Alpaca 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from paca_lightning.core.errors import PaCAError
@@ -81,7 +82,7 @@ def _checked(
         for conversation in convert(row):
             if not conversation.is_text:
                 check_turns(conversation.messages)
-            yield conversation
+            yield replace(conversation, format=format)
     except PaCAError as error:
         yield PaCAError(f"{where}: {error} (format {format!r})")
 

@@ -21,12 +21,14 @@ class SplitReport:
 
     Attributes:
         bad_rows: What is wrong with each row that cannot be used.
+        formats: Conversations by the format of their rows.
         unread: Conversations by the name of a field that nothing used.
         remarks: Conversations by the kind of what the chat template did to them (`remarks.REMARKS`).
         examples: Of each kind the first conversation: its row, and its text with the trained tokens in ⟦ ⟧.
     """
 
     bad_rows: list[str] = field(default_factory=list)
+    formats: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     remarks: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
@@ -69,19 +71,21 @@ def split_report(tokens: Dataset, locations: Sequence[str], tokenizer: PreTraine
         locations: The files, by number.
         tokenizer: Decodes the examples.
     """
-    table = tokens.select_columns(["error", "unread", "remarks", "piece"]).with_format("arrow")[:]
+    table = tokens.select_columns(["error", "format", "unread", "remarks", "piece"]).with_format("arrow")[:]
     errors = [error.as_py() for error in table.column("error").drop_null()]
     first_pieces = table.filter(pc.equal(table.column("piece"), 0))
     counts = {}
-    for name in ("unread", "remarks"):
-        values = pc.value_counts(pc.list_flatten(first_pieces.column(name)))
-        counts[name] = Counter({entry["values"]: entry["counts"] for entry in values.to_pylist()})
+    for name in ("format", "unread", "remarks"):
+        column = first_pieces.column(name)
+        values = pc.value_counts(column if name == "format" else pc.list_flatten(column))
+        counts[name] = Counter({entry["values"]: entry["counts"] for entry in values.to_pylist() if entry["values"]})
     examples = {}
-    if counts["remarks"]:
-        found = table.column("remarks").to_pylist()
-        for kind in counts["remarks"]:
-            sample = tokens[next(i for i, kinds in enumerate(found) if kind in (kinds or ()))]
-            text = marked_text(tokenizer, sample["input_ids"], sample["trained"])
-            more = "..." * (len(text) > _EXAMPLE)
-            examples[kind] = f"{locations[sample['file']]}, row {sample['row']}: {text[:_EXAMPLE]}{more}"
-    return SplitReport(errors, dict(counts["unread"].most_common()), dict(counts["remarks"]), examples)
+    remarks = table.column("remarks").combine_chunks()
+    for kind in counts["remarks"]:
+        first = pc.list_parent_indices(remarks)[pc.index(pc.list_flatten(remarks), kind).as_py()]
+        sample = tokens[first.as_py()]
+        text = marked_text(tokenizer, sample["input_ids"], sample["trained"])
+        more = "..." * (len(text) > _EXAMPLE)
+        examples[kind] = f"{locations[sample['file']]}, row {sample['row']}: {text[:_EXAMPLE]}{more}"
+    unread = dict(counts["unread"].most_common())
+    return SplitReport(errors, dict(counts["format"]), unread, dict(counts["remarks"]), examples)

@@ -29,6 +29,7 @@ _CONVERSATIONS = Features(
     {
         "conversation": Value("string"),  # JSON
         "error": Value("string"),
+        "format": Value("string"),
         "unread": List(Value("string")),
         "file": Value("int32"),
         "row": Value("int64"),
@@ -45,6 +46,7 @@ _TOKENS = Features(
         "row": Value("int64"),
         "piece": Value("int32"),
         "error": Value("string"),
+        "format": Value("string"),
         "unread": List(Value("string")),
         "remarks": List(Value("string")),
     }
@@ -168,6 +170,7 @@ def _cached_conversations(sources: Sequence[Source], fingerprint: str, convert: 
                 yield {
                     "conversation": found.to_json() if good else None,
                     "error": None if good else str(found),
+                    "format": found.format if good else None,
                     "unread": list(found.unread) if good else [],
                     "file": file,
                     "row": row,
@@ -196,6 +199,7 @@ def _encode_batch(batch: dict[str, list[Any]], encoder: ChatEncoder, locations: 
             "file": batch["file"][i],
             "row": batch["row"][i],
             "piece": number,
+            "format": batch["format"][i],
             **others,
         }
         for name, column in columns.items():

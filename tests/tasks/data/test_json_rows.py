@@ -146,13 +146,21 @@ def test_a_slice_takes_rows_of_local_files(module: Any, tmp_path: Path, split: s
     ("split", "message"),
     [
         ("train[:50%]", r"split 'train\[:50%\]' cannot be used: give .* whole numbers"),
-        ("validation", "train_split is 'validation', but files have no splits"),
         ("train[9:]", "has no rows from 9"),
     ],
 )
 def test_a_split_that_files_do_not_have_is_refused(module: Any, tmp_path: Path, split: str, message: str) -> None:
     with pytest.raises(PaCAError, match=message):
         module(write_rows(tmp_path / "train.jsonl", [GOOD, GOOD]), train_split=split).prepare_data()
+
+
+def test_the_name_of_a_split_has_no_effect_on_files_and_says_so(
+    module: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        module(write_rows(tmp_path / "train.jsonl", [GOOD, GOOD]), train_split="validation").prepare_data()
+    assert "train_split 'validation' names no split, as the data are files" in caplog.text
+    assert "train: 2 conversations" in caplog.text
 
 
 def test_a_directory_says_what_it_skips(module: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
