@@ -197,8 +197,11 @@ def test_saved_bytes_count_each_storage_once_if_it_outlives_the_forward() -> Non
     assert saved_bytes(trainee, {"x": torch.ones(10, 10)}) == 4 * (100 + 2 + loss)
 
 
-@pytest.mark.parametrize("recompute", [None, "selective"])
-def test_saved_bytes_are_what_the_backward_frees(workload: Workload, recompute: str | None) -> None:
+# Selective checkpointing keeps the states of the generator that no operator makes: before a block, and after attention.
+@pytest.mark.parametrize(("recompute", "random_states"), [(None, 0), ("selective", 2 * LAYERS)])
+def test_saved_bytes_are_what_the_backward_frees(
+    workload: Workload, recompute: str | None, random_states: int
+) -> None:
     """Also where what is kept does not pass through autograd's hooks."""
     trainee = Trainee(Method("paca", 4, recompute), workload.build(), workload)
     batch = workload.micro_batch(0)
@@ -206,8 +209,8 @@ def test_saved_bytes_are_what_the_backward_frees(workload: Workload, recompute: 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = trainee.forward(**batch).loss
     held = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
-    random_states = LAYERS * torch.get_rng_state().nbytes  # which checkpointing keeps, and no operator makes
-    assert saved_bytes(trainee, batch) == pytest.approx(held, abs=random_states, rel=0.001)
+    held -= random_states * torch.get_rng_state().nbytes
+    assert saved_bytes(trainee, batch) == pytest.approx(held, rel=0.001)
     del loss
 
 
