@@ -3,9 +3,17 @@
 import os
 from collections.abc import Iterator
 
-# Before torch and huggingface_hub are imported. One thread a process: several workers share the machine, and sums
-# round alike wherever they run. No test reaches for the network.
-os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+# Before torch and huggingface_hub are imported.
+os.environ |= {
+    # Several workers share the machine, and one thread rounds sums alike wherever it runs.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # No test reaches for the network.
+    "HF_HUB_OFFLINE": "1",
+    # torch.compile: no pool of compilers that each import torch, and code that is fast to compile, not to run.
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "TORCHINDUCTOR_DEBUG_COMPILE": "1",
+}
 
 import pytest
 import torch.distributed as dist
