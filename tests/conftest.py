@@ -18,6 +18,15 @@ os.environ |= {
 import pytest
 import torch.distributed as dist
 
+from tests.distributed_launch import start_server
+
+
+@pytest.fixture(autouse=True)
+def server_of_ranks(request: pytest.FixtureRequest) -> None:
+    """The package's benchmark uses the same server, and would start it with less imported."""
+    if request.node.get_closest_marker("distributed"):
+        start_server()
+
 
 @pytest.fixture(autouse=True)
 def left_as_it_was() -> Iterator[None]:

@@ -5,7 +5,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,25 @@ import torch
 from tests.processes import HANG, kill_group, lead_group
 
 _CONTEXT = get_context("forkserver")
-# The server imports these once for all tests. It never computes: autograd's threads do not survive a fork.
-_CONTEXT.set_forkserver_preload(["lightning.pytorch", "transformers.models.llama", "tests.distributed_training"])
+# The server imports once for all tests what ranks would otherwise import again. It never computes: autograd's threads
+# do not survive a fork.
+_CONTEXT.set_forkserver_preload(
+    [
+        "bitsandbytes",
+        "datasets",
+        "lightning.pytorch",
+        "paca_lightning.tasks",
+        "peft",
+        "tests.distributed_training",
+        "torch._dynamo",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def start_server() -> None:
+    """Start the server that ranks are forked from, unless it runs."""
+    forkserver.ensure_running()
 
 
 def launch(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:

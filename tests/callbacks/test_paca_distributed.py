@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from paca_lightning import AdapterCheckpoint, PaCAStrategy, load_adapter, paca_layers
 from tests.callbacks.test_paca import CONFIG, DATA, Module
+from tests.distributed_launch import launch
 
 pytestmark = pytest.mark.distributed
 
@@ -23,12 +24,20 @@ class Sharded(Module):
         return DataLoader(DATA[self.global_rank :: world], batch_size=8 // world)
 
 
-def fit(directory: Path, *, devices: int, epochs: int, callbacks: tuple[Any, ...] = (), **arguments: Any) -> Module:
+def fit(
+    directory: Path,
+    *,
+    epochs: int,
+    devices: int = 2,
+    strategy: str = "ddp",
+    callbacks: tuple[Any, ...] = (),
+    **arguments: Any,
+) -> Module:
     module = Sharded()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp_spawn" if devices > 1 else "auto",
+        strategy=strategy,
         max_epochs=epochs,
         callbacks=[PaCAStrategy(CONFIG), AdapterCheckpoint(str(directory / "adapter")), *callbacks],
         default_root_dir=directory,
@@ -48,12 +57,17 @@ def adapter(directory: Path) -> dict[str, torch.Tensor]:
     return {path: layer.paca_delta.detach() for path, layer in paca_layers(module)}
 
 
+def stop_and_resume(directory: Path) -> None:
+    """On each of two ranks: an epoch, and from its checkpoint another."""
+    saving = ModelCheckpoint(directory, filename="first-epoch")
+    fit(directory / "half", epochs=1, callbacks=(saving,))
+    fit(directory / "resumed", epochs=2, ckpt_path=directory / "first-epoch.ckpt")
+
+
 def test_ddp_equals_one_process_and_resumes_bitwise(tmp_path: Path) -> None:
-    fit(tmp_path / "one", devices=1, epochs=2)
-    saving = ModelCheckpoint(tmp_path, filename="first-epoch")
-    trained = fit(tmp_path / "two", devices=2, epochs=2)
-    fit(tmp_path / "half", devices=2, epochs=1, callbacks=(saving,))
-    fit(tmp_path / "resumed", devices=2, epochs=2, ckpt_path=tmp_path / "first-epoch.ckpt")
+    fit(tmp_path / "one", epochs=2, devices=1, strategy="auto")
+    trained = fit(tmp_path / "two", epochs=2, strategy="ddp_spawn")
+    launch(stop_and_resume, 2, tmp_path)
 
     one, two, resumed = (adapter(tmp_path / name) for name in ("one", "two", "resumed"))
     for path, delta in one.items():

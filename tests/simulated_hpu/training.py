@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -63,3 +64,9 @@ def train(accelerator: str, *, module: TinyModule | None = None, **options: Any)
     pl.seed_everything(0, verbose=False)
     trainer(accelerator=accelerator, **options).fit(module, batches())
     return module.cpu()
+
+
+def whole_weights(module: pl.LightningModule) -> Tensor:
+    """All parameters in one flat tensor on the CPU, shards gathered."""
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return torch.cat([p.detach().cpu().flatten() for p in whole])

@@ -27,10 +27,11 @@ from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy
 from paca_lightning.strategies import HPUAccelerator
 from paca_lightning.strategies.hpu import bridge
 from paca_lightning.strategies.hpu.connector import patch_connector
+from tests.distributed_launch import launch as launch_ranks
 from tests.simulated_hpu import build
 from tests.simulated_hpu.build import build_extension
 from tests.simulated_hpu.processes import BRIDGE, ROOT, Run, launch
-from tests.simulated_hpu.training import TinyModule, batches, train, trainer
+from tests.simulated_hpu.training import TinyModule, batches, train, trainer, whole_weights
 
 PACA = PaCAConfig(r=4)
 NF4 = PaCAConfig(r=4, quantize="nf4")
@@ -253,15 +254,16 @@ def test_lazy_mode_is_refused_with_the_remedy(hpu: Run, accelerator: str) -> Non
 
 @pytest.mark.distributed
 def test_two_cards_compute_what_one_cpu_computes(library: Path, tmp_path: Path) -> None:
-    output = launch("tests.simulated_hpu.ranks", "ddp_and_fsdp2", str(tmp_path), library=library)
+    output = launch("tests.simulated_hpu.ranks", str(tmp_path), library=library)
     assert set(re.findall(r"rank (\d) done", output)) == set("01")
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-def test_eight_cards(library: Path) -> None:
-    output = launch("tests.simulated_hpu.ranks", "all_cards", library=library)
-    assert set(re.findall(r"rank (\d) done", output)) == set("01234567")
+def test_eight_cards(hpu_host: Run) -> None:
+    ranks = hpu_host(launch_ranks, _train_on_all_cards, 8)
+    assert [rank.modules for rank in ranks] == [list(range(8))] * 8
+    assert all(torch.equal(rank.weights, ranks[0].weights) for rank in ranks)
+    assert not torch.equal(ranks[0].weights, whole_weights(TinyModule()))
 
 
 @pytest.mark.slow
@@ -340,6 +342,15 @@ def _train_straight_and_resumed(folder: Path) -> tuple[TinyModule, TinyModule]:
     first_half, _ = fit(1)
     first_half.save_checkpoint(folder / "half.ckpt")
     return straight, fit(2, folder / "half.ckpt")[1]
+
+
+def _train_on_all_cards() -> SimpleNamespace:
+    """One of eight ranks: its weights after training, and all ranks' numbers of their cards."""
+    module = TinyModule()
+    run = trainer(accelerator="hpu", devices=8, max_steps=2)
+    run.fit(module, batches())
+    cards = run.strategy.all_gather(torch.tensor(int(os.environ["HLS_MODULE_ID"]), device="hpu"))
+    return SimpleNamespace(weights=whole_weights(module), modules=cards.tolist())
 
 
 def _train_with_device_stats(folder: Path) -> None:

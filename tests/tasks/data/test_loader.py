@@ -16,6 +16,7 @@ from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.sampler import Batch, BatchOrder
 from paca_lightning.tasks.instruction import InstructionDataModule
+from tests.distributed_launch import launch
 from tests.tiny import tiny_tokenizer
 
 STEPS_AN_EPOCH = 6
@@ -294,31 +295,14 @@ def test_overfit_batches_sees_the_same_batch_in_every_epoch(data_settings: dict[
     assert model.batches[0] == model.batches[1] == model.batches[2]
 
 
-class Recorder(Bigram):
-    """Writes each rank's batches to a file of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self.directory = directory
-
-    def on_train_end(self) -> None:
-        (self.directory / f"rank{self.global_rank}.json").write_text(json.dumps(self.batches))
+def batches_of_rank(data: dict[str, Any]) -> list[list[list[int]]]:
+    """What this rank of two trains on in an epoch."""
+    return fit(data, max_epochs=1, devices=2, strategy="ddp")[0].batches
 
 
 @pytest.mark.distributed
-def test_two_processes_share_the_rows_without_a_second_sampler(data_settings: dict[str, Any], tmp_path: Path) -> None:
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Recorder(tmp_path), datamodule=InstructionDataModule(**data_settings))
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+def test_two_processes_share_the_rows_without_a_second_sampler(data_settings: dict[str, Any]) -> None:
+    ranks = launch(batches_of_rank, 2, data_settings)
     alone, _ = fit(data_settings, max_epochs=1)
 
     def conversations(*batches: list[list[int]]) -> list[list[int]]:

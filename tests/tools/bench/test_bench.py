@@ -199,9 +199,7 @@ def test_saved_bytes_count_each_storage_once_if_it_outlives_the_forward() -> Non
 
 # Selective checkpointing keeps the states of the generator that no operator makes: before a block, and after attention.
 @pytest.mark.parametrize(("recompute", "random_states"), [(None, 0), ("selective", 2 * LAYERS)])
-def test_saved_bytes_are_what_the_backward_frees(
-    workload: Workload, recompute: str | None, random_states: int
-) -> None:
+def test_saved_bytes_are_what_the_backward_frees(workload: Workload, recompute: str | None, random_states: int) -> None:
     """Also where what is kept does not pass through autograd's hooks."""
     trainee = Trainee(Method("paca", 4, recompute), workload.build(), workload)
     batch = workload.micro_batch(0)
