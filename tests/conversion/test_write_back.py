@@ -1,5 +1,6 @@
 """The write-back hangs behind every step of an optimizer, from its first one on."""
 
+import itertools
 import warnings
 from typing import Any
 
@@ -12,19 +13,49 @@ from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, apply_paca, atta
 from tests.callbacks.test_paca import DATA, Module, in_step, loader, moved, network, trainer  # noqa: F401  (a fixture)
 
 
+class RatedModule(Module):
+    """Has a learning rate to find, and notes what each step had and lost."""
+
+    lr = 1e-2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[float, float]] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.steps.append((self.trainer.optimizers[0].param_groups[0]["lr"], loss.item()))
+        return loss
+
+
+def losses_at(rates: list[float], *, write_back: bool) -> list[float]:
+    """Losses of a plain loop over the same batches, each step with a rate of its own."""
+    model = Module()  # paths choose the columns
+    apply_paca(model, PaCAConfig(r=4))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    if write_back:
+        attach(optimizer, model)
+    losses = []
+    for rate, batch in zip(rates, itertools.cycle(DATA.split(4)), strict=False):
+        optimizer.param_groups[0]["lr"] = rate
+        loss = model.net(batch).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
 def test_a_learning_rate_finder_sees_the_weights_move(trainer: Any) -> None:  # noqa: F811
-    class WithRate(Module):
-        lr = 1e-2
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
-
-    run = trainer(PaCAStrategy(PaCAConfig(r=4)), max_epochs=20)
-    finder = Tuner(run).lr_find(
-        WithRate(), loader(), num_training=40, min_lr=1e-3, max_lr=1e3, early_stop_threshold=None, update_attr=False
-    )
-    losses = finder.results["loss"]
-    assert max(losses) > 10 * losses[0] or not all(map(torch.isfinite, map(torch.tensor, losses)))  # far too large
+    run, module = trainer(PaCAStrategy(PaCAConfig(r=4)), max_epochs=20), RatedModule()
+    Tuner(run).lr_find(module, loader(), num_training=20, min_lr=1e-2, max_lr=1, update_attr=False)
+    rates, losses = map(list, zip(*module.steps, strict=True))
+    assert rates[0] < 0.02 < 0.5 < rates[-1]
+    assert losses == pytest.approx(losses_at(rates, write_back=True))
+    assert losses != pytest.approx(losses_at(rates, write_back=False), rel=1e-2)
 
 
 def test_an_optimizer_with_many_evaluations_in_a_step_is_refused() -> None:
