@@ -179,6 +179,11 @@ def _check_layers(
         if settings is not None and not (path in settings.scalings and path in settings.fingerprint):
             raise PaCAError(f"{SETTINGS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
     for path, layer in layers.items():
+        if layer.r != len(indices[path]) == deltas[path].shape[-1]:
+            raise PaCAError(
+                f"{path!r} was trained with r={len(indices[path])}, the model has r={layer.r}. Use the adapter's "
+                "settings (PaCAStrategy(adapter=...) takes them), or unload(model) first."
+            )
         expected = (layer.out_features, layer.r)
         if tuple(deltas[path].shape) != expected:
             raise PaCAError(

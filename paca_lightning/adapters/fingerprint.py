@@ -59,12 +59,13 @@ def base_samples(model: nn.Module) -> dict[str, list[float]] | None:
     return {path: sample_columns(layer.paca_base_columns) for path, layer in layers.items()}
 
 
-def check_base(saved: dict[str, list[float]], model: nn.Module) -> None:
+def check_base(saved: dict[str, list[float]], model: nn.Module, *, hint: str = "") -> None:
     """Compare a model, into which a checkpoint was loaded, with the base model of the checkpoint.
 
     Args:
         saved: What :func:`base_samples` gave when the checkpoint was saved.
         model: The converted model. One that is sharded is not compared.
+        hint: Ends the error's message.
 
     Raises:
         PaCAError: If they differ by more than rounding.
@@ -76,5 +77,5 @@ def check_base(saved: dict[str, list[float]], model: nn.Module) -> None:
     if path is not None:
         raise PaCAError(
             f"The checkpoint was saved by a run on another base model: its weights differ from those here, most in "
-            f"{path!r}. Give the model that the run began with."
+            f"{path!r}. Give the model that the run began with.{hint}"
         )

@@ -13,6 +13,25 @@ from paca_lightning.layers.base import paca_layers
 BASE = "paca_base"
 """Key of a checkpoint: values of the base columns, by layer."""
 
+AFTER_SPAWN = (
+    " After a run in spawned processes the module of this process holds the merged weights: evaluate it without a "
+    "ckpt_path and without PaCAStrategy, build the module again, or use strategy='ddp'."
+)
+
+
+def check_resumable(checkpoint: dict[str, Any]) -> None:
+    """Refuse to resume a run from a checkpoint that no PaCA run has written.
+
+    Raises:
+        PaCAError: If the checkpoint has weights, but no delta.
+    """
+    state = checkpoint.get("state_dict", {})
+    if state and not any(key.endswith("paca_delta") for key in state):
+        raise PaCAError(
+            "The checkpoint was written without PaCA, so its optimizer and loops belong to another training. To start "
+            "from its weights, call module.load_state_dict(checkpoint['state_dict']) and fit without ckpt_path."
+        )
+
 
 def remember_base(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Put some values of a module's base columns into a checkpoint, unless they are sharded over ranks."""

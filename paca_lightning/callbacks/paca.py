@@ -14,7 +14,9 @@ from paca_lightning.adapters.fingerprint import check_base
 from paca_lightning.adapters.state_dict import keep_everything
 from paca_lightning.callbacks.averaging import check_order, copies_without_asking, correct_averages
 from paca_lightning.callbacks.checkpoint_compatibility import (
+    AFTER_SPAWN,
     BASE,
+    check_resumable,
     check_scalings,
     columns_are_chosen,
     remember_base,
@@ -88,14 +90,16 @@ class PaCAStrategy(Callback):
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
         self._hooks.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
-        self._hooks.add(pl_module, "on_load_checkpoint", lambda checkpoint: self._note(checkpoint, pl_module))
+        self._hooks.add(pl_module, "on_load_checkpoint", lambda checkpoint: self._note(checkpoint, trainer, pl_module))
         if stage == "fit":
             # Not later: a learning rate finder trains before this callback's on_fit_start.
             self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
             if copies_without_asking(trainer):
                 pl_module.configure_model()
 
-    def _note(self, checkpoint: dict[str, Any], pl_module: LightningModule) -> None:
+    def _note(self, checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_resumable(checkpoint)
         self._saved_base = checkpoint.get(BASE)
         own = checkpoint.get("callbacks", {}).get(self.state_key, {})
         present_conversion(pl_module).columns_restored = own.get("selected", True)
@@ -136,20 +140,21 @@ class PaCAStrategy(Callback):
         """Do what the conversion could not do yet: weights may have come after it."""
         if trainer.state.fn == TrainerFn.FITTING:
             return
-        self._check_base(pl_module)
+        self._check_base(trainer, pl_module)
         if trainer.ckpt_path is None:
             load_waiting_adapter(pl_module, self.adapter)
         if settle_restored_columns(pl_module, self.config):
             keep_state(pl_module, self.full_checkpoints)
 
-    def _check_base(self, pl_module: LightningModule) -> None:
+    def _check_base(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_base is not None:
-            check_base(self._saved_base, pl_module)
+            spawned = AFTER_SPAWN if spawns_workers(trainer) else ""
+            check_base(self._saved_base, pl_module, hint=spawned)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the base model with the checkpoint's, load an adapter that had to wait, and print the summary."""
-        self._check_base(pl_module)
+        self._check_base(trainer, pl_module)
         load_waiting_adapter(pl_module, self.adapter)
         self._print_report(trainer, pl_module)
 

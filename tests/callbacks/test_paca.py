@@ -681,3 +681,11 @@ def test_checkpoints_are_as_strict_as_before_but_for_frozen_weights(trainer: Any
     module = Module()
     trainer(PaCAStrategy(CONFIG)).validate(module, loader(), verbose=False)
     assert module.strict_loading
+
+
+def test_a_checkpoint_without_paca_is_not_resumed(trainer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plain.ckpt"
+    trainer(ModelCheckpoint(tmp_path, filename="plain")).fit(Module(), loader())
+    with pytest.raises(PaCAError, match="The checkpoint was written without PaCA"):
+        trainer(PaCAStrategy(CONFIG), max_epochs=4).fit(Module(), loader(), ckpt_path=path)
+    trainer(PaCAStrategy(CONFIG)).validate(Module(), loader(), ckpt_path=path, verbose=False)  # its weights, evaluated

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from paca_lightning import AdapterCheckpoint, PaCAStrategy, load_adapter, paca_layers
@@ -81,3 +82,8 @@ def test_ddp_equals_one_process_and_resumes_bitwise(tmp_path: Path) -> None:
     expected = Module()
     load_adapter(expected, tmp_path / "two" / "adapter")
     assert torch.equal(trained.net[0].weight, expected.net[0].weight)
+
+    # Another conversion of it starts from trained weights: no checkpoint fits, and the message says why.
+    run = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[PaCAStrategy(CONFIG)], logger=False)
+    with pytest.raises(ProcessRaisedException, match="After a run in spawned processes the module of this process"):
+        run.test(trained, DataLoader(DATA, batch_size=4), ckpt_path=tmp_path / "first-epoch.ckpt", verbose=False)
