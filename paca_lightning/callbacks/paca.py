@@ -167,14 +167,11 @@ class PaCAStrategy(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log ``scaling * lr``, Adam's step on a column, where LearningRateMonitor logs the learning rate."""
-        if trainer.loggers and should_log(trainer):
-            step = logged_step(trainer)
+        if trainer.loggers and should_log(trainer) and (rate := learning_rate(trainer, "lr")) is not None:
+            assert self.report is not None
+            scaled_lr = rate * max(layer.scaling for layer in self.report.layers)
             for logger in trainer.loggers:
-                logger.log_metrics({"paca/scaled_lr": self._scaled_lr(trainer)}, step=step)
-
-    def _scaled_lr(self, trainer: Trainer) -> float:
-        assert self.report is not None
-        return learning_rate(trainer, "lr") * max(layer.scaling for layer in self.report.layers)
+                logger.log_metrics({"paca/scaled_lr": scaled_lr}, step=logged_step(trainer))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

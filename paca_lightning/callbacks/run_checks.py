@@ -62,8 +62,8 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def learning_rate(trainer: Trainer, name: str) -> float:
-    """The largest learning rate of a delta. Modules that are trained whole may have another one.
+def learning_rate(trainer: Trainer, name: str) -> float | None:
+    """The largest learning rate of a delta; None if its optimizer has none. Other parameters may have another one.
 
     Args:
         trainer: With optimizers.
@@ -71,4 +71,5 @@ def learning_rate(trainer: Trainer, name: str) -> float:
     """
     deltas = {id(layer.paca_delta) for _, layer in paca_layers(trainer.lightning_module)}
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return max(float(group.get(name, group["lr"])) for group in groups if deltas & {id(p) for p in group["params"]})
+    rates = [group.get(name, group["lr"]) for group in groups if deltas & {id(p) for p in group["params"]}]
+    return max((float(rate) for rate in rates if rate is not None), default=None)  # Adafactor may choose its own

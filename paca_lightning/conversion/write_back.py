@@ -2,15 +2,21 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.conversion.changed_state import remember_thawed
-from paca_lightning.core.dtensor import is_first_rank
+from paca_lightning.conversion.optimizers import (
+    ClosureFollower,
+    follow_moves,
+    optimizers_within,
+    warn_of_small_steps,
+)
+from paca_lightning.core.dtensor import is_first_rank, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
@@ -30,34 +36,37 @@ def layers_stepped_by(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
     """Write the trained columns back after each step of an optimizer: for Fabric and plain PyTorch loops.
 
+    Columns are also written where an optimizer moves parameters elsewhere: before each evaluation of a step's closure
+    (LBFGS, SAM), and after ``first_step``, ``second_step`` (SAM), ``train`` and ``eval`` (schedule-free optimizers).
+
     Args:
-        optimizer: Has some or all of the model's deltas. A wrapper that keeps PyTorch's optimizer as ``optimizer``
-            (Lightning's, Accelerate's) is unwrapped.
+        optimizer: Has some or all of the model's deltas. One that wraps PyTorch's as ``optimizer`` (Lightning's,
+            Fabric's, Accelerate's, Lookahead) is followed inside.
         model: The converted model.
 
     Returns:
         A handle whose ``remove()`` ends it.
 
     Raises:
-        PaCAError: If the optimizer has none of the model's deltas, takes no step hooks, or moves the deltas within a
-            step (LBFGS); if columns were never chosen, or a weight is not sharded by rows. On a later step, if the
-            model was merged or unloaded since.
+        PaCAError: If the optimizer has none of the model's deltas, or takes no step hooks; if columns were never
+            chosen, or a weight is not sharded by rows. On a later step, if the model was merged or unloaded since.
     """
-    optimizer = _unwrapped(optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise PaCAError(
-            "LBFGS evaluates the loss several times within a step, and the trained columns are written once after it. "
-            "Use an optimizer that takes one gradient a step."
-        )
-    layers = layers_stepped_by(optimizer, model)
+    optimizers = optimizers_within(optimizer)
+    layers = layers_stepped_by(optimizers[0], model)
     if not layers:
         raise PaCAError(
-            f"{type(optimizer).__name__} has none of the model's paca_delta parameters, so nothing would be trained. "
-            "Build it after apply_paca."
+            f"{type(optimizers[0]).__name__} has none of the model's paca_delta parameters, so nothing would be "
+            "trained. Build it after apply_paca."
         )
     _check_layers(model, layers)
-    thawed = optimizer.register_step_pre_hook(_ThawedParameters(optimizer, model))
-    return _Handles(optimizer.register_step_post_hook(_WriteBack(layers)), thawed)
+    warn_of_small_steps(optimizers[0], {id(layer.paca_delta) for layer in layers.values()})
+    handles = [optimizers[0].register_step_pre_hook(_ThawedParameters(optimizers[0], model))]
+    write_back = _WriteBack(layers)
+    for each in optimizers:
+        handles.append(each.register_step_pre_hook(ClosureFollower(write_back.deltas, write_back.write)))
+        handles.append(each.register_step_post_hook(write_back))
+        handles.append(follow_moves(each, write_back.write))
+    return _Handles(*handles)
 
 
 class _Handles(RemovableHandle):
@@ -80,6 +89,13 @@ class _WriteBack:
         self._layers, self._first = layers, True
 
     def __call__(self, *_: Any) -> None:
+        self.write()
+        if self._first:  # after the write, every delta is this rank's own, which has the gradient
+            self._first = False
+            _warn_of_idle([path for path, layer in self._layers.items() if layer.paca_delta.grad is None])
+
+    def write(self) -> None:
+        """Write the columns now."""
         for path, layer in self._layers.items():
             if not isinstance(layer, PaCALayer):
                 raise PaCAError(
@@ -87,9 +103,10 @@ class _WriteBack:
                     "Remove the handle that attach() returned, or build a new optimizer."
                 )
             layer.write_columns()
-        if self._first:  # after the write, every delta is this rank's own, which has the gradient
-            self._first = False
-            _warn_of_idle([path for path, layer in self._layers.items() if layer.paca_delta.grad is None])
+
+    def deltas(self) -> Sequence[Tensor]:
+        """This rank's rows of the deltas."""
+        return [local(layer.paca_delta) for layer in self._layers.values() if isinstance(layer, PaCALayer)]
 
 
 class _ThawedParameters:
@@ -118,19 +135,6 @@ class _ThawedParameters:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
-
-
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """PyTorch's optimizer inside wrappers, which runs the step and its hooks."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    if not hasattr(optimizer, "register_step_post_hook"):
-        raise PaCAError(
-            f"{type(optimizer).__name__} takes no step hooks, so the trained columns could not be written back. Pass "
-            "the torch.optim.Optimizer that it wraps, or call write_columns(model) after each step yourself."
-        )
-    result: torch.optim.Optimizer = optimizer
-    return result
 
 
 def _check_layers(model: nn.Module, layers: dict[str, PaCALayer]) -> None:

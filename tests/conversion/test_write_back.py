@@ -58,13 +58,6 @@ def test_a_learning_rate_finder_sees_the_weights_move(trainer: Any) -> None:  # 
     assert losses != pytest.approx(losses_at(rates, write_back=False), rel=1e-2)
 
 
-def test_an_optimizer_with_many_evaluations_in_a_step_is_refused() -> None:
-    model = network()
-    apply_paca(model, PaCAConfig(r=4))
-    with pytest.raises(PaCAError, match="LBFGS evaluates the loss several times"):
-        attach(torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad]), model)
-
-
 class ReadsAWeight(nn.Module):
     """Multiplies by the second layer's weight without calling the layer."""
 

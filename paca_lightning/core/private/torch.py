@@ -56,6 +56,15 @@ def preserve_versions(tensors: Sequence[Tensor]) -> AbstractContextManager[None]
     return _unsafe_preserve_version_counter(tuple(tensors))
 
 
+def step_hooks(optimizer: Any) -> Any:
+    """The hooks that an optimizer runs after its steps; None if it runs none. Wrappers may show those of another one.
+
+    ``register_step_post_hook`` raises AttributeError where a subclass does not call ``Optimizer.__init__``, and tells
+    nothing of wrappers.
+    """
+    return getattr(optimizer, "_optimizer_step_post_hooks", None)
+
+
 def is_mutable(operator: Any) -> bool:
     """Whether an operator (``OpOverload``) writes to an argument: its schema has no public accessor."""
     return bool(operator._schema.is_mutable)

@@ -54,6 +54,17 @@ def test_storage_id(device: str) -> None:
     assert private.storage_id(tensor.untyped_storage()) == key
 
 
+@canary("torch.step_hooks")
+def test_step_hooks() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    hooks = private.step_hooks(optimizer)
+    assert len(hooks) == 0
+    optimizer.register_step_post_hook(lambda *_: None)
+    assert len(private.step_hooks(optimizer)) == 1
+    assert private.step_hooks(optimizer) is hooks
+    assert private.step_hooks(object()) is None
+
+
 @canary("torch.version_of")
 def test_version_of() -> None:
     tensor = torch.zeros(1)
