@@ -48,8 +48,8 @@ def optimizers_within(optimizer: Any) -> list[torch.optim.Optimizer]:
 def follow_moves(optimizer: torch.optim.Optimizer, write: Callable[[], None]) -> RemovableHandle:
     """Call a function after each method of an optimizer that moves parameters outside ``step``.
 
-    Like PyTorch's own step hooks, this wraps the methods of the class, once. Wrappers that inherit from it (Lightning's,
-    Fabric's) are covered, whenever they were made.
+    Like PyTorch's own step hooks, this wraps the methods of the class, once. Wrappers that inherit from it are covered,
+    whenever they were made: Lightning's and Fabric's.
 
     Args:
         optimizer: Any. One without such methods is left alone.
@@ -138,8 +138,8 @@ def warn_of_small_steps(optimizer: torch.optim.Optimizer, deltas: set[int]) -> N
         if group.get("scale_parameter", True) and least < 1 and deltas & {id(p) for p in group["params"]}:
             warnings.warn(
                 f"{type(optimizer).__name__} scales its steps by the size of a parameter, and deltas begin at zero: "
-                f"they move by only {least:g} times the learning rate a step. Build it with eps=({group['eps'][0]}, 1.0)"
-                " to train deltas at the learning rate (Hugging Face's: or with scale_parameter=False).",
+                f"they move by only {least:g} times the learning rate a step. To train deltas at the learning rate, "
+                f"build it with eps=({group['eps'][0]}, 1.0), or Hugging Face's with scale_parameter=False.",
                 stacklevel=3,
             )
             return
