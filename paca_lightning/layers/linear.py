@@ -9,24 +9,18 @@ from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import check_indices, random_indices
 
 
-class PaCALinear(PaCALayer, nn.Linear):
-    """Linear layer ``y = x W^T + b`` of which ``r`` input columns of ``W`` are trained (arXiv 2503.01905).
-
-    The forward is the base layer's own single GEMM on an ordinary weight. The backward keeps ``x[..., indices]`` and
-    nothing else of the input.
+class BuiltLikeLinear(PaCALayer):
+    """A PaCA layer that is built like an ``nn.Linear``, from the same random weight.
 
     Args:
         in_features: Size of the input's last dimension.
         out_features: Size of the output's last dimension.
         bias: Whether there is a (frozen) bias.
-        device: Where the weight lives.
-        dtype: Of the weight. The delta is fp32.
+        device: Device of the weight.
+        dtype: Dtype of the weight. The delta is fp32.
         r: Rank.
         alpha: Numerator of the scaling ``alpha / r``. Default: ``r``.
         indices: Columns to train, shape (r,). Default: drawn from seed 0.
-
-    Shape:
-        Input (..., in_features), output (..., out_features).
 
     Raises:
         PaCAError: If the rank or the indices do not fit.
@@ -44,14 +38,33 @@ class PaCALinear(PaCALayer, nn.Linear):
         alpha: float | None = None,
         indices: Tensor | None = None,
     ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        nn.Module.__init__(self)
         if not 0 < r <= in_features:
             raise PaCAError(f"r={r} must lie between 1 and in_features={in_features}.")
         if indices is None:
             indices = random_indices(in_features, r, seed=0, path="")
         check_indices(indices, in_features, r, path=type(self).__name__)
-        self.requires_grad_(False)
-        self._add_columns(indices, (r if alpha is None else alpha) / r, nn.Linear)
+        linear = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
+        self._take_over(linear, indices, (r if alpha is None else alpha) / r)
+
+    def _take_over(self, linear: nn.Linear, indices: Tensor, scaling: float) -> None:
+        """Become what a fresh linear layer is, and train its columns."""
+        raise NotImplementedError
+
+
+class PaCALinear(BuiltLikeLinear, nn.Linear):
+    """Linear layer ``y = x W^T + b`` of which ``r`` input columns of ``W`` are trained (arXiv 2503.01905).
+
+    The forward is the base layer's own single GEMM on an ordinary weight. The backward keeps ``x[..., indices]`` and
+    nothing else of the input. The constructor's arguments are those of :class:`BuiltLikeLinear`.
+
+    Shape:
+        Input (..., in_features), output (..., out_features).
+    """
+
+    def _take_over(self, linear: nn.Linear, indices: Tensor, scaling: float) -> None:
+        vars(self).update(vars(linear))
+        self._add_columns(indices, scaling, nn.Linear)
 
     def _base_forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)

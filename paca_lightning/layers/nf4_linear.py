@@ -1,6 +1,6 @@
 """Linear layers with an NF4 base of which some input columns are trained in full precision."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
-from paca_lightning.layers.linear import PaCALinear
+from paca_lightning.layers.linear import BuiltLikeLinear, PaCALinear
 from paca_lightning.layers.linear4bit import from_linear4bit, strip_linear4bit
 from paca_lightning.layers.nf4 import Scales, dequantize_rows, quantize_rows
 from paca_lightning.layers.nf4_autograd import dequantized_linear, merged_weight
 
 
-class QPaCALinear(PaCALayer):
+class QPaCALinear(BuiltLikeLinear):
     """Linear layer ``y = x W^T + b`` with ``W`` in NF4, but for ``r`` input columns that are trained.
 
     Each forward and backward dequantizes the weight into a temporary, puts ``base columns + scaling * delta`` into it
@@ -24,18 +24,9 @@ class QPaCALinear(PaCALayer):
     ``disable_paca`` gives the plain NF4 base. Released, it is an ``nn.Linear`` of the dequantized weight with the
     trained columns (``merge``) or the base columns (``unload``) exact: what it knows best; nothing is quantized again.
 
-    Built like an ``nn.Linear``, whose random weight it quantizes; on ``meta`` only the shapes are made. Existing layers
-    become one in place by ``quantize`` and ``adopt``.
-
-    Args:
-        in_features: Size of the input's last dimension. Rows are padded to whole blocks of 64.
-        out_features: Size of the output's last dimension.
-        bias: Whether there is a (frozen) bias.
-        device: Where it lives.
-        dtype: Of the weight that is quantized, of the base columns and of the bias. The delta is fp32.
-        r: Rank.
-        alpha: Numerator of the scaling ``alpha / r``. Default: ``r``.
-        indices: Columns to train, shape (r,). Default: drawn from seed 0.
+    The arguments are those of :class:`~paca_lightning.layers.linear.BuiltLikeLinear`. The random weight is
+    quantized, with rows padded to whole blocks of 64; on ``meta`` only the shapes are made. ``quantize`` and ``adopt``
+    convert existing layers in place.
 
     Attributes:
         packed: Shape (out_features, padded in_features / 2), uint8: two weights a byte. Frozen, as all below.
@@ -48,9 +39,6 @@ class QPaCALinear(PaCALayer):
 
     Shape:
         Input (..., in_features), output (..., out_features).
-
-    Raises:
-        PaCAError: If the rank or the indices do not fit.
     """
 
     base_name: ClassVar[str] = "packed"
@@ -64,20 +52,9 @@ class QPaCALinear(PaCALayer):
     bias: nn.Parameter | None
     weight_dtype: torch.dtype
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        r: int = 16,
-        alpha: float | None = None,
-        indices: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        dense = PaCALinear(in_features, out_features, bias, device, dtype, r=r, alpha=alpha, indices=indices)
+    def _take_over(self, linear: nn.Linear, indices: Tensor, scaling: float) -> None:
+        PaCALinear.adopt(linear, indices, scaling)
+        dense = cast(PaCALayer, linear)
         type(self).quantize(dense)
         vars(self).update(vars(dense))
 
