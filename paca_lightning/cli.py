@@ -1,12 +1,11 @@
 """The command line: LightningCLI for training, plain functions for the tools."""
 
 import argparse
+import difflib
 import importlib
-import inspect
 import sys
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import rich
 from rich.console import Console
@@ -14,6 +13,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from paca_lightning.core.errors import PaCAError
+
+
+class Tool(NamedTuple):
+    """A command that is a plain function of the same name.
+
+    Attributes:
+        module: Where it is. Imported when the command runs, so that ``--help`` and a mistyped command answer at once.
+        purpose: For the overview.
+        example: Options of a typical call.
+    """
+
+    module: str
+    purpose: str
+    example: str
+
 
 RUNS = {
     "fit": "Train a model as a config says (LightningCLI).",
@@ -25,16 +39,31 @@ LOOKS = {
     "data": "Show what a config trains on: samples with the trained tokens marked, and length statistics.",
     "estimate": "Predict the memory of a config's run, without its weights and its devices.",
 }
-# Imported when asked for: --help and a typing mistake shall answer at once.
 TOOLS = {
-    "generate": ("paca_lightning.tools.generate", "Answer prompts with a model and an adapter."),
-    "export": ("paca_lightning.tools.export", "Write a merged Hugging Face checkpoint or a LoRA adapter."),
-    "bench": ("paca_lightning.tools.bench.bench", "Measure time and memory of PaCA against other methods."),
+    "generate": Tool(
+        "paca_lightning.tools.generate",
+        "Answer prompts with a model and an adapter.",
+        '--model DIRECTORY --adapter DIRECTORY --prompts "What is your name?"',
+    ),
+    "export": Tool(
+        "paca_lightning.tools.export",
+        "Write a merged Hugging Face checkpoint or a LoRA adapter.",
+        "--model DIRECTORY --adapter DIRECTORY --output DIRECTORY --format merged",
+    ),
+    "bench": Tool(
+        "paca_lightning.tools.bench.command",
+        "Measure time and memory of PaCA against other methods.",
+        "--preset small --tokens 512 --methods floor,paca:16,lora:8",
+    ),
 }
+PURPOSES = RUNS | LOOKS | {name: tool.purpose for name, tool in TOOLS.items()}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``paca-lightning``; exits with 0, with 1 where a budget is exceeded, 2 for a mistake, or 130 after Ctrl-C.
+    """Run ``paca-lightning``.
+
+    Exit codes: 0; 1 if a run does not fit the memory given to ``estimate``; 2 for a user's mistake; 130 after Ctrl-C.
+    Any other error keeps its traceback.
 
     Args:
         args: Command line without the program's name. Default: that of the process.
@@ -45,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         _run(arguments)
     except Exception as error:
-        mistake = _mistake(error)
+        mistake = users_mistake(error)
         if mistake is None or debug:
             raise
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(mistake))}")
@@ -57,10 +86,13 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
 
 
-def _mistake(error: BaseException | None) -> PaCAError | None:
-    """The PaCAError at the root of an error: jsonargparse wraps those of a config's classes."""
+def users_mistake(error: BaseException | None) -> PaCAError | None:
+    """The PaCAError that an error is or was raised from, as jsonargparse raises errors of a config's classes.
+
+    An error that came up while a PaCAError was handled (its ``__context__``) is another error, and is shown as it is.
+    """
     while error is not None and not isinstance(error, PaCAError):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return error
 
 
@@ -77,48 +109,28 @@ def _run(arguments: list[str]) -> None:
     elif command == "data":
         _show_data(arguments[1:])
     elif command == "estimate":
-        from paca_lightning.tools.memory import estimate
+        from paca_lightning.tools.memory.command import main as run_estimate
 
-        if (code := estimate.main(arguments[1:])) != 0:
+        if (code := run_estimate(arguments[1:])) != 0:
             sys.exit(code)
     elif command in RUNS:
         from paca_lightning.tools.run_config import lightning_cli
 
         lightning_cli(arguments, run=True)
     else:
-        commands = ", ".join([*RUNS, *LOOKS, *TOOLS])
-        raise PaCAError(f"{command!r} is no command. Commands: {commands}. See paca-lightning --help.")
+        similar = difflib.get_close_matches(command, PURPOSES, n=1)
+        meant = f" Did you mean {similar[0]!r}?" if similar else ""
+        raise PaCAError(
+            f"{command!r} is no command.{meant} Commands: {', '.join(PURPOSES)}. See paca-lightning --help."
+        )
 
 
 def _run_tool(command: str, arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
+    from paca_lightning.tools.function_cli import run_function
 
-    module, _ = TOOLS[command]
-    function: Callable[..., Any] = getattr(importlib.import_module(module), command)
-    auto_cli(
-        function,
-        args=_as_jsonargparse_has_them(function, arguments),
-        prog=f"paca-lightning {command}",
-        as_positional=False,
-    )
-
-
-def _as_jsonargparse_has_them(function: Callable[..., Any], arguments: list[str]) -> list[str]:
-    """Options as people type them: dashes in names, beginnings of names, and switches without a value."""
-    parameters = inspect.signature(function).parameters
-    switches = {name for name, p in parameters.items() if isinstance(p.default, bool)}
-    result = []
-    for argument, following in pairwise([*arguments, "--"]):
-        name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-            meant = [known for known in parameters if known.startswith(name[2:])]
-            if len(meant) == 1:  # jsonargparse finds a list ambiguous, as each has a second option to append
-                name = "--" + meant[0]
-            if name[2:] in switches and not equals and following.startswith("-"):
-                equals, value = "=", "true"
-        result.append(name + equals + value)
-    return result
+    tool, prog = TOOLS[command], f"paca-lightning {command}"
+    function = getattr(importlib.import_module(tool.module), command)
+    run_function(function, arguments, prog=prog, example=f"{prog} {tool.example}")
 
 
 def _show_data(arguments: list[str]) -> None:
@@ -141,7 +153,7 @@ def _show_data(arguments: list[str]) -> None:
 
 def _print_overview() -> None:
     table = Table(title="paca-lightning COMMAND --help tells more", title_justify="left", box=None, show_header=False)
-    for name, purpose in (RUNS | LOOKS | {name: purpose for name, (_, purpose) in TOOLS.items()}).items():
+    for name, purpose in PURPOSES.items():
         table.add_row(f"[bold]{name}[/]", purpose)
     rich.print(table)
     rich.print(

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from paca_lightning.tools.bench import results
-from paca_lightning.tools.memory.tracing import Kind
+from paca_lightning.tools.memory.timeline import Kind
 
 Run = dict[str, Any]
 """What a command measured: ``rows`` and ``setup`` of its JSON, the ``command``, and its ``label`` in the setting."""

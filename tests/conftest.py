@@ -15,6 +15,7 @@ os.environ |= {
     "TORCHINDUCTOR_DEBUG_COMPILE": "1",
 }
 
+import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import, which must not be one test's)
 import pytest
 import torch.distributed as dist
 

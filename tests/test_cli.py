@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, save_adapter
-from paca_lightning.cli import _as_jsonargparse_has_them, main
+from paca_lightning.cli import main
 from tests.artefacts import PNG, logged, trained_layers
 from tests.processes import run
 from tests.tiny import tiny_llama, tiny_model_directory
@@ -67,6 +67,29 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'train' is no command. Commands: fit," in message
 
 
+def test_a_mistyped_command_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = failure(["exprot"], capsys)
+    assert code == 2
+    assert "'exprot' is no command. Did you mean 'export'? Commands: fit," in message
+
+
+def test_a_handled_mistake_does_not_hide_the_error_that_came_after_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generate(prompts: str = "") -> None:
+        try:
+            raise PaCAError("handled before")
+        except PaCAError as handled:
+            if prompts == "cause":
+                raise RuntimeError("wrapped, as jsonargparse does") from handled
+            raise RuntimeError("the real error")  # noqa: B904  (what is tested)
+
+    monkeypatch.setattr("paca_lightning.tools.generate.generate", generate)
+    with pytest.raises(RuntimeError, match="the real error"):
+        main(["generate"])
+    assert failure(["generate", "--prompts=cause"], capsys) == (2, "error: handled before")
+
+
 def test_fit_leaves_an_adapter_metrics_a_plot_and_the_config(tmp_path: Path) -> None:
     main(["fit", *DEBUG, *output_to(tmp_path), "--trainer.max_epochs=1"])
     version = tmp_path / "version_0"
@@ -113,22 +136,6 @@ def test_data_shows_trained_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "⟦" in printed
     assert "215" in printed
-
-
-def test_tools_take_dashes_and_bare_switches() -> None:
-    def tool(max_length: int = 0, compile: bool = False, dtype: str = "auto") -> None: ...
-
-    typed = ["--max-length", "8", "--compile", "--dtype=bf-16"]
-    assert _as_jsonargparse_has_them(tool, typed) == ["--max_length", "8", "--compile=true", "--dtype=bf-16"]
-    assert _as_jsonargparse_has_them(tool, ["--compile"]) == ["--compile=true"]
-    assert _as_jsonargparse_has_them(tool, ["--compile", "false"]) == ["--compile", "false"]
-    assert _as_jsonargparse_has_them(tool, ["--max", "8", "--comp", "--d"]) == [
-        "--max_length",
-        "8",
-        "--compile=true",
-        "--dtype",
-    ]
-    assert _as_jsonargparse_has_them(tool, []) == []
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from paca_lightning.tools.bench.methods import Method
-from paca_lightning.tools.bench.trainee import StepTime, Trainee
+from paca_lightning.tools.bench.step_runner import StepRunner, StepTime
 from paca_lightning.tools.bench.workload import Workload
-from paca_lightning.tools.memory.tracing import Kind, MemoryTracer
+from paca_lightning.tools.memory.timeline import Kind
+from paca_lightning.tools.memory.tracing import MemoryTracer
 
 WARM_UP = 2
 # Beyond this, half of the steps differ so much that a few percent between two methods mean little.
@@ -70,12 +71,12 @@ def time_methods(
     if workload.compile:
         torch.compiler.config.recompile_limit = 4 * len(methods)  # every method compiles the same blocks anew
         torch.compiler.config.fail_on_recompile_limit_hit = True  # rather than to run them eagerly without a word
-    trainees = [Trainee(method, base, workload) for method in methods]
+    runners = [StepRunner(method, base, workload) for method in methods]
     micro_batches = [workload.micro_batch(number) for number in range(workload.accumulate)]
     saved = []
-    for trainee in trainees:
-        progress(f"{trainee.method.label}: {'compiling' if workload.compile else 'what it saves for the backward'}")
-        saved.append(saved_bytes(trainee, micro_batches[0]))
+    for runner in runners:
+        progress(f"{runner.method.label}: {'compiling' if workload.compile else 'what it saves for the backward'}")
+        saved.append(saved_bytes(runner, micro_batches[0]))
     times: list[list[StepTime]] = [[] for _ in methods]
     gc.collect()
     gc.disable()  # a collection in the middle of one method's step would be counted against it
@@ -84,21 +85,21 @@ def time_methods(
             compiling = ", compiling backwards" if workload.compile and round_number == 0 else ""
             progress(f"step {round_number + 1} of {WARM_UP + steps}{compiling}")
             # Each round starts with another method, so that none always finds the caches as the same other left them.
-            for turn in range(len(trainees)):
-                number = (turn + round_number) % len(trainees)
-                time = trainees[number].step(micro_batches)
+            for turn in range(len(runners)):
+                number = (turn + round_number) % len(runners)
+                time = runners[number].step(micro_batches)
                 if round_number >= WARM_UP:
                     times[number].append(time)
     finally:
         gc.enable()
     totals = {method.title: [time.total for time in own] for method, own in zip(methods, times, strict=True)}
     return {
-        trainee.method: _summary(trainee, own, totals[trainee.method.floor], held, workload)
-        for trainee, own, held in zip(trainees, times, saved, strict=True)
+        runner.method: _summary(runner, own, totals[runner.method.floor], held, workload)
+        for runner, own, held in zip(runners, times, saved, strict=True)
     }
 
 
-def _summary(trainee: Trainee, own: list[StepTime], floor: list[float], saved: int, workload: Workload) -> Timing:
+def _summary(runner: StepRunner, own: list[StepTime], floor: list[float], saved: int, workload: Workload) -> Timing:
     ratios = [time.total / least for time, least in zip(own, floor, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     step = statistics.median(time.total for time in own)
@@ -111,35 +112,35 @@ def _summary(trainee: Trainee, own: list[StepTime], floor: list[float], saved: i
         ratio_quartiles=(low, high),
         tokens_per_second=workload.ranks * workload.accumulate * workload.batch * workload.tokens / step,
         saved_bytes=saved,
-        trainable_parameters=trainee.trainable_parameters,
+        trainable_parameters=runner.trainable_parameters,
     )
 
 
-def saved_bytes(trainee: Trainee, micro_batch: dict[str, Tensor]) -> int:
+def saved_bytes(runner: StepRunner, micro_batch: dict[str, Tensor]) -> int:
     """Bytes that a forward leaves for the backward: each storage once and whole, parameters and buffers left out.
 
     Args:
-        trainee: The model.
+        runner: The model.
         micro_batch: Shape (batch, tokens).
 
     Returns:
         What the forward allocated and the loss keeps alive. In compiled blocks, where single operators are not seen:
         what autograd saved.
     """
-    if trainee.compiled:
-        return _saved_by_autograd(trainee, micro_batch)
+    if runner.compiled:
+        return _saved_by_autograd(runner, micro_batch)
     tracer = MemoryTracer()
-    tracer.hold(trainee.resident, Kind.PARAMETERS)
+    tracer.hold(runner.resident, Kind.PARAMETERS)
     with tracer:
-        loss = trainee.forward(**micro_batch).loss
+        loss = runner.forward(**micro_batch).loss
         tracer.end_forward()
     kept = tracer.in_use(Kind.ACTIVATIONS)
     del loss
     return kept
 
 
-def _saved_by_autograd(trainee: Trainee, micro_batch: dict[str, Tensor]) -> int:
-    resident = {tensor.untyped_storage().data_ptr() for tensor in trainee.resident}
+def _saved_by_autograd(runner: StepRunner, micro_batch: dict[str, Tensor]) -> int:
+    resident = {tensor.untyped_storage().data_ptr() for tensor in runner.resident}
     storages: dict[int, UntypedStorage] = {}  # held, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
@@ -149,6 +150,6 @@ def _saved_by_autograd(trainee: Trainee, micro_batch: dict[str, Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = trainee.forward(**micro_batch).loss
+        loss = runner.forward(**micro_batch).loss
     del loss
     return sum(storage.nbytes() for storage in storages.values())

@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tools.bench.methods import Method
 from paca_lightning.tools.bench.processes import in_fresh_processes
-from paca_lightning.tools.bench.trainee import Trainee
+from paca_lightning.tools.bench.step_runner import StepRunner
 from paca_lightning.tools.bench.workload import Workload
 from paca_lightning.tools.units import format_bytes, parse_bytes
 
@@ -117,14 +117,14 @@ def _device_peak(workload: Workload, method: Method) -> float:
 
 
 def _train(workload: Workload, method: Method) -> None:
-    trainee = Trainee(method, workload.build(), workload)
+    runner = StepRunner(method, workload.build(), workload)
     gc.collect()  # nothing of the base may wait for a collection that comes by chance
     if workload.device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building the model is not training it
     else:
         torch.accelerator.reset_peak_memory_stats()
     for _ in range(STEPS):
-        trainee.step([workload.micro_batch(number) for number in range(workload.accumulate)])
+        runner.step([workload.micro_batch(number) for number in range(workload.accumulate)])
 
 
 def _return_freed_memory() -> None:

@@ -1,4 +1,4 @@
-"""Other ways of fine-tuning a run's model, for their memory: LoRA, full fine-tuning, and the floor."""
+"""Methods to compare a run with, for their memory: LoRA, full fine-tuning, and the floor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,14 +19,14 @@ from paca_lightning.tools.bench.methods import lora_rank, train_nothing
 class LoRALinear(nn.Module):
     """A frozen linear layer and a LoRA adapter beside it, with the operators and dtypes of PEFT 0.21.
 
-    PEFT cannot put one beside a layer of ours, and its own NF4 layers cannot be sharded.
+    PEFT itself cannot adapt a layer of ours, and its own NF4 layers cannot be sharded.
 
     Args:
         base: The layer.
-        features: In and out.
-        r: Rank. Scaling 1, no dropout: with dropout, LoRA needs more.
-        dtype: Of the adapter, or None for that of the model, whatever that becomes.
-        quantized: Whether PEFT would find a quantized base, whose output it copies.
+        features: ``(in_features, out_features)``.
+        r: Rank. Scaling 1 and no dropout; dropout needs more memory.
+        dtype: Of the adapter. None: the model's, also when that changes.
+        quantized: Whether the base is quantized: PEFT then copies its output.
     """
 
     def __init__(
@@ -58,19 +58,23 @@ class LoRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class Baseline:
-    """A way of fine-tuning.
+    """A method of fine-tuning.
 
     Args:
         name: As tables show it.
-        convert: Changes a module with its model on ``meta``; the configuration says which layers, and of what rank.
+        convert: Changes a module whose model is on ``meta``; the configuration names the layers and their ranks.
     """
 
     name: str
     convert: Callable[[LightningModule, PaCAConfig], None]
 
+    def converter(self, config: PaCAConfig | None) -> Callable[[LightningModule], None]:
+        """The conversion of the layers that a configuration names; None: of PaCA's default layers."""
+        return lambda module: self.convert(module, config or PaCAConfig())
+
 
 def _paca(module: LightningModule, config: PaCAConfig) -> None:
-    # Which columns are chosen makes no difference here.
+    # The choice of columns makes no difference to memory.
     apply_paca(module, replace(config, selection="random"))
 
 
@@ -94,11 +98,11 @@ def _full(module: LightningModule, config: PaCAConfig) -> None:
 
 
 def _floor(module: LightningModule, config: PaCAConfig) -> None:
-    # A layer of ours that trains nothing is a plain frozen one, quantized or not.
+    # A PaCA layer with a frozen delta costs what a plain frozen layer does, quantized or not.
     apply_paca(module, replace(config, r=1, rank_pattern={}, alpha_pattern={}, selection="random"))
     module.requires_grad_(False)
     train_nothing(next(child for child in module.modules() if hasattr(child, "get_input_embeddings")))
-    module.idle = nn.Parameter(torch.zeros(1, device="meta"))  # an optimizer needs something
+    module.idle = nn.Parameter(torch.zeros(1, device="meta"))  # an optimizer needs a parameter
 
 
 PACA = Baseline("PaCA", _paca)

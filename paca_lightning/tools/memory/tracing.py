@@ -1,14 +1,14 @@
-"""Memory of a training step, allocation by allocation, without the memory: for tensors that have no data.
+"""Memory of a training step, allocation by allocation. It works on tensors without data.
 
-Every operator that PyTorch dispatches inside a :class:`MemoryTracer` may allocate storages, and they end when nothing
-refers to them. What an operator allocates and frees within its kernel is not seen, nor are an allocator's gaps.
+A :class:`MemoryTracer` sees every operator that PyTorch dispatches: which storages it allocates, and when the last
+reference to each is gone. It does not see what a kernel allocates and frees by itself, nor gaps of the allocator.
+docs/decisions/0013 compares it with torch's own tracker.
 """
 
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -26,21 +26,7 @@ from paca_lightning.core.private.torch import (
     storage_id,
     tensors_in,
 )
-
-
-class Kind(IntEnum):
-    """What memory is used for.
-
-    ``ACTIVATIONS`` is what a forward leaves for the backward, and what is recomputed there; ``TEMPORARY`` what lives
-    within the forward, the backward or the optimizer's step, such as gradients of activations.
-    """
-
-    PARAMETERS = 0
-    GATHERED_PARAMETERS = 1
-    ACTIVATIONS = 2
-    GRADIENTS = 3
-    OPTIMIZER = 4
-    TEMPORARY = 5
+from paca_lightning.tools.memory.timeline import Kind, Timeline
 
 
 @dataclass
@@ -48,46 +34,15 @@ class _Allocation:
     size: int
     start: int
     phase: str
-    kept: bool  # whether autograd may keep it: it was made where gradients are recorded
+    may_be_saved: bool  # whether it was allocated while autograd recorded
     kind: Kind | None = None
     end: int | None = None
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """Memory in use after each operator of a step that changed it.
-
-    Attributes:
-        phases: Name of the phase of each operator.
-        sizes: Bytes in use by kind, shape (operators, kinds).
-        trainable_parameters: How many numbers are trained, on all devices together.
-    """
-
-    phases: list[str]
-    sizes: np.ndarray
-    trainable_parameters: int
-
-    @property
-    def peak(self) -> int:
-        """Most bytes in use at once."""
-        return int(self.sizes.sum(1).max())
-
-    @property
-    def peak_phase(self) -> str:
-        """Where the peak lies."""
-        return self.phases[int(self.sizes.sum(1).argmax())]
-
-    @property
-    def at_peak(self) -> dict[Kind, int]:
-        """Bytes by kind at the peak."""
-        row = self.sizes[int(self.sizes.sum(1).argmax())]
-        return {kind: int(row[kind]) for kind in Kind}
-
-
 class MemoryTracer(TorchDispatchMode):
-    """Records which storages begin and end between operators.
+    """Records when storages are allocated and freed.
 
-    Phases are entered with :meth:`enter`; their names begin with ``forward``, ``backward`` or ``optimizer``.
+    Phases are entered with :meth:`enter`. Their names begin with ``forward``, ``backward`` or ``optimizer``.
     """
 
     def __init__(self) -> None:
@@ -100,9 +55,9 @@ class MemoryTracer(TorchDispatchMode):
         self._references: dict[int, weakref.ref[UntypedStorage]] = {}
 
     def hold(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Count tensors as in use, for what they are used."""
+        """Count tensors that were allocated before as in use, and say for what."""
         for tensor in tensors:
-            self._see(local(tensor.detach()).untyped_storage()).kind = kind
+            self._follow(local(tensor.detach()).untyped_storage()).kind = kind
 
     def enter(self, phase: str) -> None:
         """Begin a phase of the step."""
@@ -110,12 +65,12 @@ class MemoryTracer(TorchDispatchMode):
 
     @property
     def phase(self) -> str:
-        """The phase that the step is in."""
+        """The phase that was entered last."""
         return self._phase
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """What is allocated inside lies in another memory than the device's."""
+        """What is allocated inside counts nothing: it is not in the device's memory."""
         self._counts = False
         try:
             yield
@@ -123,12 +78,16 @@ class MemoryTracer(TorchDispatchMode):
             self._counts = True
 
     def end_forward(self) -> None:
-        """What is in use now and was allocated in the forward waits for the backward."""
-        self._decide("forward", Kind.ACTIVATIONS)
+        """The forward is over: what it allocated and is still in use is saved for the backward."""
+        self._settle("forward", Kind.ACTIVATIONS)
 
     def end_backward(self, *, elsewhere: bool = False) -> None:
-        """What is in use now and was allocated in the backward is gradients, ``elsewhere`` in another memory."""
-        for allocation in self._decide("backward", Kind.GRADIENTS):
+        """The backward is over: what it allocated and is still in use is gradients.
+
+        Args:
+            elsewhere: Whether they leave the device's memory now.
+        """
+        for allocation in self._settle("backward", Kind.GRADIENTS):
             allocation.size *= not elsewhere
 
     def in_use(self, kind: Kind) -> int:
@@ -136,19 +95,24 @@ class MemoryTracer(TorchDispatchMode):
         return sum(allocation.size for allocation in self._live.values() if allocation.kind is kind)
 
     def timeline(self, trainable_parameters: int) -> Timeline:
-        """What was recorded so far."""
+        """What was recorded so far.
+
+        Args:
+            trainable_parameters: How many parameters are trained.
+        """
         count = len(self._phases)
         changes = np.zeros((count + 1, len(Kind)), dtype=np.int64)
         for allocation in self._allocations:
             kind = allocation.kind
             if kind is None:
-                recomputed = allocation.phase.startswith("backward") and allocation.kept
+                recomputed = allocation.phase.startswith("backward") and allocation.may_be_saved
                 kind = Kind.ACTIVATIONS if recomputed else Kind.TEMPORARY
             changes[min(allocation.start, count), kind] += allocation.size
             if allocation.end is not None:
                 changes[min(allocation.end, count), kind] -= allocation.size
         sizes = changes.cumsum(0)[:count]
-        # Views and the like change nothing, and PyTorch caches some: without them, equal steps give equal timelines.
+        # Operators that change nothing, such as views, are left out. Some run in the first step alone, because PyTorch
+        # caches constants, and equal steps must give equal timelines.
         kept = [
             number
             for number in range(count)
@@ -169,7 +133,7 @@ class MemoryTracer(TorchDispatchMode):
             tracer._resized(storage)
             return result
 
-        # FSDP2 frees and allocates gathered parameters this way, which is no operator.
+        # FSDP2 frees and allocates gathered parameters with it, and it is no operator.
         UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
         return super().__enter__()
 
@@ -181,20 +145,21 @@ class MemoryTracer(TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again, as operators on the local tensors
-        # Waiting returns its argument in truth; for tensors without data, PyTorch returns a new one.
+            return NotImplemented  # DTensor then calls operators on the local tensors, which come here
+        # Really, waiting returns its argument; on tensors without data, PyTorch makes a new one.
         result = args[0] if awaits_collective(func) else func(*args, **(kwargs or {}))
         if active_fake_mode() is not self._fake_mode:
-            return result  # DTensor works out a result's shape under a fake mode of its own
+            return result  # DTensor computes shapes under a fake mode of its own
         for tensor in tensors_in(result):
             if tensor.device.type != "meta":
-                self._see(tensor.untyped_storage())
+                self._follow(tensor.untyped_storage())
         if func.name() in GATHERING_OPERATORS:
             self._gathers(args, kwargs or {})
         self._phases.append(self._phase)
         return result
 
-    def _see(self, storage: UntypedStorage) -> _Allocation:
+    def _follow(self, storage: UntypedStorage) -> _Allocation:
+        """The allocation of a storage, recorded now if it is new, and followed to its end."""
         key = storage_id(storage)
         if key not in self._live:
             self._begin(key, storage.nbytes() if self._counts else 0)
@@ -213,24 +178,27 @@ class MemoryTracer(TorchDispatchMode):
             allocation.end = len(self._phases)
 
     def _forget(self, key: int) -> None:
+        """A storage was deleted."""
         self._end(key)
         self._references.pop(key, None)
 
     def _resized(self, storage: UntypedStorage) -> None:
+        """A storage was freed or allocated in place: its allocation ends, and another begins."""
         key = storage_id(storage)
         before = self._live.get(key)
         self._end(key)
         self._begin(key, storage.nbytes(), Kind.GATHERED_PARAMETERS if before is None else before.kind)
-        self._see(storage)
+        self._follow(storage)
 
     def _gathers(self, args: Any, kwargs: Any) -> None:
-        """Mark what FSDP2 gathers into, and from there copies out of."""
+        """Count the buffers that FSDP2 gathers into, and copies parameters out of, as gathered parameters."""
         for tensor in tensors_in((args, kwargs)):
             allocation = self._live.get(storage_id(tensor.untyped_storage()))
             if allocation is not None and allocation.kind is None:
                 allocation.kind = Kind.GATHERED_PARAMETERS
 
-    def _decide(self, phase: str, kind: Kind) -> list[_Allocation]:
+    def _settle(self, phase: str, kind: Kind) -> list[_Allocation]:
+        """Give a kind to the allocations of a phase that are in use and have none, and return them."""
         undecided = [a for a in self._live.values() if a.kind is None and a.phase.startswith(phase)]
         for allocation in undecided:
             allocation.kind = kind

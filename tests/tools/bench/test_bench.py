@@ -11,11 +11,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from paca_lightning import PaCAError
-from paca_lightning.tools.bench.bench import bench
+from paca_lightning.tools.bench.command import bench
 from paca_lightning.tools.bench.measure import saved_bytes, time_methods
 from paca_lightning.tools.bench.methods import Method, parse_methods
 from paca_lightning.tools.bench.peak import longest_sequence, peak_bytes
-from paca_lightning.tools.bench.trainee import Trainee
+from paca_lightning.tools.bench.step_runner import StepRunner
 from paca_lightning.tools.bench.workload import Workload
 from paca_lightning.tools.presets import PRESETS, preset_config
 from paca_lightning.tools.units import format_bytes, parse_bytes
@@ -84,7 +84,7 @@ def test_each_method_trains_what_it_says(workload: Workload) -> None:
         Method("dora", 4): 4 * (OUT_FEATURES + IN_FEATURES) + OUT_FEATURES,
         Method("full"): everything,
     }
-    counted = {method: Trainee(method, base, workload).trainable_parameters for method in expected}
+    counted = {method: StepRunner(method, base, workload).trainable_parameters for method in expected}
     assert counted == expected
     assert all(parameter.requires_grad for parameter in Method("full").apply(base).parameters())
 
@@ -92,14 +92,14 @@ def test_each_method_trains_what_it_says(workload: Workload) -> None:
 def test_training_one_method_leaves_the_base_and_the_other_methods_alone(workload: Workload) -> None:
     base = workload.build()
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
-    trainees = [Trainee(Method(name, r), base, workload) for name, r in (("paca", 4), ("lora", 4), ("full", None))]
+    runners = [StepRunner(Method(name, r), base, workload) for name, r in (("paca", 4), ("lora", 4), ("full", None))]
     losses = []
-    for trainee in trainees:
+    for runner in runners:
         batch = workload.micro_batch(0)
-        losses.append(trainee.forward(**batch).loss.item())
+        losses.append(runner.forward(**batch).loss.item())
         for _ in range(3):
-            trainee.step([batch])
-        assert trainee.forward(**batch).loss.item() < losses[-1]
+            runner.step([batch])
+        assert runner.forward(**batch).loss.item() < losses[-1]
     assert losses == pytest.approx([losses[0]] * 3)  # all of them start as the same model
     assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
 
@@ -115,16 +115,16 @@ def test_quantized_methods_train_on_one_base_and_leave_the_dense_one_alone(workl
     base, batch = workload.build(), workload.micro_batch(0)
     before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
     floor, paca, lora = (
-        Trainee(Method(name, r), base, workload) for name, r in (("qfloor", None), ("qpaca", 4), ("qlora", 4))
+        StepRunner(Method(name, r), base, workload) for name, r in (("qfloor", None), ("qpaca", 4), ("qlora", 4))
     )
     # LoRA's base is the floor's. PaCA's trained columns are exact, so it begins a little nearer to the dense model.
     start = floor.forward(**batch).loss.item()
     assert lora.forward(**batch).loss.item() == start
     assert paca.forward(**batch).loss.item() == pytest.approx(start, rel=0.01)
-    for trainee in (paca, lora):
+    for runner in (paca, lora):
         for _ in range(3):
-            trainee.step([batch])
-        assert trainee.forward(**batch).loss.item() < start
+            runner.step([batch])
+        assert runner.forward(**batch).loss.item() < start
     assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
 
 
@@ -190,25 +190,25 @@ class Product(torch.nn.Module):
 
 
 def test_saved_bytes_count_each_storage_once_if_it_outlives_the_forward() -> None:
-    trainee = Trainee.__new__(Trainee)
-    trainee.forward, trainee.compiled = Product(), False
-    trainee.resident = list(trainee.forward.parameters())
+    runner = StepRunner.__new__(StepRunner)
+    runner.forward, runner.compiled = Product(), False
+    runner.resident = list(runner.forward.parameters())
     loss = 1
-    assert saved_bytes(trainee, {"x": torch.ones(10, 10)}) == 4 * (100 + 2 + loss)
+    assert saved_bytes(runner, {"x": torch.ones(10, 10)}) == 4 * (100 + 2 + loss)
 
 
 # Selective checkpointing keeps the states of the generator that no operator makes: before a block, and after attention.
 @pytest.mark.parametrize(("recompute", "random_states"), [(None, 0), ("selective", 2 * LAYERS)])
 def test_saved_bytes_are_what_the_backward_frees(workload: Workload, recompute: str | None, random_states: int) -> None:
     """Also where what is kept does not pass through autograd's hooks."""
-    trainee = Trainee(Method("paca", 4, recompute), workload.build(), workload)
+    runner = StepRunner(Method("paca", 4, recompute), workload.build(), workload)
     batch = workload.micro_batch(0)
-    trainee.step([batch])
+    runner.step([batch])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        loss = trainee.forward(**batch).loss
+        loss = runner.forward(**batch).loss
     held = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
     held -= random_states * torch.get_rng_state().nbytes
-    assert saved_bytes(trainee, batch) == pytest.approx(held, rel=0.001)
+    assert saved_bytes(runner, batch) == pytest.approx(held, rel=0.001)
     del loss
 
 
@@ -216,10 +216,10 @@ def test_a_method_may_be_checkpointed_alone(workload: Workload) -> None:
     base, batch = workload.build(), workload.micro_batch(0)
     methods = parse_methods(["paca:4", "paca:4+selective", "paca:4+blocks"], [16], "both", base)
     assert [method.label for method in methods] == ["floor", "paca r=4", "paca+selective r=4", "paca+blocks r=4"]
-    trainees = [Trainee(method, base, workload) for method in methods[1:]]
-    saved = [saved_bytes(trainee, batch) for trainee in trainees]
+    runners = [StepRunner(method, base, workload) for method in methods[1:]]
+    saved = [saved_bytes(runner, batch) for runner in runners]
     assert saved[0] > saved[1] > saved[2]
-    assert len({trainee.forward(**batch).loss.item() for trainee in trainees}) == 1
+    assert len({runner.forward(**batch).loss.item() for runner in runners}) == 1
 
 
 def test_an_unknown_recomputation_is_named(workload: Workload) -> None:
@@ -230,7 +230,7 @@ def test_an_unknown_recomputation_is_named(workload: Workload) -> None:
 def test_paca_saves_r_channels_of_inputs_and_less_than_lora(workload: Workload) -> None:
     base, batch = workload.build(), workload.micro_batch(0)
     saved = {
-        method.name: saved_bytes(Trainee(method, base, workload), batch)
+        method.name: saved_bytes(StepRunner(method, base, workload), batch)
         for method in (Method("floor"), Method("paca", 4), Method("lora", 2))
     }
     channels = 4 * 7 * LAYERS * batch["input_ids"].numel() * 4
@@ -240,7 +240,7 @@ def test_paca_saves_r_channels_of_inputs_and_less_than_lora(workload: Workload) 
 
 def test_checkpointing_saves_less(workload: Workload) -> None:
     workloads = [Workload(**(vars(workload) | {"checkpointing": how})) for how in (False, "selective", True)]
-    saved = [saved_bytes(Trainee(Method("paca", 4), one.build(), one), one.micro_batch(0)) for one in workloads]
+    saved = [saved_bytes(StepRunner(Method("paca", 4), one.build(), one), one.micro_batch(0)) for one in workloads]
     assert saved[2] < saved[1] < 0.9 * saved[0]
     assert saved[2] < 0.5 * saved[0]
 
@@ -254,7 +254,7 @@ def test_accumulation_averages_over_its_micro_batches(workload: Workload) -> Non
         3 * 2 * 16 / timings[Method("paca", 4)].step_ms * 1e3
     )
     # Three equal micro-batches are one: the same gradient, hence the same first update.
-    once, thrice = (Trainee(Method("full"), base, workload) for _ in range(2))
+    once, thrice = (StepRunner(Method("full"), base, workload) for _ in range(2))
     once.step([workload.micro_batch(0)])
     thrice.step([workload.micro_batch(0)] * 3)
     batch = workload.micro_batch(1)
@@ -388,7 +388,7 @@ def test_mistakes_are_named_before_anything_is_measured(
     def measured(*_: object) -> None:
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("paca_lightning.tools.bench.bench.peak_bytes", measured)
+    monkeypatch.setattr("paca_lightning.tools.bench.command.peak_bytes", measured)
     with pytest.raises(PaCAError, match=message):
         bench(**({"model": model} | arguments))  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from paca_lightning.tools.bench import peak
 from paca_lightning.tools.bench.methods import Method
-from paca_lightning.tools.bench.trainee import Trainee
+from paca_lightning.tools.bench.step_runner import StepRunner
 from paca_lightning.tools.bench.workload import Workload
 from tests.tiny import tiny_model_directory
 
@@ -28,7 +28,7 @@ def test_the_base_of_a_method_with_copies_is_gone_before_the_first_step(
         return model
 
     monkeypatch.setattr(Workload, "build", remembered)
-    monkeypatch.setattr(Trainee, "step", lambda *_: alive.append(bases[0]() is not None))
+    monkeypatch.setattr(StepRunner, "step", lambda *_: alive.append(bases[0]() is not None))
     gc.disable()  # otherwise chance decides
     try:
         peak._train(Workload(model=str(tiny_model_directory(tmp_path / "tiny")), tokens=8), Method("paca", 4))

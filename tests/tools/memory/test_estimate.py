@@ -17,11 +17,12 @@ from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from paca_lightning.strategies.hpu import HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy
 from paca_lightning.tasks import CausalLMModule
 from paca_lightning.tools.memory.baselines import FLOOR, FULL, LORA, PACA, Baseline
-from paca_lightning.tools.memory.described_run import _strategy, read_config, traced_run
-from paca_lightning.tools.memory.estimate import _largest, main
-from paca_lightning.tools.memory.traced_run import TracedModel
-from paca_lightning.tools.memory.traced_step import TracedRun
-from paca_lightning.tools.memory.tracing import Kind
+from paca_lightning.tools.memory.command import main
+from paca_lightning.tools.memory.from_config import known_strategy, read_config, run_to_trace
+from paca_lightning.tools.memory.search import largest_fitting
+from paca_lightning.tools.memory.timeline import Kind
+from paca_lightning.tools.memory.traced_model import TracedModel
+from paca_lightning.tools.memory.traced_run import TracedRun
 from tests.distributed_launch import launch
 from tests.tiny import tiny_config
 
@@ -233,7 +234,7 @@ def test_the_command_says_whether_a_config_fits_and_what_would(
     module, datamodule, trainer = read_config(DEBUG)
     most = paca["max_tokens"]
     fitting, beyond = (
-        TracedModel(traced_run(module, datamodule, trainer, tokens=tokens)[0]).step().peak
+        TracedModel(run_to_trace(module, datamodule, trainer, tokens=tokens)[0]).step().peak
         for tokens in (most, round(1.02 * most) + 64)
     )
     assert fitting <= 64 * 2**20 < beyond
@@ -250,7 +251,7 @@ def test_each_config_is_estimated(config: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(ROOT)
     tiny_config().save_pretrained(tmp_path)
     described = read_config(["--config", config, "--model.init_args.model", str(tmp_path)])
-    run, paca = traced_run(*described, tokens=64, batch=1)
+    run, paca = run_to_trace(*described, tokens=64, batch=1)
     assert (run.strategy is not None) == ("fsdp2" in config or "70b" in config)
     assert paca is not None
     assert TracedModel(run).step().trainable_parameters > 0
@@ -273,14 +274,14 @@ def test_each_config_is_estimated(config: str, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_strategies_are_known_by_name_and_as_objects(strategy: Any, sharded: bool, copied: bool) -> None:
-    found, gradients_copied = _strategy(strategy, ranks=2)
+    found, gradients_copied = known_strategy(strategy, ranks=2)
     assert (found is not None, gradients_copied) == (sharded, copied)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "xla", "single_tpu", "dpp", FSDPStrategy()])
 def test_other_strategies_are_refused(strategy: Any) -> None:
     with pytest.raises(PaCAError, match=r"is not estimated\. Use auto, ddp or paca_fsdp2"):
-        _strategy(strategy, ranks=2)
+        known_strategy(strategy, ranks=2)
 
 
 class Inheriting(CausalLMModule):
@@ -293,10 +294,10 @@ class Eager(LightningModule):
 
 def test_a_module_may_inherit_how_it_builds_its_model(model_directory: str) -> None:
     _, datamodule, trainer = read_config(DEBUG)
-    run, _ = traced_run(Inheriting(model_directory, pretrained=False), datamodule, trainer, tokens=64, batch=1)
+    run, _ = run_to_trace(Inheriting(model_directory, pretrained=False), datamodule, trainer, tokens=64, batch=1)
     assert TracedModel(run).step().peak > 0
     with pytest.raises(PaCAError, match="Eager does not build its model in configure_model"):
-        traced_run(Eager(), datamodule, trainer)
+        run_to_trace(Eager(), datamodule, trainer)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +356,7 @@ def test_the_largest_that_fits_is_found_to_a_percent_in_a_few_tries(
         tried.append(units)
         return fixed + each * units
 
-    found = _largest(peak, limit, (known, fixed + each * known), resident=fixed // 2)
+    found = largest_fitting(peak, limit, (known, fixed + each * known), resident=fixed // 2)
     assert found <= most <= found + max(1, found // 100)
     assert len(tried) <= 8
 

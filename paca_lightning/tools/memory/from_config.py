@@ -1,8 +1,7 @@
-"""From a LightningCLI config to what determines the memory of its run."""
+"""A run to trace, read from a LightningCLI config."""
 
 import atexit
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -21,29 +20,29 @@ from paca_lightning.callbacks.paca import PaCAStrategy
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
-from paca_lightning.tools.memory.baselines import FULL, PACA, Baseline
-from paca_lightning.tools.memory.traced_step import TracedRun
+from paca_lightning.tools.memory.baselines import FULL, PACA
+from paca_lightning.tools.memory.traced_run import TracedRun
 from paca_lightning.tools.presets import preset_config
 from paca_lightning.tools.run_config import lightning_cli
 
 ESTIMATED = (SingleDeviceStrategy, DDPStrategy)
 NOT_ESTIMATED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
-"""Subclasses of those, which keep the model in other ways."""
+"""Subclasses of :data:`ESTIMATED` that hold the model in other ways."""
 
 
 class _Config(LightningCLI):
-    """A config's module, data module and settings of the trainer, which may name devices that are not here."""
+    """LightningCLI that builds no trainer: its settings may name devices that this machine lacks."""
 
     def instantiate_trainer(self, **_: Any) -> Any:
         return self.config_init.get("trainer")
 
 
 def read_config(arguments: list[str], preset: str | None = None) -> tuple[LightningModule, LightningDataModule, Any]:
-    """The module, the data module and the trainer's settings of a config; nothing is loaded.
+    """The module, the data module and the trainer's settings of a config, without loading weights or data.
 
     Args:
-        arguments: As those of ``fit``: ``--config FILE``, and what it shall override.
-        preset: A known shape to give the module instead of its ``model``.
+        arguments: As for ``fit``: ``--config FILE``, and what overrides it.
+        preset: A known shape in place of the module's ``model``.
 
     Raises:
         PaCAError: If there is no such preset.
@@ -57,23 +56,23 @@ def read_config(arguments: list[str], preset: str | None = None) -> tuple[Lightn
     return cli.model, cli.datamodule, cli.trainer
 
 
-def traced_run(
+def run_to_trace(
     module: LightningModule, datamodule: Any, trainer: Any, tokens: int | None = None, batch: int | None = None
 ) -> tuple[TracedRun, PaCAConfig | None]:
-    """A run as a config describes it, to be traced.
+    """The run that a config describes, as :func:`read_config` read it.
 
     Args:
         module: Makes its model in ``configure_model``.
-        datamodule: Says how long and how many sequences are, by ``max_length`` and ``batch_size``.
-        trainer: Namespace of the trainer's settings.
-        tokens: Length of a sequence instead of the data module's.
-        batch: Sequences of a micro-batch instead of the data module's.
+        datamodule: Its hyperparameters ``max_length`` and ``batch_size`` give the shape of a batch.
+        trainer: The trainer's settings.
+        tokens: Length of a sequence. Default: the data module's ``max_length``.
+        batch: Sequences of a micro-batch. Default: the data module's ``batch_size``.
 
     Returns:
         The run, and the PaCA configuration if it has one.
 
     Raises:
-        PaCAError: If something of it cannot be traced, or is not said.
+        PaCAError: If the run cannot be traced, or the shape of a batch or the number of devices is not given.
     """
     if not is_overridden("configure_model", module):
         raise PaCAError(
@@ -84,19 +83,19 @@ def traced_run(
     tokens, batch = tokens or data.get("max_length"), batch or data.get("batch_size")
     if tokens is None or batch is None:
         raise PaCAError(
-            f"{type(datamodule).__name__} does not say how long its sequences are: give --tokens and --batch."
+            f"{type(datamodule).__name__} does not say how long its sequences are. Give --tokens and --batch."
         )
     configs = [callback.config for callback in trainer.callbacks or [] if isinstance(callback, PaCAStrategy)]
     config = configs[0] if configs else None
-    ranks = _devices(trainer.devices) * trainer.num_nodes
-    strategy, copied = _strategy(trainer.strategy, ranks)
+    ranks = _count_devices(trainer.devices) * trainer.num_nodes
+    strategy, gradient_buckets = known_strategy(trainer.strategy, ranks)
     run = TracedRun(
         module=module,
-        convert=converter(PACA if config else FULL, config),
+        convert=(PACA if config else FULL).converter(config),
         strategy=strategy,
         ranks=ranks if strategy else 1,
         shard_size=strategy.shard_size if strategy else None,
-        gradient_buckets=copied,
+        gradient_buckets=gradient_buckets,
         precision=str(trainer.precision or "32-true"),
         batch_size=batch,
         tokens=tokens,
@@ -107,12 +106,7 @@ def traced_run(
     return run, config
 
 
-def converter(baseline: Baseline, config: PaCAConfig | None) -> Callable[[LightningModule], None]:
-    """A way of fine-tuning applied to the layers that a configuration means."""
-    return lambda module: baseline.convert(module, config or PaCAConfig())
-
-
-def _devices(devices: Any) -> int:
+def _count_devices(devices: Any) -> int:
     if isinstance(devices, list):
         return len(devices)
     if isinstance(devices, str) and "," in devices:
@@ -122,12 +116,23 @@ def _devices(devices: Any) -> int:
     except ValueError:
         number = -1
     if number < 1:
-        raise PaCAError(f"devices={devices!r} depends on the machine. Give their number: --trainer.devices 8.")
+        raise PaCAError(f"devices={devices!r} depends on the machine. Give a number: --trainer.devices 8.")
     return number
 
 
-def _strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
-    """The strategy that shards the model, if one does; otherwise whether gradients are copied to be exchanged."""
+def known_strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
+    """How a trainer's strategy holds the model on each device.
+
+    Args:
+        strategy: An object, or a registered name.
+        ranks: How many devices there are.
+
+    Returns:
+        The strategy that shards the model, if it is sharded; and whether gradients are exchanged through copies.
+
+    Raises:
+        PaCAError: If the strategy is another than these, or its shards do not divide the ranks.
+    """
     kind = _class_of(strategy)
     if issubclass(kind, FSDP2Strategy):
         strategy = strategy if isinstance(strategy, FSDP2Strategy) else FSDP2Strategy()
@@ -142,7 +147,7 @@ def _strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, bool]:
 
 
 def _class_of(strategy: Any) -> type:
-    """Class of a strategy that is given as it is, or by its name."""
+    """The class of a strategy given as an object, or by its name; object if the name is unknown."""
     if strategy == "auto":
         return SingleDeviceStrategy
     if isinstance(strategy, str):

@@ -29,7 +29,7 @@ class StepTime(NamedTuple):
         return sum(self)
 
 
-class Trainee:
+class StepRunner:
     """A model trained by one method, with AdamW for what the method trains.
 
     Args:

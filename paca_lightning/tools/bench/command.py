@@ -1,7 +1,8 @@
-"""``paca-lightning bench``: what PaCA and other methods cost in time and memory on a given model, measured."""
+"""The command ``bench``: time and memory of PaCA and other methods on one model, measured."""
 
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from paca_lightning.tools.bench.peak import check_budget, is_measurable, longest
 from paca_lightning.tools.bench.processes import in_fresh_processes
 from paca_lightning.tools.bench.results import Row, open_output, print_table, write_results
 from paca_lightning.tools.bench.workload import Workload
-from paca_lightning.tools.provenance import provenance
+from paca_lightning.tools.environment import describe_environment
 
 
 def bench(
@@ -101,29 +102,11 @@ def bench(
     skeleton = workload.skeleton()
     chosen = parse_methods(_entries(methods), _ranks(r), match, skeleton)
     for method in chosen:
-        method.apply(skeleton)  # a rank too large or a missing package comes out here
+        method.apply(skeleton)  # finds a rank that is too large, and a missing package, before anything is measured
     if max_length is not None:
         check_budget(workload, max_length)
     directory = None if output is None else open_output(output)
-
-    console = Console(stderr=True)
-    with console.status("") as status:
-        # Memory first: the processes that measure it want the machine's memory for themselves.
-        peaks = {method: _peak(workload, method, lambda text: status.update(text)) for method in chosen}
-        lengths = {}
-        if max_length is not None:
-            for method in chosen:
-                status.update(f"{method.label}: longest sequence in {max_length}")
-                lengths[method] = longest_sequence(workload, method, max_length)
-        if devices == 1:
-            timings = time_methods(workload, chosen, steps, status.update)
-        else:
-            status.update(f"{devices} processes take {steps} steps with each method")
-            timings = in_fresh_processes(time_methods, workload, chosen, steps, ranks=devices, device=workload.device)
-    rows = [_row(method, timings[method], peaks[method]) for method in chosen]
-    for method, row in zip(chosen, rows, strict=True):
-        if method in lengths:
-            row["max_tokens"] = lengths[method]
+    rows = _measure(workload, chosen, steps, max_length)
     setup = _setup(workload, steps, max_length, rows)
     print_table(rows, setup["title"])
     if directory is not None:
@@ -132,7 +115,29 @@ def bench(
     return rows
 
 
-def _peak(workload: Workload, method: Method, progress: Any) -> int | None:
+def _measure(workload: Workload, methods: list[Method], steps: int, max_length: str | None) -> list[Row]:
+    """Peaks, longest sequences if ``max_length`` asks for them, and step times; one row for each method."""
+    with Console(stderr=True).status("") as status:
+        # Memory first: the processes that measure it want the machine's memory for themselves.
+        peaks = [_peak(workload, method, status.update) for method in methods]
+        lengths = []
+        for method in methods if max_length is not None else ():
+            status.update(f"{method.label}: longest sequence in {max_length}")
+            lengths.append(longest_sequence(workload, method, str(max_length)))
+        if workload.ranks == 1:
+            timings = time_methods(workload, methods, steps, status.update)
+        else:
+            status.update(f"{workload.ranks} processes take {steps} steps with each method")
+            timings = in_fresh_processes(
+                time_methods, workload, methods, steps, ranks=workload.ranks, device=workload.device
+            )
+    rows = [_row(method, timings[method], peak) for method, peak in zip(methods, peaks, strict=True)]
+    for row, length in zip(rows, lengths, strict=False):
+        row["max_tokens"] = length
+    return rows
+
+
+def _peak(workload: Workload, method: Method, progress: Callable[[str], None]) -> int | None:
     if not is_measurable(workload):
         return None
     progress(f"{method.label}: peak memory in a fresh process")
@@ -160,7 +165,7 @@ def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Ro
         "compiled" if workload.compile else "",
         f"{workload.ranks} ranks" if workload.ranks > 1 else "",
     ]
-    return provenance() | {
+    return describe_environment() | {
         "title": ", ".join([shape, *filter(None, options), _device_name(workload)]),
         "command": shlex.join(sys.argv),
         "workload": asdict(workload),
@@ -205,9 +210,3 @@ def _ranks(values: list[int] | int | str) -> list[int]:
     if not ranks or min(ranks) < 1:
         raise PaCAError(f"r={values!r}: ranks must be positive.")
     return ranks
-
-
-if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
-    auto_cli(bench)

@@ -1,0 +1,61 @@
+"""A command line for a function: one option for each of its parameters, typed the way people type options."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, auto_cli
+from typing_extensions import override
+
+
+class SwitchParser(ArgumentParser):
+    """jsonargparse's parser, in which a boolean option needs no value: ``--compile`` means ``--compile true``."""
+
+    @override
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an option, one with an optional value if its default is a boolean."""
+        if isinstance(kwargs.get("default"), bool):
+            kwargs |= {"nargs": "?", "const": True}
+        return super().add_argument(*args, **kwargs)
+
+
+def run_function(function: Callable[..., Any], arguments: Sequence[str], *, prog: str, example: str) -> None:
+    """Call a function with the options of a command line; ``--help`` shows its docstring.
+
+    Args:
+        function: Its type hints say what an option takes, its docstring what it means.
+        arguments: Options. Names may have dashes for underscores and may be abbreviated.
+        prog: The command, for messages.
+        example: A complete command line, shown at the end of the help.
+
+    Raises:
+        SystemExit: With 2 if an option is unknown, missing or of another type, and with 0 after ``--help``.
+    """
+    auto_cli(
+        function,
+        args=full_names(function, arguments),
+        as_positional=False,
+        parser_class=SwitchParser,
+        prog=prog,
+        epilog=f"example: {example}",
+        allow_abbrev=True,
+    )
+
+
+def full_names(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """The arguments with option names as the function spells its parameters; see docs/decisions/0012.
+
+    Args:
+        function: The function that the options are for.
+        arguments: A command line. Values, and names that are ambiguous or unknown, stay for the parser to judge.
+    """
+    parameters = list(inspect.signature(function).parameters)
+    result = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            typed = name[2:].replace("-", "_")
+            matching = [parameter for parameter in parameters if parameter.startswith(typed)]
+            name = "--" + (matching[0] if len(matching) == 1 else typed)
+        result.append(name + equals + value)
+    return result
