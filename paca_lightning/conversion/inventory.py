@@ -7,9 +7,10 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from paca_lightning.conversion.saved_modules import is_marked
+from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
-from paca_lightning.core.private.torch import non_persistent_buffers
+from paca_lightning.core.private.torch import non_persistent_buffers, storage_id
 from paca_lightning.layers.base import PaCALayer
 
 # Attribute names of output heads that get_output_embeddings does not report (classifiers, other libraries).
@@ -129,6 +130,7 @@ def take_inventory(model: nn.Module) -> Inventory:
             inventory.unreachable.update(dict.fromkeys(module.modules(), reason))
         if inventory.fsdp1 is None and type(module).__name__ == "FullyShardedDataParallel":
             inventory.fsdp1 = path or type(module).__name__
+    _note_overlaps(inventory)
     return inventory
 
 
@@ -152,6 +154,29 @@ def _note_tensors(inventory: Inventory, module: nn.Module, path: str) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             if name not in skipped:
                 inventory.buffers[f"{path}.{name}" if path else name] = buffer
+
+
+def _note_overlaps(inventory: Inventory) -> None:
+    """Make owners of the same memory owners of one another's parameters: a write to one changes the other."""
+    by_storage: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in inventory.parameters.items():
+        by_storage.setdefault(storage_id(local(parameter).untyped_storage()), []).append((name, parameter))
+    for sharing in by_storage.values():
+        for _, parameter in sharing if len(sharing) > 1 else ():
+            others = [other for other, tensor in sharing if tensor is not parameter and _overlap(parameter, tensor)]
+            inventory.owners[parameter].extend(others)
+
+
+def _overlap(first: nn.Parameter, second: nn.Parameter) -> bool:
+    """Whether two parameters of one storage have numbers in common, as far as their bounds tell."""
+
+    def bounds(tensor: nn.Parameter) -> tuple[int, int]:
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = int(tensor.storage_offset())
+        return start, start + reach
+
+    (first_start, first_end), (second_start, second_end) = bounds(first), bounds(second)
+    return first.numel() > 0 < second.numel() and first_start <= second_end and second_start <= first_end
 
 
 def _note_heads(inventory: Inventory, module: nn.Module, path: str) -> None:

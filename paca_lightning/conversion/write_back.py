@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.conversion.changed_state import remember_thawed
@@ -148,6 +149,12 @@ def _check_layers(model: nn.Module, layers: dict[str, PaCALayer]) -> None:
             "use selection='random'."
         )
     for path, layer in layers.items():
+        if parametrize.is_parametrized(layer):
+            raise PaCAError(
+                f"{path!r} was parametrized after its conversion (spectral norm, weight norm, pruning): its weight is "
+                "computed anew for each forward, and columns written into it would be lost. Parametrize first, which "
+                "leaves the layer out of the conversion, or remove the parametrization."
+            )
         placements: tuple[Any, ...] = getattr(layer.base, "placements", ())
         if any(not (placement.is_shard(0) or placement.is_replicate()) for placement in placements):
             raise PaCAError(

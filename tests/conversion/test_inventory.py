@@ -117,3 +117,20 @@ def test_a_model_whose_layers_all_carry_a_peft_adapter_is_refused_with_the_way_o
     with pytest.raises(PaCAError, match=r"merge_and_unload\(\)"):
         apply_paca(model, PaCAConfig(r=4))
     assert not list(paca_layers(model))
+
+
+def test_two_parameters_on_one_memory_are_tied() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4), "third": nn.Linear(4, 4)})
+    model["second"].weight = nn.Parameter(model["first"].weight.detach())
+    report = apply_paca(model, PaCAConfig(r=2))
+    assert [path for path, _ in paca_layers(model)] == ["third"]
+    assert report.skipped == {"first": "weight tied to second.weight", "second": "weight tied to first.weight"}
+
+
+def test_slices_of_one_buffer_are_not_tied() -> None:
+    flat = torch.randn(32)
+    model = nn.ModuleDict({"first": nn.Linear(4, 4, bias=False), "second": nn.Linear(4, 4, bias=False)})
+    for layer, part in zip(model.values(), flat.split(16), strict=True):
+        layer.weight = nn.Parameter(part.view(4, 4))
+    apply_paca(model, PaCAConfig(r=2))
+    assert [path for path, _ in paca_layers(model)] == ["first", "second"]

@@ -31,13 +31,12 @@ class RatedModule(Module):
         return loss
 
 
-def losses_at(rates: list[float], *, write_back: bool) -> list[float]:
-    """Losses of a plain loop over the same batches, each step with a rate of its own."""
+def losses_at(rates: list[float], *, train: bool) -> list[float]:
+    """Losses of a plain loop over the same batches, each step with a rate of its own, or without any step."""
     model = Module()  # paths choose the columns
     apply_paca(model, PaCAConfig(r=4))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    if write_back:
-        attach(optimizer, model)
+    attach(optimizer, model)
     losses = []
     for rate, batch in zip(rates, itertools.cycle(DATA.split(4)), strict=False):
         optimizer.param_groups[0]["lr"] = rate
@@ -45,7 +44,8 @@ def losses_at(rates: list[float], *, write_back: bool) -> list[float]:
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        if train:
+            optimizer.step()
     return losses
 
 
@@ -54,8 +54,8 @@ def test_a_learning_rate_finder_sees_the_weights_move(trainer: Any) -> None:  # 
     Tuner(run).lr_find(module, loader(), num_training=20, min_lr=1e-2, max_lr=1, update_attr=False)
     rates, losses = map(list, zip(*module.steps, strict=True))
     assert rates[0] < 0.02 < 0.5 < rates[-1]
-    assert losses == pytest.approx(losses_at(rates, write_back=True))
-    assert losses != pytest.approx(losses_at(rates, write_back=False), rel=1e-2)
+    assert losses == pytest.approx(losses_at(rates, train=True))
+    assert losses != pytest.approx(losses_at(rates, train=False), rel=1e-2)
 
 
 class ReadsAWeight(nn.Module):
@@ -128,3 +128,10 @@ def test_an_optimizer_without_hooks_is_refused() -> None:
     model, _ = trained_network()
     with pytest.raises(PaCAError, match=r"Own takes no step hooks.*call write_columns\(model\) after each step"):
         attach(Own(list(model.parameters())), model)  # type: ignore[arg-type]
+
+
+def test_a_parametrization_after_the_conversion_is_refused() -> None:
+    model, optimizer = trained_network()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    with pytest.raises(PaCAError, match="'0' was parametrized after its conversion"):
+        attach(optimizer, model)
