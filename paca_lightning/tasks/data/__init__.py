@@ -1,7 +1,8 @@
-"""Instruction data, from files to batches: `records` reads rows, `formats` turns them into conversations.
+"""Instruction data, from files to batches.
 
-Then `chat` renders and masks them, `tokenization` caches the tokens, `packing` and `sampler` plan the batches,
-`collate` pads them, and `loader` iterates over them and resumes in the middle of an epoch.
+`locations`, `records` and `json_rows` find and read rows; `formats`, `converters` and `turns` make conversations of
+them; `template`, `answers` and `chat` render and mask these; `remarks` and `report` tell what became of rows and texts.
+`tokenization` caches the tokens, `packing` and `sampler` plan batches, `collate` pads them, `loader` iterates.
 These modules may import `core`, `transformers` and `datasets`, and nothing else of the package.
-Limits: a split is tokenized whole before training, and its lengths are kept in memory (8 bytes a conversation).
+Limits: text only; a split is tokenized whole before training, and its lengths are kept in memory.
 """

@@ -143,7 +143,7 @@ def tokenize(
         desc=f"Tokenizing {name}",
     )
     report = split_report(tokens, locations, encoder.tokenizer)
-    if report.bad_rows and on_bad_row == "error":
+    if report.bad_rows and (on_bad_row == "error" or len(report.bad_rows) == len(tokens) == len(raw)):
         raise PaCAError(report.bad_row_list(location))
     bad = len(report.bad_rows)
     if bad:

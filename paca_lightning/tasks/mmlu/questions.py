@@ -63,6 +63,11 @@ def _answer(where: str, answer: object) -> int:
         return LETTERS.index(answer)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(LETTERS):
         return answer
+    if isinstance(answer, str) and answer.strip().isdigit():
+        raise PaCAError(
+            f"{where}: the field 'answer' is the text {answer!r}, which may count from 0 or from 1. In CSV files and "
+            "texts, write the letter (A, B, C or D); the numbers 0 to 3 are taken from JSON and Parquet."
+        )
     raise PaCAError(f"{where}: the field 'answer' must be 0, 1, 2 or 3 (or A, B, C or D), not {answer!r}.")
 
 

@@ -119,7 +119,7 @@ def test_rows_that_the_template_refuses_are_in_the_list(module: Any, tmp_path: P
 
 def test_if_every_row_is_bad_there_is_nothing_to_train(module: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", [chat("a", ""), chat("b", "")])
-    with pytest.raises(PaCAError, match="none of the 0 conversations"):
+    with pytest.raises(PaCAError, match="2 rows cannot be used"):
         module(path, on_bad_row="drop").prepare_data()
 
 

@@ -96,6 +96,10 @@ def test_the_real_mmlu():
     [
         ("Why?,a,b,c,B", "anatomy_test.csv, row 2: 5 columns"),
         ("Why?,a,b,c,d,E", "anatomy_test.csv, row 2: the field 'answer' must be .* not 'E'"),
+        (
+            "Why?,a,b,c,d,1",
+            "anatomy_test.csv, row 2: the field 'answer' is the text '1', which may count from 0 or from 1",
+        ),
         ("Why?,a,b,,d,A", "anatomy_test.csv, row 2: the field 'choices' .* C is ''"),
         (" ,a,b,c,d,A", "anatomy_test.csv, row 2: the field 'question'"),
     ],
