@@ -143,19 +143,22 @@ def tokenize(
         desc=f"Tokenizing {name}",
     )
     report = split_report(tokens, locations, encoder.tokenizer)
-    if report.bad_rows and (on_bad_row == "error" or len(report.bad_rows) == len(tokens) == len(raw)):
-        raise PaCAError(report.bad_row_list(location))
     bad = len(report.bad_rows)
-    if bad:
-        errors = tokens.select_columns("error").with_format("arrow")[:].column("error")
-        tokens = tokens.select(np.flatnonzero(errors.is_null().to_numpy()))
-    split = TokenizedSplit(name, location, tokens, 0, locations, report)
-    if not len(tokens):
+    if bad and (on_bad_row == "error" or bad == len(tokens) == len(raw)):
+        raise PaCAError(report.bad_row_list(location))
+    split = TokenizedSplit(name, location, _good_rows(tokens) if bad else tokens, 0, locations, report)
+    if not len(split.dataset):
         raise PaCAError(
             f"{location}: none of the {len(raw) - bad:,} conversations keeps a token to train within max_length "
             f"{encoder.max_length}. Raise max_length, or look at the data with `paca-lightning data`."
         )
     return replace(split, dropped=len(raw) - bad - int((split.column("piece") == 0).sum()))
+
+
+def _good_rows(tokens: Dataset) -> Dataset:
+    """The tokenized conversations without the rows that cannot be used."""
+    errors = tokens.select_columns("error").with_format("arrow")[:].column("error")
+    return tokens.select(np.flatnonzero(errors.is_null().to_numpy()))
 
 
 def _cached_conversations(sources: Sequence[Source], fingerprint: str, convert: Any, rows: slice) -> Dataset:
