@@ -108,3 +108,16 @@ def module_name(path: Path, root: Path) -> str:
     """Dotted name of a file's module below the package's root: ``tasks.loss``, ``tasks`` for ``tasks/__init__.py``."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def private_uses_in_test(source: str, own: set[str]) -> list[str]:
+    """Uses of our private names in a test's source: imports, and attributes of anything but ``self``."""
+    tree = ast.parse(source)
+    own_here = own_names([source])
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("paca_lightning"):
+            found += [f"{node.lineno}: {alias.name}" for alias in node.names if is_private(alias.name)]
+        elif isinstance(node, ast.Attribute) and node.attr in own - own_here - USED_IN.keys():
+            found += [f"{node.lineno}: {ast.unparse(node)}"]
+    return found

@@ -1,13 +1,14 @@
 """The layers of the package: a folder imports from folders below it, and some libraries stay behind fences."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.private_apis import module_name, own_names, private_uses
+from tests.private_apis import is_private, module_name, own_names, private_uses, private_uses_in_test
 
 PACKAGE = "paca_lightning"
 ROOT = Path(__file__).parents[1] / PACKAGE
@@ -219,3 +220,32 @@ def test_an_override_is_allowed_where_it_is_listed() -> None:
     source = "class Layer(nn.Module):\n    def _apply(self, fn):\n        super()._apply(fn)"
     assert private_uses("layers.base", source, own_names([source])) == []
     assert private_uses("layers.linear", source, own_names([source])) != []
+
+
+@functools.cache
+def all_private_names() -> set[str]:
+    """Private functions, classes, attributes and methods of the package."""
+    sources = [path.read_text(encoding="utf-8") for path in SOURCES]
+    functions = {
+        node.name for source in sources for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+    }
+    return own_names(sources) | {name for name in functions if is_private(name)}
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(Path(__file__).parent)))
+def test_tests_use_public_names_only(path: Path) -> None:
+    assert private_uses_in_test(path.read_text(encoding="utf-8"), all_private_names()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "use"),
+    [
+        ("from paca_lightning.tasks.loss import _chunked", "1: _chunked"),
+        ("from paca_lightning.tasks import loss\nloss._chunked(1)", "2: loss._chunked"),
+    ],
+)
+def test_a_planted_private_name_in_a_test_is_found(source: str, use: str) -> None:
+    assert private_uses_in_test(source, {"_chunked"}) == [use]

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 MOVED = (0, -1)
 """In place of what was written last: an optimizer has moved the delta since."""
 
-_layers: dict[int, "weakref.ref[PaCALayer]"] = {}
+watched: dict[int, "weakref.ref[PaCALayer]"] = {}
+"""The layers whose deltas an optimizer's step may move, by the id of the delta."""
+
 _steps = 0
 _hooked = False
 
@@ -41,9 +43,9 @@ def note_written(layer: "PaCALayer", delta: Tensor) -> None:
         layer.paca_written = None
         return
     layer.paca_written, layer.paca_written_at = (id(delta), version_of(delta)), _steps
-    if id(delta) not in _layers or _layers[id(delta)]() is not layer:
+    if id(delta) not in watched or watched[id(delta)]() is not layer:
         key = id(delta)
-        _layers[key] = weakref.ref(layer, lambda _: _layers.pop(key, None))
+        watched[key] = weakref.ref(layer, lambda _: watched.pop(key, None))
     if not _hooked:
         _hooked = True
         register_optimizer_step_pre_hook(_count_step)
@@ -90,11 +92,11 @@ def _count_step(*_: Any) -> None:
 
 def _mark_moved(optimizer: Optimizer, *_: Any) -> None:
     """Run behind a step and behind the optimizer's own hooks, among which is the write-back if it is attached."""
-    if not _layers:
+    if not watched:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            reference = _layers.get(id(parameter))
+            reference = watched.get(id(parameter))
             layer = None if reference is None else reference()
             if layer is None or vars(layer).get("paca_written") is None:  # merged or unloaded since
                 continue

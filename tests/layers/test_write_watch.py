@@ -153,11 +153,11 @@ def test_other_deltas_by_functional_call_are_refused() -> None:
 
 def test_layers_that_are_gone_are_forgotten() -> None:
     gc.collect()
-    before = len(write_watch._layers)
+    before = len(write_watch.watched)
     model = converted()
     model(INPUT)
-    assert len(write_watch._layers) == before + 2
+    assert len(write_watch.watched) == before + 2
     merge(model)
     del model
     gc.collect()
-    assert len(write_watch._layers) == before
+    assert len(write_watch.watched) == before
