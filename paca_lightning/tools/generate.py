@@ -56,14 +56,7 @@ def generate(
         PaCAError: If the model, its tokenizer, the adapter or the device cannot be used, a number is out of its range,
             there is no prompt, or the chat template refuses the messages.
     """
-    if max_new_tokens < 1:
-        raise PaCAError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        raise PaCAError(f"temperature must be 0 (the likeliest token each time) or above, not {temperature}.")
-    if not 0 < top_p <= 1:
-        raise PaCAError(f"top_p must be above 0 and at most 1, not {top_p}.")
-    if temperature == 0 and top_p < 1:
-        raise PaCAError(f"top_p={top_p} needs a temperature above 0: at 0 nothing is drawn.")
+    _check_numbers(max_new_tokens, temperature, top_p)
     asked = [prompts] if isinstance(prompts, str) else prompts
     if asked is not None and not any(prompt.strip() for prompt in asked):
         raise PaCAError('There is no prompt. Give one: --prompts "What is your name?".')
@@ -81,6 +74,17 @@ def generate(
         if asked is not None:
             print(f"> {prompt}")
         print(f"{answer(built, tokenizer, messages, max_new_tokens=max_new_tokens, **settings)}\n", flush=True)
+
+
+def _check_numbers(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise PaCAError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not 0 <= temperature < float("inf"):
+        raise PaCAError(f"temperature must be 0 (the likeliest token each time) or above, not {temperature}.")
+    if not 0 < top_p <= 1:
+        raise PaCAError(f"top_p must be above 0 and at most 1, not {top_p}.")
+    if temperature == 0 and top_p < 1:
+        raise PaCAError(f"top_p={top_p} needs a temperature above 0: at 0 nothing is drawn.")
 
 
 def _typed() -> Iterator[str]:

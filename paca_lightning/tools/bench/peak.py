@@ -95,12 +95,14 @@ def _measure(workload: Workload, method: Method, budget: float) -> float:
     if workload.device != "cpu":
         return _device_peak(workload, method)
     # What libraries keep for themselves from their first use on belongs to the process, not to this model.
-    _train(Workload(preset="small", layers=1, tokens=8, dtype=workload.dtype, threads=workload.threads), method)
+    train_from_reset_peak(
+        Workload(preset="small", layers=1, tokens=8, dtype=workload.dtype, threads=workload.threads), method
+    )
     _return_freed_memory()
     baseline = _status("VmRSS")
     _limit_memory(budget)
     try:
-        _train(workload, method)
+        train_from_reset_peak(workload, method)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "memory" in str(error) or "could not create" in str(error):
             return math.inf
@@ -110,17 +112,18 @@ def _measure(workload: Workload, method: Method, budget: float) -> float:
 
 def _device_peak(workload: Workload, method: Method) -> float:
     try:
-        _train(workload, method)
+        train_from_reset_peak(workload, method)
     except torch.OutOfMemoryError:
         return math.inf
     return float(torch.accelerator.max_memory_allocated())
 
 
-def _train(workload: Workload, method: Method) -> None:
+def train_from_reset_peak(workload: Workload, method: Method) -> None:
+    """Build a model, reset this process' peak, and train a few steps: the peak is then that of training."""
     runner = StepRunner(method, workload.build(), workload)
     gc.collect()  # nothing of the base may wait for a collection that comes by chance
     if workload.device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: building the model is not training it
+        Path("/proc/self/clear_refs").write_text("5")
     else:
         torch.accelerator.reset_peak_memory_stats()
     for _ in range(STEPS):

@@ -31,7 +31,8 @@ def test_the_base_of_a_method_with_copies_is_gone_before_the_first_step(
     monkeypatch.setattr(StepRunner, "step", lambda *_: alive.append(bases[0]() is not None))
     gc.disable()  # otherwise chance decides
     try:
-        peak._train(Workload(model=str(tiny_model_directory(tmp_path / "tiny")), tokens=8), Method("paca", 4))
+        workload = Workload(model=str(tiny_model_directory(tmp_path / "tiny")), tokens=8)
+        peak.train_from_reset_peak(workload, Method("paca", 4))
     finally:
         gc.enable()
     assert alive == [False] * peak.STEPS
