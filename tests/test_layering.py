@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 FENCES: dict[str, set[str]] = {  # library: where it may be imported
     "lightning": {"callbacks", "strategies", "tasks", "tools", "cli", "core.private"},
-    "transformers": {"tasks", "tools", "adapters.export", "core.private"},
+    "transformers": {"tasks", "tools", "adapters.export", "callbacks.hf_trainer", "core.private"},
     "datasets": {"tasks", "tools"},
     "bitsandbytes": {"layers.bitsandbytes", "layers.linear4bit", "core.private"},
     "habana_frameworks": {"strategies.hpu"},
