@@ -249,3 +249,31 @@ def test_tests_use_public_names_only(path: Path) -> None:
 )
 def test_a_planted_private_name_in_a_test_is_found(source: str, use: str) -> None:
     assert private_uses_in_test(source, {"_chunked"}) == [use]
+
+
+MOST_LINES_OF_A_MODULE, MOST_LINES_OF_A_FUNCTION = 250, 60
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions with too many lines, their docstrings not counted."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            documented = ast.get_docstring(node, clean=False)
+            lines = (node.end_lineno or 0) - node.lineno + 1 - (documented.count("\n") + 1 if documented else 0)
+            if lines > MOST_LINES_OF_A_FUNCTION:
+                found.append(f"{node.name} has {lines} lines")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_are_short(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MOST_LINES_OF_A_MODULE
+    assert long_functions(source) == []
+
+
+def test_a_long_function_is_found_without_its_docstring() -> None:
+    body = "    x = 1\n" * 58
+    assert long_functions(f'def f():\n    """One\n    two\n    """\n{body}') == []
+    assert long_functions(f'def f():\n    """One\n    two\n    """\n{body}    y = 1\n    z = 1\n') == ["f has 61 lines"]

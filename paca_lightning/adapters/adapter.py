@@ -17,6 +17,7 @@ from paca_lightning.adapters.files import (
     TENSORS,
     AdapterSettings,
     adapter_config,
+    not_finite,
     peft_config,
     read_json,
     read_settings,
@@ -69,7 +70,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             tensors[f"{PREFIX}{path}.{name}"] = whole_tensor(tensor)
     changed = {inventory.relative(name): tensor for name, (tensor, _) in changed_state(model).items()}
     tensors |= {f"{PREFIX}{name}": whole_tensor(tensor) for name, tensor in changed.items()}
-    if (broken := _not_finite(tensors)) is not None:
+    if (broken := not_finite(tensors)) is not None:
         raise PaCAError(
             f"{broken!r} has NaN or Inf: training diverged, so there is no adapter to save. Lower the learning rate, "
             "or begin from a base model that is sound."
@@ -99,7 +100,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
             another one. The model is then as it was, unless it was quantized on the way: that cannot be undone.
     """
     config, settings = adapter_config(directory), read_settings(Path(directory))
-    indices, deltas, whole = split_tensors(read_tensors(Path(directory)), directory)
+    indices, deltas, whole = read_tensors(Path(directory))
     inventory = take_inventory(model)
     with _directory_in_errors(directory), undone_on_error(inventory):
         known = config_of(model)
@@ -136,34 +137,6 @@ def _directory_in_errors(directory: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except PaCAError as error:
         raise PaCAError(f"{directory}: {error}") from error
-
-
-def adapter_indices(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The columns that an adapter trains, by layer path.
-
-    Raises:
-        PaCAError: If a file of it is missing or damaged.
-    """
-    return split_tensors(read_tensors(Path(directory)), directory)[0]
-
-
-def split_tensors(
-    tensors: dict[str, Tensor], directory: str | os.PathLike[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Indices and deltas by layer path, and the parameters of modules trained whole by their name."""
-    found: dict[str, dict[str, Tensor]] = {"paca_indices": {}, "paca_delta": {}}
-    whole = {}
-    for name, tensor in tensors.items():
-        path, _, kind = name.removeprefix(PREFIX).rpartition(".")
-        if kind in found:
-            found[kind][path] = tensor
-        else:
-            whole[name.removeprefix(PREFIX)] = tensor
-    for path in found["paca_indices"].keys() ^ found["paca_delta"].keys():
-        raise PaCAError(f"{Path(directory) / TENSORS} lacks the indices or the delta of {path!r}.")
-    if (broken := _not_finite(tensors)) is not None:
-        raise PaCAError(f"{Path(directory) / TENSORS}: {broken!r} has NaN or Inf.")
-    return found["paca_indices"], found["paca_delta"], whole
 
 
 def _check_layers(
@@ -237,14 +210,6 @@ def _whole_targets(
                 "model it was trained with."
             )
     return {name: (here[name], value) for name, value in whole.items()}
-
-
-def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor with NaN or Inf."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name.removeprefix(PREFIX)
-    return None
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

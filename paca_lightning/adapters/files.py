@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -143,12 +144,46 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter directory by name.
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Indices and deltas of an adapter by layer path, and its other tensors by name.
 
     Raises:
-        PaCAError: If the file is missing or damaged.
+        PaCAError: If the file is missing or damaged, or a tensor is missing or has NaN or Inf.
     """
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in _load_tensors(directory).items()}
+    found: dict[str, dict[str, Tensor]] = {"paca_indices": {}, "paca_delta": {}}
+    others = {}
+    for name, tensor in tensors.items():
+        path, _, kind = name.rpartition(".")
+        if kind in found:
+            found[kind][path] = tensor
+        else:
+            others[name] = tensor
+    for path in found["paca_indices"].keys() ^ found["paca_delta"].keys():
+        raise PaCAError(f"{directory / TENSORS} lacks the indices or the delta of {path!r}.")
+    if (broken := not_finite(tensors)) is not None:
+        raise PaCAError(f"{directory / TENSORS}: {broken!r} has NaN or Inf.")
+    return found["paca_indices"], found["paca_delta"], others
+
+
+def adapter_indices(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The columns that an adapter trains, by layer path.
+
+    Raises:
+        PaCAError: If its tensors cannot be read.
+    """
+    return read_tensors(Path(directory))[0]
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor with NaN or Inf."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name.removeprefix(PREFIX)
+    return None
+
+
+def _load_tensors(directory: Path) -> dict[str, Tensor]:
     path = directory / TENSORS
     try:
         return load_file(path)
