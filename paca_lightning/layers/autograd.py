@@ -1,22 +1,58 @@
-"""The gradient tap: what makes a frozen linear layer train some of its input columns."""
+"""The gradient tap: it makes a frozen linear layer train some of its input columns (arXiv 2503.01905).
+
+T tokens, I in_features, O out_features, R rank. A suffix names the dimensions of a tensor::
+
+    forward    x_TI --+---- GEMM with W_OI ---> y_TO ---> tap ---> y_TO, the same tensor
+                      |                                    |
+                      +---> x_TR = x_TI[:, indices] -------+  saved for backward: x_TR, nothing else of x_TI
+
+    backward   dX_TI <----- GEMM with W_OI <--- dY_TO <--- tap <--- dY_TO, the same tensor
+                                                           |
+                                                           +---> dD_OR = scaling * dY_TO^T @ x_TR
+
+W_OI has the trained columns: W_OI[:, indices] = C_OR + scaling * D_OR, for the base columns C and the delta D.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from paca_lightning.core.errors import PaCAError
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def portable(scaling: float, like: Tensor) -> float | Tensor:
-    """The scaling as a custom function takes it: a float, or a scalar tensor of at least fp32 while compiling.
+def scaling_argument(scaling: float, like: Tensor) -> float | Tensor:
+    """The scaling as an autograd function takes it: a float; while compiling, a scalar tensor of fp32 or wider.
 
-    Where layers differ in their scaling, torch.compile makes it symbolic, and cannot hand a symbolic float to a custom
-    function (2.13).
+    Where layers differ in their scaling, torch.compile makes it symbolic, and cannot pass a symbolic float to an
+    autograd function (2.13).
     """
     if not torch.compiler.is_compiling():
         return scaling
     return like.new_full((), scaling, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def column_product(grad_output: Tensor, selected: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad_output.T @ selected``: the gradient of the selected columns. In fp16 it does not overflow.
+
+    Args:
+        grad_output: dY_TO, shape (tokens, out_features).
+        selected: x_TR, shape (tokens, r), of the same dtype.
+        dtype: Of the result.
+
+    Returns:
+        Shape (out_features, r).
+    """
+    if dtype == torch.float32 and grad_output.dtype in HALF_DTYPES:
+        if grad_output.is_cuda and torch.version.hip is None:
+            return torch.mm(grad_output.t(), selected, out_dtype=dtype)  # one GEMM, and no rounding to 16 bits
+        if grad_output.dtype == torch.float16:
+            return grad_output.t().float() @ selected.float()
+    return (grad_output.t() @ selected).to(dtype)
 
 
 class _ColumnGradient(torch.autograd.Function):
@@ -26,24 +62,28 @@ class _ColumnGradient(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, output: Tensor, input: Tensor, delta: Tensor, indices: Tensor, scaling: float | Tensor
     ) -> Tensor:
-        # All that is kept of the input: r of its channels, in the precision in which the layer computed.
-        selected = input.index_select(-1, indices).to(output.dtype)
+        selected = input.index_select(-1, indices).to(output.dtype)  # x_TR, in the precision that the layer computed in
         if isinstance(scaling, Tensor):
             ctx.save_for_backward(selected, scaling)
         else:
             ctx.save_for_backward(selected)
             ctx.scaling = scaling  # type: ignore[attr-defined]
         ctx.delta_dtype = delta.dtype  # type: ignore[attr-defined]
-        # Returning the tensor itself as "modified" costs nothing and lets an in-place activation follow; a view of it
-        # would forbid that.
+        # Returned as modified, the tensor itself can pass: that costs nothing, and unlike after a view, an in-place
+        # activation may follow.
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        # With create_graph=True. The GEMM saw a constant weight, so second derivatives would miss the delta's part.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise PaCAError(
+                "A backward with create_graph=True reached a PaCA layer, which has first derivatives only. Pass the "
+                "deltas to torch.func.functional_call, which makes them part of the graph, or freeze them."
+            )
         selected, *scale = ctx.saved_tensors
-        grad = (grad_output.t() @ selected).to(ctx.delta_dtype)
+        grad = column_product(grad_output, selected, ctx.delta_dtype)  # dD_OR
         if scale:
             grad = grad * scale[0]
         elif ctx.scaling != 1.0:
@@ -52,24 +92,26 @@ class _ColumnGradient(torch.autograd.Function):
 
 
 def column_gradient(output: Tensor, input: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
-    """Tap: pass a linear layer's output through and route its gradient to the delta.
+    """Tap: pass a linear layer's output through, and give the delta its gradient.
 
-    With ``output = input @ W.T`` and ``W[:, indices] = C + scaling * delta``, the gradient of the delta is
-    ``scaling * grad_output.T @ input[..., indices]`` (the paper's partial gradient times the scaling). Nothing else of
-    the input is saved, and the gradient of the input is left to the linear layer itself.
+    The gradient is ``scaling * grad_output.T @ input[..., indices]``: the paper's partial gradient times the scaling.
+    Nothing else of the input is saved, and the gradient of the input is left to the linear layer itself.
 
     Args:
-        output: What the layer computed, shape (tokens, out_features). It is returned itself, so it must be a fresh
-            tensor: neither a view nor needed by anyone else.
-        input: What it computed it from, shape (tokens, in_features).
-        delta: Trainable update of the columns, shape (out_features, r).
+        output: y_TO, shape (tokens, out_features). It is returned itself, so it must be a fresh tensor: not a view,
+            and used by no one else.
+        input: x_TI, shape (tokens, in_features), what the layer computed it from.
+        delta: D_OR, shape (out_features, r).
         indices: Selected input columns, shape (r,), int64.
         scaling: ``alpha / r``.
 
     Returns:
         ``output`` with the tap in its graph.
+
+    Raises:
+        PaCAError: In a backward with ``create_graph=True``.
     """
-    return _ColumnGradient.apply(output, input, delta, indices, portable(scaling, delta))
+    return _ColumnGradient.apply(output, input, delta, indices, scaling_argument(scaling, delta))
 
 
 def tapped(linear: Callable[[Tensor], Tensor], input: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
@@ -85,7 +127,7 @@ def tapped(linear: Callable[[Tensor], Tensor], input: Tensor, delta: Tensor, ind
     Returns:
         Shape (..., out_features).
     """
-    # torch.nn.functional.linear returns a view for a 3-D input with a bias, which the tap could not pass through.
+    # For a 3-D input with a bias, torch.nn.functional.linear returns a view, which the tap cannot pass through.
     flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     output = column_gradient(linear(flat), flat, delta, indices, scaling)
     return output if input.dim() == 2 else output.view(*input.shape[:-1], output.shape[-1])

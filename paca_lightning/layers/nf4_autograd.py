@@ -5,9 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
-from paca_lightning.layers.autograd import portable
+from paca_lightning.layers.autograd import scaling_argument
 from paca_lightning.layers.nf4 import Scales, dequantize_rows
 
 
@@ -40,7 +40,7 @@ def dequantized_linear(
     Returns:
         Shape (..., out_features).
     """
-    factor = portable(scaling, columns)
+    factor = scaling_argument(scaling, columns)
     output: Tensor = _DequantizedLinear.apply(
         input, bias, packed, in_features, columns, delta, indices, factor, *scales
     )
@@ -91,7 +91,6 @@ class _DequantizedLinear(torch.autograd.Function):
         return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         packed, columns, delta, indices, *scales = ctx.saved_tensors
         grad_input = grad_bias = None
