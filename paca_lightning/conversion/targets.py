@@ -16,6 +16,7 @@ from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import matches
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.columns import is_expanded
 from paca_lightning.layers.linear import PaCAConv1D, PaCALinear
 from paca_lightning.layers.linear4bit import linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4_linear import QPaCALinear
@@ -197,6 +198,8 @@ def _obstacle(module: nn.Module, inventory: Inventory) -> str | None:
         return f"{type(module).__name__} has a forward of its own"
     if base_class is linear4bit_class():
         return linear4bit_obstacle(module)
+    if is_expanded(weight):
+        return "its weight is an expanded view, whose elements share memory; make it contiguous"
     return None if weight.dtype in DTYPES else f"its weight is {weight.dtype}"
 
 

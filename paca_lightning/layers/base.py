@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from paca_lightning.core.dtensor import local
 from paca_lightning.layers.autograd import tapped
+from paca_lightning.layers.casting import keeping_precision
 from paca_lightning.layers.columns import PendingSelection, check_loaded_columns
+from paca_lightning.layers.plain import inside_transform, is_replaced, on_jagged_rows
 from paca_lightning.layers.write_watch import check_written, is_written, note_written
 
 
@@ -160,12 +162,21 @@ class PaCALayer(nn.Module):
         """The base layer's own computation on an input of shape (..., in_features)."""
         raise NotImplementedError
 
+    def _plain_forward(self, input: Tensor) -> Tensor:
+        """The same in plain operators, the weight computed from the delta in the graph: for transforms."""
+        raise NotImplementedError
+
     def forward(self, input: Tensor) -> Tensor:
-        """The base layer's output, shape (..., out_features)."""
-        if not (self.paca_enabled and torch.is_grad_enabled()):
-            return self._base_forward(input)
+        """The base layer's output, shape (..., out_features), or jagged like the input."""
+        if input.is_nested:
+            return on_jagged_rows(self.forward, input)
         delta = self.paca_delta
-        if not delta.requires_grad:
+        if is_replaced(delta):
+            return self._plain_forward(input)
+        trainable = self.paca_enabled and delta.requires_grad
+        if (trainable or not self.keeps_weight) and inside_transform():
+            return self._plain_forward(input)
+        if not (trainable and torch.is_grad_enabled()):
             return self._base_forward(input)
         if self.keeps_weight and not torch.compiler.is_compiling() and not is_written(self, delta):
             check_written(self, delta)
@@ -176,27 +187,11 @@ class PaCALayer(nn.Module):
         return {**vars(self), "paca_written": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PaCALayer":
-        """Move or cast the layer, but never narrow the delta and the base columns, nor lose what is known.
-
-        ``bf16-true`` casts every parameter of a model; small updates of the delta would be rounded away. And
-        ``to_empty`` leaves garbage, where the indices are still known and the delta is zero at the start.
-        """
+        """Move or cast the layer. Delta and base columns are never narrowed, and known indices never lost."""
         widened = (self.paca_delta, self.paca_base_columns, self.paca_delta.grad)
-        fixed = self._uncast()
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if any(tensor is one for one in widened):
-                if tensor.is_meta and not result.is_meta:
-                    return torch.zeros_like(result)
-                return tensor.to(device=result.device, dtype=torch.promote_types(result.dtype, tensor.dtype))
-            if any(tensor is one for one in fixed) and result.dtype != tensor.dtype:
-                return tensor.to(device=result.device)
-            return result
-
         indices, dtype = self.paca_indices, self.base.dtype
         in_step = is_written(self, self.paca_delta)
-        super()._apply(keep_precision, recurse)
+        super()._apply(keeping_precision(fn, widened, self._uncast()), recurse)
         if in_step:
             note_written(self, self.paca_delta)
         if not indices.is_meta:

@@ -75,6 +75,11 @@ def check_indices(indices: Tensor, in_features: int, r: int, *, path: str) -> No
         raise PaCAError(f"The column indices of {path!r} {problem}. Were they made for this model?")
 
 
+def is_expanded(weight: Tensor) -> bool:
+    """Whether elements of a weight share memory, as those of an expanded view: writing one column changes others."""
+    return any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))
+
+
 def check_loaded_columns(
     delta: Tensor | None, indices: Tensor | None, sizes: tuple[int, int, int], *, path: str
 ) -> None:

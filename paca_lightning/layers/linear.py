@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import check_indices, random_indices
+from paca_lightning.layers.plain import plain_weight
 
 
 class BuiltLikeLinear(PaCALayer):
@@ -69,6 +70,9 @@ class PaCALinear(BuiltLikeLinear, nn.Linear):
     def _base_forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
 
+    def _plain_forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, plain_weight(self, self.weight), self.bias)
+
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""
         return f"{nn.Linear.extra_repr(self)}, {self._describe()}"
@@ -95,8 +99,11 @@ class PaCAConv1D(PaCALayer):
         return self.nf
 
     def _base_forward(self, input: Tensor) -> Tensor:
-        output = torch.addmm(self.bias, input.view(-1, input.shape[-1]), self.weight)
+        output = torch.addmm(self.bias, input.reshape(-1, input.shape[-1]), self.weight)
         return output if input.dim() == 2 else output.view(*input.shape[:-1], self.nf)
+
+    def _plain_forward(self, input: Tensor) -> Tensor:
+        return input @ plain_weight(self, self.weight, transposed=True) + self.bias
 
     def _read_columns(self) -> Tensor:
         return self.weight.detach().index_select(0, self.paca_indices.to(self.weight.device)).t().contiguous()

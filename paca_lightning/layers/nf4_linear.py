@@ -3,6 +3,7 @@
 from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paca_lightning.core.dtensor import local
@@ -12,6 +13,7 @@ from paca_lightning.layers.linear import BuiltLikeLinear, PaCALinear
 from paca_lightning.layers.linear4bit import from_linear4bit, strip_linear4bit
 from paca_lightning.layers.nf4 import Scales, dequantize_rows, quantize_rows
 from paca_lightning.layers.nf4_autograd import dequantized_linear, merged_weight
+from paca_lightning.layers.plain import plain_weight
 
 
 class QPaCALinear(BuiltLikeLinear):
@@ -195,11 +197,9 @@ class QPaCALinear(BuiltLikeLinear):
         return self
 
     def _base_forward(self, input: Tensor) -> Tensor:
-        device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
         delta = self.paca_delta.detach() if self.paca_enabled else None
         return dequantized_linear(
-            input.to(dtype),
+            input.to(_computed_dtype(input)),
             self.bias,
             self.packed,
             self.scales,
@@ -210,10 +210,23 @@ class QPaCALinear(BuiltLikeLinear):
             self.scaling,
         )
 
+    def _plain_forward(self, input: Tensor) -> Tensor:
+        dtype = _computed_dtype(input)
+        with torch.no_grad():  # frozen, also where a transform would differentiate all parameters
+            weight = dequantize_rows(self.packed, self.scales, self.in_features, dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(input.to(dtype), plain_weight(self, weight), bias)
+
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self._describe()}"
+
+
+def _computed_dtype(input: Tensor) -> torch.dtype:
+    """Dtype to compute in: autocast's where it is on, else the input's."""
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
 
 
 def _other_columns(layer: str) -> str:

@@ -10,7 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -56,13 +56,8 @@ def check_written(layer: "PaCALayer", delta: Tensor) -> None:
     """Raise if a delta was changed and not written back since.
 
     Raises:
-        PaCAError: If so, or if the delta is another tensor that ``torch.func.functional_call`` put in its place.
+        PaCAError: If so.
     """
-    if not isinstance(delta, nn.Parameter):
-        raise PaCAError(
-            f"{_name(layer)} is called with another delta (torch.func.functional_call), but its weight follows its own "
-            "delta only. Load the delta with load_state_dict, or with load_adapter."
-        )
     written = layer.paca_written
     unknown = written is None or (written is not MOVED and written[0] != id(delta))  # a copy, or gathered by FSDP2
     # Only values can tell what else moves the counter: DDP broadcasts weights and deltas alike.

@@ -156,6 +156,18 @@ def test_gpt2s_transposed_layer_trains_alike(dtype: torch.dtype, shape: tuple[in
     assert torch.equal(model[0].weight, trained)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("kind", [Conv1D, nn.Linear])
+def test_inputs_need_not_be_contiguous(kind: type[nn.Module], grad_mode: bool) -> None:
+    twin = Conv1D(OUT, IN) if kind is Conv1D else nn.Linear(IN, OUT)
+    model = nn.Sequential(copy.deepcopy(twin))
+    apply_paca(model, PaCAConfig(r=R))
+    input = torch.randn(IN, 5, 2).permute(2, 1, 0)
+    expected = twin(input.contiguous())
+    with torch.set_grad_enabled(grad_mode):
+        torch.testing.assert_close(model(input), expected)
+
+
 def test_forward_hooks_survive_and_see_what_they_saw() -> None:
     seen = []
     model = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, attach, disable_paca, merge, paca_layers, write_columns
 from paca_lightning.layers import write_watch
@@ -137,17 +137,6 @@ def test_a_step_that_a_scaler_skips_is_no_step() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert not any(bool(delta.any()) for delta in deltas(model))
-    model(INPUT)
-
-
-def test_other_deltas_by_functional_call_are_refused() -> None:
-    model = converted()
-
-    def loss(delta: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {"0.paca_delta": delta}, (INPUT,)).sum()
-
-    with pytest.raises(PaCAError, match=r"'0' is called with another delta \(torch\.func\.functional_call\)"):
-        loss(torch.ones(6, 2, requires_grad=True))
     model(INPUT)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # documented, without a public path
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -99,6 +100,21 @@ def apply_to_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     ``Module.to_empty`` does this for all tensors, and ``fn`` may choose some.
     """
     module._apply(fn)
+
+
+def transforms_are_active() -> bool:
+    """Whether a transform of ``torch.func`` or a ``dual_level`` of forward-mode differentiation is active.
+
+    Neither has a public query, and an autograd function only fails inside them.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_expanded_weight(tensor: Tensor) -> bool:
+    """Whether a tensor is what ``call_for_per_sample_grads`` puts in a parameter's place; its class is private."""
+    from torch.nn.utils._expanded_weights import ExpandedWeight
+
+    return isinstance(tensor, ExpandedWeight)
 
 
 def fake_tensors() -> AbstractContextManager[Any]:

@@ -164,7 +164,6 @@ class MMLUDataModule(LightningDataModule):
         order = BatchOrder(
             samples.lengths,
             hparams["batch_size"],
-            trained=samples.trained_lengths,
             shuffle=shuffle,
             seed=hparams["seed"],
             rank=ranks.get("rank", 0),

@@ -65,6 +65,37 @@ def test_step_hooks() -> None:
     assert private.step_hooks(object()) is None
 
 
+@canary("torch.transforms_are_active")
+def test_transforms_are_active() -> None:
+    seen = []
+
+    def watch(x: torch.Tensor) -> torch.Tensor:
+        seen.append(private.transforms_are_active())
+        return 2 * x
+
+    x = torch.ones(2)
+    watch(x)
+    torch.func.vmap(watch)(x)
+    torch.func.grad(lambda x: watch(x).sum())(x)
+    torch.func.jvp(watch, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        watch(x)
+    watch(x)
+    assert seen == [False, True, True, True, True, False]
+
+
+@canary("torch.is_expanded_weight")
+def test_is_expanded_weight() -> None:
+    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+
+    seen = []
+    layer = nn.Linear(2, 2)
+    layer.register_forward_pre_hook(lambda layer, _: seen.append(private.is_expanded_weight(layer.weight)))
+    layer(torch.ones(3, 2))
+    call_for_per_sample_grads(layer, batch_size=3)(torch.ones(3, 2))
+    assert seen == [False, True]
+
+
 @canary("torch.version_of")
 def test_version_of() -> None:
     tensor = torch.zeros(1)
