@@ -1,0 +1,88 @@
+"""The command estimate: what it prints, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from paca_lightning import PaCAError
+from paca_lightning.tools.memory.command import main
+from paca_lightning.tools.memory.from_config import read_config, run_to_trace
+from paca_lightning.tools.memory.timeline import Kind
+from paca_lightning.tools.memory.traced_model import TracedModel
+from tests.tools.memory.runs import DEBUG
+
+
+def test_the_command_says_whether_a_config_fits_and_what_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "estimate.json"
+    assert main([*DEBUG, "--budget", "64MiB", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    paca, lora, _, full = report["rows"]
+    assert [row["method"] for row in (paca, lora, full)] == ["PaCA", "LoRA", "full fine-tuning"]
+    assert paca["peak_bytes"] == sum(paca[f"{kind.name.lower()}_bytes"] for kind in Kind)
+    assert report["setup"]["tokens"] == 192
+    assert paca["max_tokens"] >= 192
+    assert paca["max_tokens"] > lora["max_tokens"]
+    assert "fits 64MiB" in capsys.readouterr().out
+
+    module, datamodule, trainer = read_config(DEBUG)
+    most = paca["max_tokens"]
+    fitting, beyond = (
+        TracedModel(run_to_trace(module, datamodule, trainer, tokens=tokens)[0]).step().peak
+        for tokens in (most, round(1.02 * most) + 64)
+    )
+    assert fitting <= 64 * 2**20 < beyond
+    assert main([*DEBUG, "--budget", f"{paca['peak_bytes'] - 1}"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "llama9"], "no preset 'llama9'"),
+        (["--budget", "1KiB"], "below the model itself"),
+        (["--budget", "much"], "'much' is not an amount of memory. Write it as 24GiB, 512MiB or 80GB"),
+        (["--tokens", "0"], "--tokens must be at least 1"),
+        (["--json", "/nowhere/at/all.json"], "there is no directory '/nowhere/at'"),
+        (["--trainer.devices", "auto"], "depends on the machine"),
+        (["--trainer.strategy", "fsdp"], "not estimated"),
+        (["--model.init_args.model", "./nothing"], "does not exist"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(PaCAError, match=message):
+        main([*DEBUG, *arguments])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--budget", "24GiB"]])
+def test_without_a_config_the_way_to_give_one_is_shown(arguments: list[str]) -> None:
+    with pytest.raises(PaCAError, match="paca-lightning estimate --config FILE"):
+        main(arguments)
+
+
+def test_help_teaches_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in (
+        "--budget",
+        "--json",
+        "--preset",
+        "--tokens",
+        "--batch",
+        "24GiB",
+        "llama3-8b",
+        "examples:",
+        "fit --help",
+    ):
+        assert word in text
+
+
+def test_a_config_without_a_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("trainer:\n  devices: 1\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(tmp_path / "config.yaml")])
+    assert stop.value.code == 2
+    assert "model" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""Runs to trace, from LightningCLI configs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+
+from paca_lightning import PaCAError
+from paca_lightning.strategies.hpu import HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy
+from paca_lightning.tasks import CausalLMModule
+from paca_lightning.tools.memory.from_config import known_strategy, read_config, run_to_trace
+from paca_lightning.tools.memory.traced_model import TracedModel
+from tests.tiny import tiny_config
+from tests.tools.memory.runs import DEBUG
+
+ROOT = Path(__file__).parents[3]
+
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_each_config_is_estimated(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any machine, whatever devices it is for."""
+    monkeypatch.chdir(ROOT)
+    tiny_config().save_pretrained(tmp_path)
+    described = read_config(["--config", config, "--model.init_args.model", str(tmp_path)])
+    run, paca = run_to_trace(*described, tokens=64, batch=1)
+    assert (run.strategy is not None) == ("fsdp2" in config or "70b" in config)
+    assert paca is not None
+    assert TracedModel(run).step().trainable_parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharded", "copied"),
+    [
+        ("auto", False, True),
+        ("ddp", False, True),
+        ("ddp_spawn_find_unused_parameters_false", False, True),
+        (DDPStrategy(static_graph=True), False, True),
+        ("hpu_single", False, True),
+        (SingleHPUStrategy(), False, True),
+        ("hpu_ddp", False, True),
+        (HPUDDPStrategy(), False, True),
+        ("paca_fsdp2", True, False),
+        ("hpu_fsdp2", True, False),
+        (HPUFSDP2Strategy(), True, False),
+    ],
+)
+def test_strategies_are_known_by_name_and_as_objects(strategy: Any, sharded: bool, copied: bool) -> None:
+    found, gradients_copied = known_strategy(strategy, ranks=2)
+    assert (found is not None, gradients_copied) == (sharded, copied)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "xla", "single_tpu", "dpp", FSDPStrategy()])
+def test_other_strategies_are_refused(strategy: Any) -> None:
+    with pytest.raises(PaCAError, match=r"is not estimated\. Use auto, ddp or paca_fsdp2"):
+        known_strategy(strategy, ranks=2)
+
+
+class Inheriting(CausalLMModule):
+    """A user's module, which builds its model as ours does."""
+
+
+class Eager(LightningModule):
+    """A user's module, which builds its model at once."""
+
+
+def test_a_module_may_inherit_how_it_builds_its_model(model_directory: str) -> None:
+    _, datamodule, trainer = read_config(DEBUG)
+    run, _ = run_to_trace(Inheriting(model_directory, pretrained=False), datamodule, trainer, tokens=64, batch=1)
+    assert TracedModel(run).step().peak > 0
+    with pytest.raises(PaCAError, match="Eager does not build its model in configure_model"):
+        run_to_trace(Eager(), datamodule, trainer)
