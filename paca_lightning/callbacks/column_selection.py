@@ -60,7 +60,7 @@ def select_on_training_data(
         with trainer.precision_plugin.train_step_context():
             return pl_module.training_step(batch, 0) if numbered else pl_module.training_step(batch)
 
-    with isolate_rng(), _unlogged(pl_module), _without_ddp_sync(trainer), _rewound(trainer) as loader:
+    with isolate_rng(), _logging_off(pl_module), _without_ddp_sync(trainer), _loader_state_kept(trainer) as loader:
         select_columns(
             pl_module,
             layers,
@@ -90,7 +90,7 @@ def _without_ddp_sync(trainer: Trainer) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _rewound(trainer: Trainer) -> Iterator[Any]:
+def _loader_state_kept(trainer: Trainer) -> Iterator[Any]:
     loader: Any = trainer.train_dataloader
     state = loader.state_dict() if hasattr(loader, "state_dict") else None
     batch_sampler = getattr(loader, "batch_sampler", None)
@@ -106,7 +106,7 @@ def _rewound(trainer: Trainer) -> Iterator[Any]:
             generator.set_state(before)
 
 
-def _unlogged(pl_module: LightningModule) -> AbstractContextManager[None]:
+def _logging_off(pl_module: LightningModule) -> AbstractContextManager[None]:
     """Make ``self.log`` and ``self.log_dict`` do nothing: these batches are no part of training."""
 
     def nothing(*_: Any, **__: Any) -> None:

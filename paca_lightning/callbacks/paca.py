@@ -90,14 +90,16 @@ class PaCAStrategy(Callback):
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
         self._hooks.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
-        self._hooks.add(pl_module, "on_load_checkpoint", lambda checkpoint: self._note(checkpoint, trainer, pl_module))
+        self._hooks.add(
+            pl_module, "on_load_checkpoint", lambda checkpoint: self._note_checkpoint(checkpoint, trainer, pl_module)
+        )
         if stage == "fit":
             # Not later: a learning rate finder trains before this callback's on_fit_start.
             self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
             if copies_without_asking(trainer):
                 pl_module.configure_model()
 
-    def _note(self, checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
+    def _note_checkpoint(self, checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             check_resumable(checkpoint)
         self._saved_base = checkpoint.get(BASE)
@@ -219,7 +221,7 @@ class PaCAStrategy(Callback):
         rich.print(self.report)
 
 
-def _explain(**_: Any) -> NoReturn:
+def _refuse_as_strategy(**_: Any) -> NoReturn:
     raise PaCAError(
         "PaCAStrategy is a callback, not a Lightning strategy. Pass Trainer(callbacks=[PaCAStrategy()]); strategy= "
         "says how a run is distributed: 'auto', 'ddp', 'paca_fsdp2', ..."
@@ -227,4 +229,6 @@ def _explain(**_: Any) -> NoReturn:
 
 
 # The name suggests Trainer(strategy="PaCAStrategy"): the registered factory explains where it belongs.
-StrategyRegistry.register("pacastrategy", _explain, description="A callback: explains where PaCAStrategy goes.")
+StrategyRegistry.register(
+    "pacastrategy", _refuse_as_strategy, description="A callback: explains where PaCAStrategy goes."
+)

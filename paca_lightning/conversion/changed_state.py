@@ -63,7 +63,7 @@ def changed_state(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def put(tensor: Tensor, value: Tensor) -> None:
+def overwrite(tensor: Tensor, value: Tensor) -> None:
     """Overwrite a tensor that may be sharded with a whole one, or with this rank's rows of one."""
     if value.shape == tensor.shape:
         copy_into(tensor, value)

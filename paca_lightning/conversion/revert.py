@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from paca_lightning.conversion.changed_state import changed_state, put
+from paca_lightning.conversion.changed_state import changed_state, overwrite
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.saved_modules import (
     load_local_state,
@@ -47,7 +47,7 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
             for path, module, _ in tuned:
                 restore_original(module, path)
             for tensor, original, _ in changed:
-                put(tensor, original)
+                overwrite(tensor, original)
             yield
         finally:
             for layer in layers:
@@ -56,7 +56,7 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
             for _, module, state in tuned:
                 load_local_state(module, state)
             for tensor, _, trained in changed:
-                put(tensor, trained)
+                overwrite(tensor, trained)
     if [version_of(delta) for delta in deltas] != versions:
         for layer in layers:
             layer.write_columns()  # another weight than before: once more, so that autograd sees it
@@ -91,7 +91,7 @@ def unload(model: nn.Module) -> nn.Module:
         restore_original(module, path)
         unmark(module)
     for tensor, original in changed_state(model).values():
-        put(tensor, original)
+        overwrite(tensor, original)
     to_root, found = root_names(model), conversions_in(model)
     for layer in layers:
         layer.release(trained=False)

@@ -84,7 +84,7 @@ def calibrate(
     run = step or (lambda batch: _forward(model, batch))
     count = 0
     try:
-        with _left_as_found(model):
+        with _evaluation_mode(model):
             for count, batch in enumerate(batches, start=1):  # noqa: B007
                 with torch.set_grad_enabled(with_gradients):
                     output = run(batch)
@@ -105,7 +105,7 @@ def calibrate(
 
 
 @contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; each module's mode and each parameter's gradient back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
