@@ -6,16 +6,13 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from paca_lightning.conversion.heads import Heads, find_heads, is_base_model
 from paca_lightning.conversion.saved_modules import is_marked
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private.torch import non_persistent_buffers, storage_id
 from paca_lightning.layers.base import PaCALayer
-
-# Attribute names of output heads that get_output_embeddings does not report (classifiers, other libraries).
-HEADS = {"lm_head", "head", "classifier", "score"}
-
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -46,7 +43,7 @@ class Inventory:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     owners: dict[nn.Parameter, list[str]] = field(default_factory=dict)
-    heads: set[nn.Module] = field(default_factory=set)
+    heads: Heads = field(default_factory=Heads)
     unreachable: dict[nn.Module, str] = field(default_factory=dict)
     fsdp1: str | None = None
 
@@ -121,7 +118,6 @@ def take_inventory(model: nn.Module) -> Inventory:
         _note_tensors(inventory, module, path)
         if is_base_model(module) and not any(_lies_within(path, outer) for outer in inventory.base_models):
             inventory.base_models[path] = module
-        _note_heads(inventory, module, path)
         if isinstance(module, nn.MultiheadAttention):
             reason = "nn.MultiheadAttention reads its weight without calling it"
             inventory.unreachable.update(dict.fromkeys(module.modules(), reason))
@@ -131,12 +127,8 @@ def take_inventory(model: nn.Module) -> Inventory:
         if inventory.fsdp1 is None and type(module).__name__ == "FullyShardedDataParallel":
             inventory.fsdp1 = path or type(module).__name__
     _note_overlaps(inventory)
+    inventory.heads = find_heads({paths[0]: module for module, paths in inventory.paths.items()})
     return inventory
-
-
-def is_base_model(module: nn.Module) -> bool:
-    """Whether a module is a Hugging Face model."""
-    return hasattr(module, "get_output_embeddings") and hasattr(module, "config")
 
 
 def _lies_within(path: str, outer: str) -> bool:
@@ -177,16 +169,3 @@ def _overlap(first: nn.Parameter, second: nn.Parameter) -> bool:
 
     (first_start, first_end), (second_start, second_end) = bounds(first), bounds(second)
     return first.numel() > 0 < second.numel() and first_start <= second_end and second_start <= first_end
-
-
-def _note_heads(inventory: Inventory, module: nn.Module, path: str) -> None:
-    if path.rpartition(".")[2] in HEADS:
-        inventory.heads.add(module)
-    if not hasattr(module, "get_output_embeddings"):
-        return
-    try:
-        head = module.get_output_embeddings()  # type: ignore[operator]
-    except NotImplementedError:  # some Hugging Face models say so that they have none
-        return
-    if isinstance(head, nn.Module):
-        inventory.heads.add(head)

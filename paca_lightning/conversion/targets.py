@@ -1,6 +1,5 @@
 """Which modules a configuration means: names to layers, and why the others are left alone."""
 
-import difflib
 import re
 import sys
 from collections.abc import Container, Iterable, Mapping
@@ -10,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from paca_lightning.conversion.forward_check import computes_as_linear
 from paca_lightning.conversion.frozen_by_hand import frozen_by_hand
 from paca_lightning.conversion.inventory import Inventory
+from paca_lightning.conversion.mismatch import no_match, nothing_matched
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import matches
@@ -23,6 +24,7 @@ from paca_lightning.layers.nf4_linear import QPaCALinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUTPUT_HEAD = "output head"
+CLASS_HEAD = "output head, frozen: list it in modules_to_save to train it"
 FROZEN = "frozen before the conversion (include_frozen=True converts it)"
 
 
@@ -108,8 +110,8 @@ def resolve(
     linears = {module: names[module] for module in names if isinstance(module, PaCALayer) or base_class_of(module)}
     result = Resolution(saved=_saved_modules(config, names, inventory))
     inside_saved = {child for module in result.saved.values() for child in module.modules()}
-    chosen = _chosen(config, linears)
-    excluded = _matched_by(config.exclude_modules, linears, "exclude_modules")
+    chosen = _chosen(config, linears, inventory)
+    excluded = _matched_by(config.exclude_modules, linears, "exclude_modules", inventory)
     obstacles = {module: _obstacle(module, inventory) for module in linears}
     if config.target_modules == ALL_LINEAR and not config.include_frozen:
         convertible = [m for m in linears if obstacles[m] is None and m not in excluded and m not in inside_saved]
@@ -123,7 +125,7 @@ def resolve(
             result.skipped[path] = "trained whole (modules_to_save)"
         elif module not in chosen:
             result.skipped[path] = "not in target_modules"
-        elif obstacle is None or (obstacle == OUTPUT_HEAD and config.target_modules != ALL_LINEAR):
+        elif obstacle is None or (obstacle in (OUTPUT_HEAD, CLASS_HEAD) and config.target_modules != ALL_LINEAR):
             result.targets.append(_target(path, module, names[module], config))  # a head that is named is trained
         elif config.target_modules == ALL_LINEAR:
             result.skipped[path] = obstacle
@@ -131,34 +133,36 @@ def resolve(
             raise PaCAError(
                 f"target_modules names {path!r}, which cannot be converted: {obstacle}. List it in exclude_modules."
             )
-    _check_patterns_used(config, result.targets, names)
+    _check_patterns_used(config, result.targets, inventory)
     if not result.targets:
-        raise PaCAError(_nothing_matched(config, linears, result.skipped))
+        raise PaCAError(nothing_matched(config, linears, result.skipped))
     return result
 
 
-def _chosen(config: PaCAConfig, linears: dict[nn.Module, set[str]]) -> set[nn.Module]:
+def _chosen(config: PaCAConfig, linears: dict[nn.Module, set[str]], inventory: Inventory) -> set[nn.Module]:
     patterns = config.target_modules
     if patterns == ALL_LINEAR:
         return set(linears)
     if isinstance(patterns, str):
         return {module for module, names in linears.items() if any(re.fullmatch(patterns, name) for name in names)}
-    return _matched_by(patterns, linears, "target_modules")
+    return _matched_by(patterns, linears, "target_modules", inventory)
 
 
-def _matched_by(patterns: Iterable[str], modules: dict[nn.Module, set[str]], setting: str) -> set[nn.Module]:
+def _matched_by(
+    patterns: Iterable[str], modules: dict[nn.Module, set[str]], setting: str, inventory: Inventory
+) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for pattern in patterns:
         hits = {module for module, names in modules.items() if any(matches(pattern, name) for name in names)}
         if not hits:
-            raise PaCAError(_no_match(setting, pattern, modules))
+            raise PaCAError(no_match(setting, pattern, modules, inventory))
         found |= hits
     return found
 
 
 def _saved_modules(config: PaCAConfig, names: dict[nn.Module, set[str]], inventory: Inventory) -> dict[str, nn.Module]:
     with_parameters = {m: n for m, n in names.items() if next(m.parameters(), None) is not None}
-    found = _matched_by(config.modules_to_save, with_parameters, "modules_to_save")
+    found = _matched_by(config.modules_to_save, with_parameters, "modules_to_save", inventory)
     return {inventory.paths[module][0]: module for module in names if module in found}
 
 
@@ -186,15 +190,15 @@ def _obstacle(module: nn.Module, inventory: Inventory) -> str | None:
     ties = [name for name in inventory.owners.get(weight, ()) if name != own_name] if weight is not None else []
     if ties:
         return f"weight tied to {ties[0]}"
-    if module in inventory.heads:
-        return OUTPUT_HEAD
+    if module in inventory.heads.all:
+        return CLASS_HEAD if module in inventory.heads.over_classes else OUTPUT_HEAD
     if isinstance(module, PaCALayer):
         return None
     if parametrize.is_parametrized(module) or weight is None:
         return "its weight is parametrized"
     base_class = base_class_of(module)
     assert base_class is not None
-    if type(module).forward is not base_class.forward or "forward" in vars(module):
+    if "forward" in vars(module) or not computes_as_linear(module, base_class):
         return f"{type(module).__name__} has a forward of its own"
     if base_class is linear4bit_class():
         return linear4bit_obstacle(module)
@@ -203,33 +207,8 @@ def _obstacle(module: nn.Module, inventory: Inventory) -> str | None:
     return None if weight.dtype in DTYPES else f"its weight is {weight.dtype}"
 
 
-def _check_patterns_used(config: PaCAConfig, targets: list[Target], names: dict[nn.Module, set[str]]) -> None:
-    converted = {target.module: names[target.module] for target in targets}
+def _check_patterns_used(config: PaCAConfig, targets: list[Target], inventory: Inventory) -> None:
+    converted = {target.module: inventory.names(target.module) for target in targets}
     if converted:
-        _matched_by(config.rank_pattern, converted, "rank_pattern")
-        _matched_by(config.alpha_pattern, converted, "alpha_pattern")
-
-
-def _suffixes(modules: dict[nn.Module, set[str]]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for names in modules.values() for name in names})
-
-
-def _no_match(setting: str, pattern: str, modules: dict[nn.Module, set[str]]) -> str:
-    suffixes = _suffixes(modules)
-    kind = "no module" if setting == "modules_to_save" else "no linear layer"
-    close = difflib.get_close_matches(pattern, suffixes, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{setting}: {pattern!r} matched {kind}; suffixes present: {suffixes}.{hint}"
-
-
-def _nothing_matched(config: PaCAConfig, linears: dict[nn.Module, set[str]], skipped: dict[str, str]) -> str:
-    if not linears:
-        return "The model has no linear layers, so there is nothing for PaCA to train."
-    reasons = "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:5])
-    hint = " A string is one regular expression of the whole path; pass a list for names." * (
-        isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR
-    )
-    return (
-        f"target_modules={config.target_modules!r} matched no linear layer that can be converted; suffixes present: "
-        f"{_suffixes(linears)}. Fix the name or pass {ALL_LINEAR!r}.{hint} Left alone: {reasons}."
-    )
+        _matched_by(config.rank_pattern, converted, "rank_pattern", inventory)
+        _matched_by(config.alpha_pattern, converted, "alpha_pattern", inventory)

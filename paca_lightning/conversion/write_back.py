@@ -11,13 +11,15 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.conversion.changed_state import remember_thawed
+from paca_lightning.conversion.heads import names_to_save
+from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.optimizers import (
     ClosureFollower,
     follow_moves,
     optimizers_within,
     warn_of_small_steps,
 )
-from paca_lightning.core.dtensor import is_first_rank, local
+from paca_lightning.core.dtensor import is_first_rank, is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
@@ -61,6 +63,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
         )
     _check_layers(model, layers)
     warn_of_small_steps(optimizers[0], {id(layer.paca_delta) for layer in layers.values()})
+    _warn_of_frozen_heads(model, {id(p) for p in _parameters(optimizers[0]) if p.requires_grad})
     handles = [optimizers[0].register_step_pre_hook(_ThawedParameters(optimizers[0], model))]
     write_back = _WriteBack(layers)
     for each in optimizers:
@@ -161,6 +164,31 @@ def _check_layers(model: nn.Module, layers: dict[str, PaCALayer]) -> None:
                 f"{path!r} is split by columns (tensor parallelism), which PaCA does not support: the delta is split "
                 "by rows. Leave the layer whole, or shard it with fully_shard."
             )
+
+
+def _warn_of_frozen_heads(model: nn.Module, trained: set[int]) -> None:
+    """Name heads over classes of which nothing is trained: a new one stays random."""
+    inventory = take_inventory(model)
+    frozen = {
+        head
+        for head in inventory.heads.over_classes
+        if not isinstance(head, PaCALayer) and not any(id(parameter) in trained for parameter in head.parameters())
+    }
+    if not frozen or not is_first_rank():
+        return
+    modules = {paths[0]: module for module, paths in inventory.paths.items()}
+    names = [inventory.relative(path) for path in names_to_save(modules, frozen)]
+    zero = ", and zero, so that no layer before it gets a gradient" if any(map(_is_zero, frozen)) else ""
+    warnings.warn(
+        f"The output head {', '.join(map(repr, names))} is frozen{zero}. If it is new for this task, train it whole: "
+        f"PaCAConfig(modules_to_save={names!r}).",
+        stacklevel=3,
+    )
+
+
+def _is_zero(head: nn.Module) -> bool:
+    weight = dict(head.named_parameters()).get("weight")
+    return weight is not None and not weight.is_meta and not is_sharded(weight) and not bool(weight.any())
 
 
 def _warn_of_idle(paths: list[str]) -> None:

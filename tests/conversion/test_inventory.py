@@ -61,7 +61,8 @@ def test_the_base_model_is_found_inside_a_module_around_it() -> None:
     assert inventory.prefix == "student."
     assert inventory.relative("student.lm_head") == "lm_head"
     assert inventory.relative("teacher_head") == "teacher_head"
-    assert inventory.heads == {outer["student"].lm_head}
+    assert inventory.heads.all == {outer["student"].lm_head}
+    assert not inventory.heads.over_classes
 
 
 def test_each_parameter_has_one_name_and_all_its_owners() -> None:

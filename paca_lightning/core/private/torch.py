@@ -124,6 +124,13 @@ def fake_tensors() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def real_tensors() -> AbstractContextManager[Any]:
+    """Inside, new tensors have data even within ``fake_tensors()``; the way out of a mode has no public path."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
 def active_fake_mode() -> object | None:
     """The innermost ``fake_tensors()`` that is active: DTensor enters one of its own to infer shapes."""
     from torch._guards import active_fake_mode as active

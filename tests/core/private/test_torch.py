@@ -54,6 +54,17 @@ def test_storage_id(device: str) -> None:
     assert private.storage_id(tensor.untyped_storage()) == key
 
 
+@canary("torch.real_tensors")
+def test_real_tensors() -> None:
+    with private.fake_tensors():
+        assert private.is_fake(torch.ones(1))
+        with private.real_tensors():
+            assert torch.ones(2).sum().item() == 2
+        assert private.is_fake(torch.ones(1))
+    with private.real_tensors():
+        assert torch.ones(2).sum().item() == 2
+
+
 @canary("torch.step_hooks")
 def test_step_hooks() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
