@@ -136,16 +136,14 @@ def test_shorthand_of_the_readme(jobs: dict[str, Done]) -> None:
 
 
 def test_lightnings_demo_transformer(jobs: dict[str, Done]) -> None:
-    # nn.MultiheadAttention never calls out_proj.
-    assert "out_proj" in jobs["demo"].printed.partition("Left alone:")[2]
+    # nn.MultiheadAttention never calls out_proj, and the decoder is the output head.
+    left_alone = jobs["demo"].printed.partition("Left alone:")[2]
+    assert "out_proj" in left_alone
+    assert "decoder: output head." in left_alone
     version = jobs["demo"].directory / "lightning_logs" / "version_0"
     keys = trained_keys(next((version / "checkpoints").glob("*.ckpt")))
-    assert {key.rpartition(".")[0].rpartition(".")[2] for key in keys} == {"linear1", "linear2", "decoder"}
-    assert {path.rpartition(".")[2] for path in trained_layers(version / "adapter")} == {
-        "linear1",
-        "linear2",
-        "decoder",
-    }
+    assert {key.rpartition(".")[0].rpartition(".")[2] for key in keys} == {"linear1", "linear2"}
+    assert {path.rpartition(".")[2] for path in trained_layers(version / "adapter")} == {"linear1", "linear2"}
 
 
 def test_fragments_for_language_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
