@@ -1,6 +1,7 @@
 """Linear layers that train some input columns of their own frozen weight, in place."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
