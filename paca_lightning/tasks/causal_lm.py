@@ -1,7 +1,6 @@
 """A LightningModule that fine-tunes a causal language model from Hugging Face."""
 
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,14 +15,17 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating, should_log, trainer_of
 from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tasks.data.batch import TokenBatch, model_inputs, one_row
+from paca_lightning.tasks.decoder_blocks import check_block_settings
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.pretrained import build_for_training
 from paca_lightning.tasks.schedules import planned
+from paca_lightning.tasks.step_loss import StepLoss
 from paca_lightning.tasks.tokenizer_check import check_data
+from paca_lightning.tasks.wide_buffers import KeepsWideBuffers
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(KeepsWideBuffers, LightningModule):
     """Trains any Hugging Face causal language model to predict the next token.
 
     ``configure_model`` builds the model at ``self.model``, so that a strategy can build it on the meta device and
@@ -35,8 +37,8 @@ class CausalLMModule(LightningModule):
 
     Before anything runs, the ``tokenizer`` of the data module, if it has one, is checked against the model.
 
-    The loss of a micro-batch is the mean over its trained tokens. Gradient accumulation and data parallelism average
-    micro-batches, so tokens of a short micro-batch weigh more. Logged every ``log_every_n_steps``: ``train/loss``, the
+    The loss of an optimizer step is the mean over the tokens it trains, in all its micro-batches and on all ranks (see
+    :class:`~paca_lightning.tasks.step_loss.StepLoss`). Logged every ``log_every_n_steps``: ``train/loss``, the
     mean over all tokens since the last log, ``train/perplexity`` and ``train/grad_norm`` (before clipping). Logged
     after each validation: ``val/loss`` and ``val/perplexity``, exact over all tokens and processes; after each test
     ``test/loss`` and ``test/perplexity``. Lightning's ``LearningRateMonitor`` logs the learning rate, and
@@ -56,6 +58,8 @@ class CausalLMModule(LightningModule):
         trust_remote_code: Whether to run code that comes with the model.
         loss_chunk_size: Rows of logits that exist at a time in the loss. Default: as many as take the memory of the
             hidden states.
+        loss_normalization: ``tokens`` weighs every trained token of an optimizer step alike. ``batch`` averages the
+            mean losses of its micro-batches and ranks, so tokens of a short micro-batch weigh more.
         optimizer: Called with the parameters to train.
         lr_scheduler: Called with the optimizer. Steps after each optimizer step; ``ReduceLROnPlateau`` steps after
             each epoch and follows ``val/loss``. Schedules of :mod:`paca_lightning.tasks.schedules` are told the length
@@ -79,24 +83,19 @@ class CausalLMModule(LightningModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
         loss_chunk_size: int | None = None,
+        loss_normalization: Literal["tokens", "batch"] = "tokens",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
         # Primitives only: checkpoints are loaded with weights_only=True.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        if activation_checkpointing not in (False, True, "selective"):
-            raise PaCAError(
-                f"activation_checkpointing={activation_checkpointing!r} is unknown. Choose false, true or selective."
-            )
-        if compile and activation_checkpointing == "selective":
-            raise PaCAError("torch.compile chooses itself what to recompute: turn activation_checkpointing off.")
-        if loss_chunk_size is not None and loss_chunk_size < 1:
-            raise PaCAError(f"loss_chunk_size must be at least 1, not {loss_chunk_size}.")
+        check_block_settings(activation_checkpointing, compile)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.model = None
         self.loss = CausalLMLoss(loss_chunk_size)
+        self.step_loss = StepLoss(loss_normalization)
         self.train_loss = MeanTokenLoss()
         self.val_loss = MeanTokenLoss()
         self.test_loss = MeanTokenLoss()
@@ -110,7 +109,7 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         # LightningCLI adds hyperparameters of its own, such as "_class_path".
-        settings = {name: value for name, value in self.hparams.items() if name != "loss_chunk_size" and name[0] != "_"}
+        settings = {name: value for name, value in self.hparams.items() if not name.startswith(("loss_", "_"))}
         trainer = trainer_of(self)
         strategy = None if trainer is None else trainer.strategy
         streamed = settings["pretrained"] and getattr(strategy, "streams_checkpoints", False)
@@ -132,19 +131,6 @@ class CausalLMModule(LightningModule):
         if self.lr_scheduler is None:
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": planned(self.lr_scheduler(optimizer), self.trainer)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the module, but keep fp32 buffers in fp32, as ``from_pretrained(dtype=...)`` does.
-
-        Rotary frequencies are such buffers. Rounded to bf16, they shift the angles of late positions by a radian.
-        """
-        wide = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers():
-            if name in wide and buffer.dtype != torch.float32:
-                owner, _, key = name.rpartition(".")
-                setattr(self.get_submodule(owner), key, wide[name].to(buffer.device))
-        return self
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits (B, T, V) of a batch."""
@@ -171,12 +157,21 @@ class CausalLMModule(LightningModule):
     def on_train_start(self) -> None:
         """Drop losses that an earlier run has not logged."""
         self.train_loss.reset()
+        self.step_loss.reset()
+
+    def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
+        """Look up the tokens of an optimizer step before its first micro-batch."""
+        self.step_loss.begin(self.trainer, batch_idx)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """Mean loss per trained token of a micro-batch; 0 if it has none."""
+        """A micro-batch's part of the step's loss (``StepLoss``), times micro-batches and ranks; 0 without a token."""
         total, tokens = self._loss(batch)
         self.train_loss.update(total, tokens)
-        return total / tokens.clamp(min=1)
+        return self.step_loss.of_micro_batch(trainer_of(self), total, tokens)
+
+    def on_after_backward(self) -> None:
+        """Normalize the gradients of a step whose tokens were not known before."""
+        self.step_loss.after_backward(self.trainer, self)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the whole gradient, at logging steps."""
@@ -187,6 +182,7 @@ class CausalLMModule(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
         """Log the mean loss since the last log, at logging steps."""
+        self.step_loss.end(self.trainer)
         if is_accumulating(self.trainer) or not should_log(self.trainer):
             return
         # On the host: the progress bar would wait for the device at every step.

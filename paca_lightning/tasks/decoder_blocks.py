@@ -10,6 +10,20 @@ from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, fi
 from paca_lightning.core.errors import PaCAError
 
 
+def check_block_settings(activation_checkpointing: bool | Literal["selective"], compile: bool) -> None:
+    """Check what a module is asked to do with its blocks.
+
+    Raises:
+        PaCAError: If a setting is unknown, or excluded by the other.
+    """
+    if activation_checkpointing not in (False, True, "selective"):
+        raise PaCAError(
+            f"activation_checkpointing={activation_checkpointing!r} is unknown. Choose false, true or selective."
+        )
+    if compile and activation_checkpointing == "selective":
+        raise PaCAError("torch.compile chooses itself what to recompute: turn activation_checkpointing off.")
+
+
 def checkpoint_activations(model: PreTrainedModel, how: bool | Literal["selective"]) -> None:
     """Recompute the activations of each block in the backward, instead of saving them.
 

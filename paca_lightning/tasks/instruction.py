@@ -226,6 +226,7 @@ class InstructionDataModule(LightningDataModule):
         order = BatchOrder(
             split.column("length"),
             hparams["batch_size"],
+            trained=split.column("trained_length"),
             shuffle=shuffle,
             group_by_length=hparams["group_by_length"],
             pack_to=pack_to,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import is_fake, version_of
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
 
@@ -133,9 +134,14 @@ class CausalLMLoss:
 
     Args:
         chunk_size: Rows of logits that exist at a time (see :func:`linear_cross_entropy`).
+
+    Raises:
+        PaCAError: If the chunk size is not positive.
     """
 
     def __init__(self, chunk_size: int | None = None) -> None:
+        if chunk_size is not None and chunk_size < 1:
+            raise PaCAError(f"loss_chunk_size must be at least 1, not {chunk_size}.")
         self.chunk_size = chunk_size
         self.fused = True
 

@@ -36,7 +36,7 @@ OVERRIDES = (
     Override(
         ("torch.nn.Module",),
         "_apply",
-        ("layers.base", "layers.nf4_linear", "tasks.causal_lm", "tasks.metrics", "tools.memory.baselines"),
+        ("layers.base", "layers.nf4_linear", "tasks.metrics", "tasks.wide_buffers", "tools.memory.baselines"),
         "to(), half(), cuda() and Lightning's precision plugins all call it, and fp32 tensors stay wide in it",
     ),
     Override(

@@ -68,6 +68,14 @@ class ResumableLoader:
             self._position += 1
             yield batch
 
+    def trained_tokens(self, batches: int) -> int | None:
+        """Tokens with a loss, on all ranks, in the batch handed out last and in those after it, `batches` in all.
+
+        Batches end with the epoch. None if the order does not know the tokens.
+        """
+        tokens = self.sampler.trained_tokens(self._epoch)
+        return None if tokens is None else int(tokens[self._position - 1 :][:batches].sum())
+
     def state_dict(self) -> dict[str, Any]:
         """The epoch, the batches handed out, and what their order depends on; equal on all ranks."""
         return {"epoch": self._epoch, "position": self._position, "order": self._identity()}

@@ -22,6 +22,24 @@ class Batch(NamedTuple):
     repeated: bool = False
 
 
+class _Plan(NamedTuple):
+    """The order of an epoch: rows, row by row, and the batches they form, step by step and rank by rank.
+
+    `documents` holds the documents of row r at `firsts[r] : firsts[r] + sizes[r]`. Batch b is
+    `rows[bounds[b] : bounds[b + 1]]`; batches from `repeats_from` on repeat a row. Position p of the epoch takes the
+    batches of `steps[p]`, which train `tokens[p]` tokens on all ranks together.
+    """
+
+    documents: np.ndarray
+    firsts: np.ndarray
+    sizes: np.ndarray
+    rows: np.ndarray
+    bounds: np.ndarray
+    repeats_from: int
+    steps: np.ndarray
+    tokens: np.ndarray | None
+
+
 class BatchOrder:
     """Batches of documents for one rank, epoch by epoch.
 
@@ -40,6 +58,7 @@ class BatchOrder:
         shuffle: Draw a new order from (seed, epoch) in each epoch. Otherwise the order is the same in every epoch:
             drawn once from the seed if rows are grouped or packed, else that of the documents.
         group_by_length: Batch rows of similar length, for less padding.
+        trained: Tokens of each document that have a loss, shape (documents,); None if unknown.
         pack_to: Pack documents into rows of this many tokens; None for one document a row.
         seed: Seed of the order.
         rank: Rank of this process.
@@ -55,6 +74,7 @@ class BatchOrder:
         lengths: np.ndarray,
         batch_size: int,
         *,
+        trained: np.ndarray | None = None,
         shuffle: bool = True,
         group_by_length: bool = True,
         pack_to: int | None = None,
@@ -64,6 +84,7 @@ class BatchOrder:
         name: str = "data",
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.trained = None if trained is None else np.asarray(trained, dtype=np.int64)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.group_by_length = group_by_length
@@ -72,6 +93,7 @@ class BatchOrder:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self._planned: tuple[int, _Plan] | None = None
         self._packing = Packing(self.lengths, pack_to) if pack_to is not None else None
         self.num_rows = len(self.lengths) if self._packing is None else len(self._packing)
         if self.num_rows < world_size:
@@ -92,26 +114,49 @@ class BatchOrder:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield an epoch's batches of this rank from position `start` on."""
+        plan = self._plan(epoch)
+        for step in plan.steps[start:]:
+            batch = step * self.world_size + self.rank
+            chosen = plan.rows[plan.bounds[batch] : plan.bounds[batch + 1]]
+            sizes = plan.sizes[chosen]
+            documents = plan.documents[_ranges(plan.firsts[chosen], sizes)]
+            yield Batch(documents, sizes, repeated=batch >= plan.repeats_from)
+
+    def trained_tokens(self, epoch: int) -> np.ndarray | None:
+        """Tokens with a loss at each position of an epoch, in the batches of all ranks together, shape (batches,).
+
+        None if `trained` is unknown.
+        """
+        return self._plan(epoch).tokens
+
+    def _plan(self, epoch: int) -> _Plan:
+        """The order of an epoch; that of the last epoch asked for is kept."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = (epoch, self._draw(epoch))
+        return self._planned[1]
+
+    def _draw(self, epoch: int) -> _Plan:
         rng = np.random.default_rng([self.seed, epoch if self.shuffle else 0])
         if self._packing is None:
-            documents, sizes, row_lengths = np.arange(self.num_rows), np.ones(self.num_rows, np.int64), self.lengths
-            firsts = documents
+            documents, sizes = np.arange(self.num_rows), np.ones(self.num_rows, np.int64)
         else:
             documents, sizes = self._packing.draw(rng), self._packing.sizes
-            firsts = np.cumsum(sizes) - sizes
-            row_lengths = np.add.reduceat(self.lengths[documents], firsts)
+        firsts = np.cumsum(sizes) - sizes
+        row_lengths = np.add.reduceat(self.lengths[documents], firsts)
         rows = self._row_order(row_lengths, rng)
         count = len(self) * self.world_size
         # Fewer than one step's batches, all in the last step: every step has a row of its own.
         repeats = max(0, count - self.num_rows)
         rows = np.append(rows, np.repeat(rows[-1:], repeats))
         bounds = np.arange(count + 1) * len(rows) // count
-        for step in self._step_order(row_lengths[rows], bounds, rng)[start:]:
-            batch = step * self.world_size + self.rank
-            chosen = rows[bounds[batch] : bounds[batch + 1]]
-            yield Batch(
-                documents[_ranges(firsts[chosen], sizes[chosen])], sizes[chosen], repeated=batch >= count - repeats
-            )
+        steps = self._step_order(row_lengths[rows], bounds, rng)
+        tokens = None
+        if self.trained is not None:
+            of_rows = np.add.reduceat(self.trained[documents], firsts)
+            of_batches = np.add.reduceat(of_rows[rows], bounds[:-1])
+            of_batches[count - repeats :] = 0
+            tokens = of_batches.reshape(-1, self.world_size).sum(1)[steps]
+        return _Plan(documents, firsts, sizes, rows, bounds, count - repeats, steps, tokens)
 
     @property
     def _mixed(self) -> bool:

@@ -164,6 +164,7 @@ class MMLUDataModule(LightningDataModule):
         order = BatchOrder(
             samples.lengths,
             hparams["batch_size"],
+            trained=samples.trained_lengths,
             shuffle=shuffle,
             seed=hparams["seed"],
             rank=ranks.get("rank", 0),

@@ -27,12 +27,14 @@ class TrainingSamples:
     Attributes:
         dataset: Columns ``input_ids`` and ``trained`` (whether each token has a loss).
         lengths: Tokens of each sample, shape (samples,).
+        trained_lengths: Tokens of each sample that have a loss, shape (samples,).
         cut: Number of samples that lost the beginning of their question.
         dropped: Number of samples dropped because they were too long.
     """
 
     dataset: Dataset
     lengths: np.ndarray
+    trained_lengths: np.ndarray
     cut: int
     dropped: int
 
@@ -86,4 +88,7 @@ def training_samples(
     ends = np.cumsum([0, *lengths], dtype=np.int32)
     columns = {"input_ids": np.asarray(ids), "trained": np.frombuffer(trained, dtype=bool)}
     lists = {name: pyarrow.ListArray.from_arrays(ends, pyarrow.array(values)) for name, values in columns.items()}
-    return TrainingSamples(Dataset.from_dict(lists), np.asarray(lengths), cut, len(questions) - len(lengths))
+    # The first token of a sample has no loss, as nothing precedes it.
+    trained_lengths = np.add.reduceat(columns["trained"], ends[:-1], dtype=np.int64) - columns["trained"][ends[:-1]]
+    dropped = len(questions) - len(lengths)
+    return TrainingSamples(Dataset.from_dict(lists), np.asarray(lengths), trained_lengths, cut, dropped)

@@ -66,6 +66,25 @@ def test_a_rank_without_a_row_of_its_own_gets_one_that_trains_nothing(data_setti
     assert sum(map(sum, trained)) == split.column("trained_length").sum()
 
 
+@pytest.mark.parametrize("pack_to", [None, 64])
+@pytest.mark.parametrize(("documents", "batch_size", "world_size"), [(7, 3, 1), (53, 2, 3), (53, 1, 3), (50, 1, 4)])
+def test_the_tokens_of_a_position_are_those_of_the_batches_of_all_ranks(
+    documents: int, batch_size: int, world_size: int, pack_to: int | None
+) -> None:
+    trained = lengths(documents, seed=1)
+    orders = [
+        BatchOrder(lengths(documents), batch_size, trained=trained, pack_to=pack_to, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for epoch in range(2):
+        counted = [
+            sum(int(trained[batch.documents].sum()) for batch in step if not batch.repeated)
+            for step in zip(*(order.batches(epoch) for order in orders), strict=True)
+        ]
+        assert [order.trained_tokens(epoch).tolist() for order in orders] == [counted] * world_size
+    assert BatchOrder(lengths(documents), batch_size).trained_tokens(0) is None
+
+
 def listed(order: BatchOrder, epoch: int, start: int = 0) -> list[list[int]]:
     return [batch.documents.tolist() for batch in order.batches(epoch, start)]
 

@@ -52,6 +52,9 @@ def test_training_samples_train_the_answer_or_the_text(tokenizer):
     assert tokenizer.decode(ids) == prompt_text(question(), [], "letter") + " C"  # and no end-of-sequence token
     assert tokenizer.decode([token for token, t in zip(ids, trained, strict=True) if t]).strip() == "C"
     assert all(made(loss_on="text").dataset[0]["trained"])
+    # The first token of a row has no loss, as nothing precedes it.
+    counts = [made(loss_on=loss_on).trained_lengths.tolist() for loss_on in ("answer", "text")]
+    assert counts == [[sum(trained)], [len(ids) - 1]]
     cut = made(loss_on="answer", max_length=30, overlong="cut")
     assert (cut.cut, cut.dataset[0]["input_ids"]) == (1, ids[-30:])
     with pytest.raises(PaCAError, match=r"here: the question has .* max_length=30. Raise max_length, or set overlong"):
