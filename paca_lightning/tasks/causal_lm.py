@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating, should_log, trainer_of
-from paca_lightning.core.private.transformers import attention_of
-from paca_lightning.tasks.data.batch import TokenBatch, model_inputs, one_row
+from paca_lightning.tasks.data.batch import TokenBatch, model_inputs
 from paca_lightning.tasks.decoder_blocks import check_block_settings
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.metrics import MeanTokenLoss
+from paca_lightning.tasks.packed_rows import PackedRows
+from paca_lightning.tasks.packing_probe import check_first_batch, check_packing
 from paca_lightning.tasks.pretrained import build_for_training
 from paca_lightning.tasks.schedules import planned
 from paca_lightning.tasks.step_loss import StepLoss
@@ -95,6 +96,7 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         self.lr_scheduler = lr_scheduler
         self.model = None
         self.loss = CausalLMLoss(loss_chunk_size)
+        self.packed_rows = PackedRows()
         self.step_loss = StepLoss(loss_normalization)
         self.train_loss = MeanTokenLoss()
         self.val_loss = MeanTokenLoss()
@@ -134,18 +136,20 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits (B, T, V) of a batch."""
+        model = self._built()
         # With a cache, Hugging Face models let packed documents attend to each other.
-        return self._built()(**model_inputs(batch), use_cache=False).logits
+        logits: Tensor = model(**model_inputs(self.packed_rows(model, batch)), use_cache=False).logits
+        return logits.view(*batch["input_ids"].shape, -1)
 
     def on_fit_start(self) -> None:
         """Check the data against the model.
 
         Raises:
-            PaCAError: If they do not fit (see ``check_data``).
+            PaCAError: If they do not fit (see ``check_data``), or the model mixes packed documents (``choose_way``).
         """
-        settings = self.hparams
-        name = settings["model"] if settings["pretrained"] else None
-        check_data(getattr(self.trainer, "datamodule", None), self._built(), name, settings["revision"])
+        settings, data = self.hparams, getattr(self.trainer, "datamodule", None)
+        check_data(data, self._built(), settings["model"] if settings["pretrained"] else None, settings["revision"])
+        check_packing(self, data, self.packed_rows, self._built())
 
     on_test_start = on_predict_start = on_fit_start
 
@@ -160,7 +164,8 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         self.step_loss.reset()
 
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Look up the tokens of an optimizer step before its first micro-batch."""
+        """Check packed rows of other data modules, and look up the tokens of an optimizer step."""
+        check_first_batch(self, batch, self.packed_rows, self._built())
         self.step_loss.begin(self.trainer, batch_idx)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -237,8 +242,7 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
     def _loss(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Summed loss of a batch's trained tokens, and their number."""
         model = self._built()
-        if "position_ids" in batch and attention_of(model.config).startswith("flash"):
-            batch = one_row(batch)
+        batch = self.packed_rows(model, batch)
         return self.loss(model, model_inputs(batch), batch["labels"])
 
     def _built(self) -> PreTrainedModel:

@@ -1,5 +1,7 @@
 """Batches as a causal language model takes them: a dictionary of tensors."""
 
+from typing import Any
+
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -8,10 +10,13 @@ IGNORE_INDEX = -100
 TokenBatch = dict[str, Tensor]
 """``input_ids`` and ``labels`` (B, T), and where needed ``attention_mask`` or ``position_ids`` (B, T)."""
 
+_BOUNDS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of packed documents
 
-def model_inputs(batch: TokenBatch) -> TokenBatch:
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model's forward takes: all but the labels."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    names = ("input_ids", "attention_mask", "position_ids", *_BOUNDS)
+    return {name: batch[name] for name in names if name in batch}
 
 
 def one_row(batch: TokenBatch) -> TokenBatch:
