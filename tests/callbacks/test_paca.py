@@ -1,7 +1,6 @@
 """PaCAStrategy on Lightning's clock: where models are built, how they are trained, saved and resumed."""
 
 import copy
-import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from paca_lightning import (
     save_adapter,
     unload,
 )
+from tests.artefacts import logged
 
 CONFIG = PaCAConfig(r=4, alpha=8)
 DATA = torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
@@ -265,9 +265,7 @@ def test_summary_names_the_effective_step(trainer: Any, capsys: pytest.CaptureFi
 def test_logs_the_effective_step(trainer: Any, tmp_path: Path) -> None:
     run = trainer(PaCAStrategy(CONFIG), logger=CSVLogger(tmp_path), log_every_n_steps=2)
     run.fit(Module(), loader())
-    with (Path(run.log_dir) / "metrics.csv").open(newline="") as file:
-        logged = [row["paca/scaled_lr"] for row in csv.DictReader(file) if row["paca/scaled_lr"]]
-    assert [float(value) for value in logged] == [0.02] * 6  # scaling 2, learning rate 0.01; 12 steps
+    assert logged(Path(run.log_dir), "paca/scaled_lr") == [0.02] * 6  # scaling 2, learning rate 0.01; 12 steps
 
 
 # Checkpoints
@@ -602,8 +600,7 @@ def test_the_learning_rate_that_is_told_is_that_of_the_deltas(trainer: Any, tmp_
     trainer(paca, logger=logger, log_every_n_steps=1).fit(NewHead(), loader())
     assert paca.report is not None
     assert paca.report.learning_rate == 1e-3
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
-    assert {float(row["paca/scaled_lr"]) for row in rows if row["paca/scaled_lr"]} == {2 * 1e-3}
+    assert set(logged(tmp_path, "paca/scaled_lr")) == {2 * 1e-3}
 
 
 def test_a_method_that_the_module_had_of_its_own_is_put_back(trainer: Any) -> None:

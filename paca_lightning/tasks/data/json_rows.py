@@ -58,10 +58,10 @@ def _encoding(head: bytes) -> str:
 
 def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str]]:
     """Yield (number, line) pairs, without blank lines. Bytes that are not UTF-8 become lone surrogates."""
-    text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="\n")
-    for number, line in enumerate(text, start=1):
-        if stripped := line.strip("\ufeff \t\r\n"):  # files that were joined have byte-order marks inside
-            yield number, stripped
+    with io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="\n") as text:
+        for number, line in enumerate(text, start=1):
+            if stripped := line.strip("\ufeff \t\r\n"):  # files that were joined have byte-order marks inside
+                yield number, stripped
 
 
 def _spans_lines(stream: BinaryIO, encoding: str) -> bool:

@@ -53,6 +53,7 @@ def test_where_a_trainer_stands(tmp_path: Path) -> None:
 
 
 @canary("lightning.before_batch_transfer")
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`")
 @pytest.mark.parametrize("owner", ["module", "datamodule"])
 def test_before_batch_transfer(owner: str, tmp_path: Path) -> None:
     model: Any = BoringModel()

@@ -51,6 +51,7 @@ def test_answers_before_and_after_training_are_printed_and_written(directory, tm
     assert [path.name for path in tmp_path.glob("*answers*")] == ["answers.json"]
 
 
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")
 def test_asking_leaves_the_model_and_the_training_as_they_were(directory, tmp_path):
     def losses(callbacks):
         module = CausalLMModule(directory, optimizer=adamw(1e-3))
@@ -89,7 +90,7 @@ def test_a_module_without_a_language_model_is_found_before_training(directory, t
             raise AssertionError("training has begun")
 
         def configure_optimizers(self):
-            return None
+            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
 
     run = trainer(tmp_path, callbacks=[SampleAnswers([QUESTION])])
     with pytest.raises(PaCAError, match=f"in the attribute 'model' of Foreign, .* {type(model).__name__}"):

@@ -308,6 +308,7 @@ def trained_steps(model: Bigram, limits: dict[str, Any]) -> int:
     return 2 * -(-epoch // accumulate)
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling")
 def test_overfit_batches_sees_the_same_batch_in_every_epoch(data_settings: dict[str, Any]) -> None:
     model, _ = fit(data_settings, max_epochs=3, overfit_batches=1)
     assert len(model.batches) == 3
