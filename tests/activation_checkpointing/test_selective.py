@@ -135,6 +135,7 @@ class OwnLoss(CausalLMModule):
         return self.model(**batch, use_cache=False).loss
 
 
+@pytest.mark.slow
 def test_llama3_8b_keeps_at_most_55_percent_of_what_the_floor_keeps(tmp_path: Any) -> None:
     """Traced at 2,048 tokens in bf16. The floor is the frozen model with its own loss."""
     preset_config("llama3-8b").save_pretrained(tmp_path)

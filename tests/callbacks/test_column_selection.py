@@ -205,6 +205,7 @@ def test_a_later_callback_chooses_what_an_earlier_one_left_open(trainer: Any, ch
     assert columns(module) == chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize("use", ["lr_find", "scale_batch_size"])
 @pytest.mark.parametrize("same_callback", [True, False])

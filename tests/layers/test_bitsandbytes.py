@@ -39,6 +39,7 @@ def weights_restored(default: torch.dtype) -> Tensor:
     return dequantize_rows(packed, (absmax,), 128, torch.float32)
 
 
+@pytest.mark.distributed
 def test_levels_do_not_depend_on_the_default_dtype_of_their_first_use() -> None:
     """Lightning's bf16-true makes bf16 the default, and bitsandbytes keeps the levels that it made first."""
     wide, narrow = (launch(weights_restored, 1, default)[0] for default in (torch.float32, torch.bfloat16))

@@ -134,6 +134,7 @@ def test_validation_loss_weighs_every_token_alike(directory, tmp_path):
     assert tested["test/loss"] == result["val/loss"]
 
 
+@pytest.mark.slow
 def test_bf16_true_logs_the_mean_over_hundreds_of_batches(directory, tmp_path):
     """A sum of 500 losses does not fit into bf16: it would stop growing, and the mean would keep falling."""
     run = trainer(tmp_path, precision="bf16-true", log_every_n_steps=500)

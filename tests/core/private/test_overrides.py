@@ -66,6 +66,7 @@ def our_classes() -> Iterator[type]:
                 yield getattr(module, node.name)
 
 
+@pytest.mark.slow
 def test_no_class_shares_a_private_name_with_its_bases_unlisted() -> None:
     for ours in our_classes():
         module = ours.__module__.removeprefix("paca_lightning.")

@@ -236,6 +236,7 @@ def assert_same_run(pieces: list[Bigram], whole: Bigram) -> None:
     assert torch.equal(pieces[-1].table.weight, whole.table.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validated", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [4, STEPS_AN_EPOCH, STEPS_AN_EPOCH + 2])
