@@ -276,7 +276,7 @@ def test_a_model_that_cannot_be_sharded_is_refused_first(model: nn.Module, messa
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(arguments: dict[str, Any], message: str) -> None:
-    trainer = Trainer(accelerator="cpu", devices=1, strategy=FSDP2Strategy(**arguments), logger=False)
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=FSDP2Strategy(**arguments), logger=False, max_steps=1)
     with pytest.raises(PaCAError, match=message):
         trainer.fit(Plain())
 

@@ -13,6 +13,7 @@ from paca_lightning.tools.memory.traced_model import TracedModel
 from tests.tools.memory.runs import DEBUG
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_a_config_fits_and_what_would(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

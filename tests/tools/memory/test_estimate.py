@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 from paca_lightning import PaCAConfig, apply_paca, attach
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
@@ -16,6 +15,7 @@ from paca_lightning.tools.memory.traced_model import TracedModel
 from paca_lightning.tools.memory.traced_run import TracedRun
 from paca_lightning.tools.presets import preset_config
 from tests.distributed_launch import launch
+from tests.peak_memory import peak_bytes
 from tests.tools.memory.runs import CONFIG, SHAPE, llama_run
 
 
@@ -44,14 +44,7 @@ def _measured_peak(directory: str, strategy: FSDP2Strategy | None = None) -> int
         + [p.grad for p in module.parameters() if p.grad is not None]
         + [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     )
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    change = peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            change += event.nbytes()
-            peak = max(peak, change)
-    return held + peak
+    return held + peak_bytes(step)
 
 
 def test_the_trace_is_what_a_real_step_needs(model_directory: str) -> None:
@@ -73,6 +66,7 @@ def test_the_trace_is_what_a_real_sharded_step_needs(model_directory: str) -> No
     assert traced == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.slow
 def test_llama3_8b_needs_less_than_three_quarters_of_loras_memory(tmp_path: Path) -> None:
     preset_config("llama3-8b").save_pretrained(tmp_path)
     module = CausalLMModule(str(tmp_path), dtype="bfloat16")
@@ -92,6 +86,7 @@ def test_llama3_8b_needs_less_than_three_quarters_of_loras_memory(tmp_path: Path
     assert paca < 0.75 * lora
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "tokens", "offload", "gib"), [(8, 8192, False, 22), (8, 8192, True, 16), (4, 4096, False, 23)]
 )

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_each_config_is_estimated(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On any machine, whatever devices it is for."""

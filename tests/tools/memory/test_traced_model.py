@@ -29,6 +29,7 @@ def test_the_parts_of_a_single_device_are_what_arithmetic_says(model_directory: 
     assert step.at_peak[Kind.GATHERED_PARAMETERS] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -55,6 +56,7 @@ def test_a_few_of_many_equal_blocks_tell_the_peak_exactly(model_directory: str, 
     assert few.trainable_parameters == all_blocks.trainable_parameters
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_is_held_and_gathers_a_block_at_a_time(model_directory: str) -> None:
     alone = TracedModel(llama_run(model_directory)).step()
     sharded = TracedModel(llama_run(model_directory, strategy=FSDP2Strategy(), ranks=4)).step()
@@ -77,6 +79,7 @@ def test_offloaded_block_inputs_leave_the_device(model_directory: str) -> None:
     assert activations[0] - activations[1] >= 6 * block_input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", [PACA, FULL])
 def test_a_model_in_host_memory_takes_the_device_only_to_gather_it(model_directory: str, baseline: Baseline) -> None:
     here, host = (
@@ -96,6 +99,7 @@ def test_a_model_in_host_memory_takes_the_device_only_to_gather_it(model_directo
     assert gathered[0] < gathered[1] <= 1.5 * gathered[0]
 
 
+@pytest.mark.slow
 def test_lora_keeps_its_layers_inputs_and_paca_does_not(model_directory: str) -> None:
     floor, paca, lora = (
         TracedModel(llama_run(model_directory, baseline)).step().at_peak[Kind.ACTIVATIONS]
@@ -105,6 +109,7 @@ def test_lora_keeps_its_layers_inputs_and_paca_does_not(model_directory: str) ->
     assert lora > 1.15 * floor
 
 
+@pytest.mark.slow
 def test_lora_is_pefts(model_directory: str) -> None:
     peft = pytest.importorskip("peft")
 

@@ -89,6 +89,7 @@ def test_our_peak_is_that_of_pytorchs_tracker_to_the_byte(
     assert ours.peak == theirs > 0
 
 
+@pytest.mark.filterwarnings("ignore:global module forward hook")  # of the tracker, when it fails
 def test_pytorchs_tracker_still_refuses_what_a_fine_tuning_step_has() -> None:
     """Its limits, for which we have a tracer of our own (docs/decisions/0013). If this fails, look at it again."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
