@@ -11,6 +11,7 @@ from paca_lightning import PaCAError
 from paca_lightning.tools.bench.command import bench
 
 
+@pytest.mark.distributed
 def test_bench_writes_rows_in_the_fixed_schema(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "results"
     rows = bench(
@@ -45,6 +46,7 @@ def test_bench_writes_rows_in_the_fixed_schema(model: str, tmp_path: Path, capsy
     assert "paca r=8" in capsys.readouterr().out
 
 
+@pytest.mark.distributed
 def test_quantized_methods_are_compared_with_the_quantized_floor(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +63,7 @@ def test_quantized_methods_are_compared_with_the_quantized_floor(
     assert "(qfloor)" in capsys.readouterr().out
 
 
+@pytest.mark.distributed
 def test_bench_finds_the_longest_sequence(model: str) -> None:
     rows = bench(
         model=model,

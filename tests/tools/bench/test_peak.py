@@ -39,6 +39,7 @@ def test_the_base_of_a_method_with_copies_is_gone_before_the_first_step(
     assert alive == [False] * peak.STEPS
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process' peak from /proc")
 def test_peak_memory_grows_by_what_a_method_adds() -> None:
     workload = Workload(preset="small", layers=1, dtype="fp32", tokens=8)
