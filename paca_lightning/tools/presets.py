@@ -1,4 +1,4 @@
-"""Shapes of well-known models, so that they can be measured without their weights."""
+"""Shapes of well-known models, to measure and estimate them without their weights."""
 
 from typing import Any
 
@@ -40,11 +40,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
     },
 }
-"""``small`` is the size at which a step is short but its matrix products still dominate."""
+"""Settings of ``LlamaConfig`` by name. In ``small``, a step is short and GEMMs still dominate it."""
 
 
 def preset_config(name: str) -> LlamaConfig:
-    """The shape of a known model as a Hugging Face configuration.
+    """The Hugging Face configuration of a known shape.
 
     Raises:
         PaCAError: If there is no such preset.

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them: ``24GiB``."""
+"""Amounts of memory, read and shown with units: ``24GiB``."""
 
 import re
 
@@ -12,7 +12,7 @@ _FACTORS = {"": 1, "B": 1, "kB": 1000} | {
 
 
 def parse_bytes(text: str) -> int:
-    """Number of bytes in an amount of memory such as ``24GiB``, ``512 MiB``, ``80GB`` or ``1000``.
+    """The number of bytes in a text such as ``24GiB``, ``512 MiB``, ``80GB`` or ``1000``.
 
     Raises:
         PaCAError: If it is not a positive amount with a known unit.
@@ -24,7 +24,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """An amount of memory with a binary unit and three or more digits: ``1.50 GiB``."""
+    """An amount of memory with a binary unit, such as ``1.50 GiB``."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.{0 if unit == 'B' else 1}f} {unit}"

@@ -43,35 +43,33 @@ def bench(
 ) -> list[Row]:
     """Measure the time and memory of fine-tuning methods on one model, side by side.
 
-    Every method trains the same layers of the same model on the same random tokens with the same attention and loss.
-    They take their steps in turns in one process. The floor, a model in which nothing trains but gradients flow to the
-    first layer's input, is always among them: it is the least that such a step can cost. Methods on a quantized base
-    are compared with qfloor, the same on bitsandbytes' frozen NF4 layers, and qfloor with the floor.
+    Every method trains the same layers of the same model on the same random tokens, with the same attention and loss.
+    The methods take their steps in turns, in one process. The floor is always among them: a model in which nothing is
+    trained, but gradients flow to the first layer's input. No step can cost less. Methods on an NF4 base are compared
+    with qfloor, the floor on bitsandbytes' frozen NF4 layers, and qfloor is compared with the floor.
 
     Args:
-        model: Hugging Face model to measure: a local directory or a hub id. Give this or --preset.
-        preset: Known shape with random weights: small, llama3-8b or llama3.1-70b.
-        layers: Use only the first so many layers.
-        methods: Which, with commas between them: floor, paca, full, PEFT's lora and dora (no dropout, adapters in fp32
-            as PEFT has them by itself), lora-narrow (adapters in --dtype). On a base in NF4: qfloor, qpaca and qlora,
-            whose ratios are to qfloor. A method may have a rank of its own, and checkpointing of its own: paca:16,
-            lora:8, paca:16+selective, floor+blocks.
-        r: Rank or ranks, with commas between them, of the methods without one of their own.
-        match: What LoRA and DoRA have in common with PaCA: rank, parameters (as many trainable ones), or both, in two
-            rows.
+        model: Hugging Face model: a local directory or a hub id. Give this or --preset.
+        preset: A known shape with random weights: small, llama3-8b or llama3.1-70b.
+        layers: Use this many layers, the first ones. Default: all.
+        methods: Names with commas between them: floor, paca, full, PEFT's lora and dora (no dropout, adapters in fp32
+            as is PEFT's default), lora-narrow (adapters in --dtype). On an NF4 base: qfloor, qpaca and qlora. A name
+            may carry a rank and its own checkpointing: paca:16, lora:8, paca:16+selective, floor+blocks.
+        r: Rank, or ranks with commas between them, of methods whose name carries none.
+        match: What LoRA and DoRA share with PaCA: rank, parameters (about as many trained ones), or both, in two rows.
         batch: Sequences in a micro-batch.
         tokens: Length of a sequence.
-        dtype: bf16, fp16 or fp32, of weights and computation.
+        dtype: Of weights and computation: bf16, fp16 or fp32.
         steps: Timed steps of each method, after a warm-up.
         accumulate: Micro-batches in an optimizer step.
-        checkpointing: Recompute each block in the backward, with every method; selective: all of it but the outputs
-            of matrix products and of attention.
-        compile: Compile the models' blocks with torch.compile.
-        device: cpu, cuda, ...; auto takes the accelerator if there is one.
-        devices: How many devices (on the CPU: processes) train together, with DDP. Figures are rank 0's, tokens per
-            second those of all.
-        threads: CPU threads of each process. Default: as PyTorch chooses.
-        max_length: Memory of one device, such as 24GiB: also find the longest sequence that fits it, by trying.
+        checkpointing: Recompute each block in the backward, with every method. selective: keep the outputs of GEMMs
+            and attention, recompute the rest.
+        compile: Compile the blocks with torch.compile.
+        device: cpu, cuda, ...; auto is the accelerator if there is one.
+        devices: How many devices (on the CPU: processes) train together, with DDP. Figures are rank 0's; tokens per
+            second are of all ranks.
+        threads: CPU threads of each process. Default: PyTorch's.
+        max_length: Memory of one device, such as 24GiB: also find the longest sequence that fits, by trying.
         output: Directory for bench.json, bench.csv and bench.png.
 
     Returns:
@@ -138,14 +136,15 @@ def _measure(workload: Workload, methods: list[Method], steps: int, max_length: 
 
 
 def _peak(workload: Workload, method: Method, progress: Callable[[str], None]) -> int | None:
+    """Bytes at the peak of training; None if they cannot be measured."""
     if not is_measurable(workload):
         return None
     progress(f"{method.label}: peak memory in a fresh process")
     peak = peak_bytes(workload, method)
     if peak == float("inf"):
         raise PaCAError(
-            f"{method.label} needs more memory than there is at {workload.batch} x {workload.tokens} tokens. Leave it "
-            "out, or use fewer tokens, layers or --checkpointing."
+            f"{method.label} needs more memory than this machine has, at {workload.batch} x {workload.tokens} tokens. "
+            "Leave it out, or use fewer --tokens, fewer --layers or --checkpointing."
         )
     return int(peak)
 
@@ -156,6 +155,7 @@ def _row(method: Method, timing: Timing, peak: int | None) -> Row:
 
 
 def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Row]) -> dict[str, Any]:
+    """What was measured, how, and on which machine, to be kept beside the figures."""
     name = workload.preset or Path(str(workload.model)).name
     config = workload.config
     shape = f"{name}, {config.num_hidden_layers} layers, {workload.dtype}, {workload.batch} x {workload.tokens} tokens"
@@ -185,6 +185,7 @@ def _device_name(workload: Workload) -> str:
 
 
 def _find_device(device: str, count: int) -> str:
+    """The type of device to use, if this machine has as many as are asked for."""
     accelerator = torch.accelerator.current_accelerator()
     available = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     if device == "auto":
@@ -192,16 +193,18 @@ def _find_device(device: str, count: int) -> str:
     if device not in available:
         raise PaCAError(f"device={device!r} is not available here. Available: {', '.join(available)}.")
     if device != "cpu" and count > torch.accelerator.device_count():
-        raise PaCAError(f"devices={count} is more than the {torch.accelerator.device_count()} there are.")
+        raise PaCAError(f"devices={count}, but this machine has {torch.accelerator.device_count()}.")
     return device
 
 
 def _entries(values: list[str] | str) -> list[str]:
+    """The entries of a list, or of a text with commas between them."""
     entries = values.split(",") if isinstance(values, str) else values
     return [entry.strip() for entry in entries]
 
 
 def _ranks(values: list[int] | int | str) -> list[int]:
+    """The ranks in a list, a number, or a text with commas between them."""
     entries = values.split(",") if isinstance(values, str) else values if isinstance(values, list) else [values]
     try:
         ranks = [int(entry) for entry in entries]

@@ -1,4 +1,4 @@
-"""Step times of several methods, taken in turns in one process, and the bytes each saves for its backward."""
+"""Step times of several methods, taken in turns in one process, and the bytes that each saves for the backward."""
 
 import gc
 import statistics
@@ -15,24 +15,24 @@ from paca_lightning.tools.memory.timeline import Kind
 from paca_lightning.tools.memory.tracing import MemoryTracer
 
 WARM_UP = 2
-# Beyond this, half of the steps differ so much that a few percent between two methods mean little.
 NOISY_SPREAD = 0.05
+"""Interquartile range of a ratio, relative to it, above which a few percent between two methods mean little."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one method's steps took. Times are medians in milliseconds.
+    """What one method's steps cost. Times are medians in milliseconds.
 
     Attributes:
-        step_ms: Of a whole optimizer step.
-        forward_ms: Of its forwards.
-        backward_ms: Of its backwards.
-        optimizer_ms: Of the optimizer with zero_grad and, for PaCA, the write-back.
-        ratio_to_floor: Median of each step's ratio to the step beside it of the method's floor.
-        ratio_quartiles: First and third quartile of that ratio.
-        tokens_per_second: On all ranks together.
-        saved_bytes: Held for the backward at the end of a micro-batch's forward.
-        trainable_parameters: How many numbers the method trains.
+        step_ms: A whole optimizer step.
+        forward_ms: Its forwards.
+        backward_ms: Its backwards.
+        optimizer_ms: The optimizer, zero_grad and, for PaCA, the write-back.
+        ratio_to_floor: Median of the ratios of a step to the floor's step of the same round.
+        ratio_quartiles: First and third quartile of these ratios.
+        tokens_per_second: Of all ranks together.
+        saved_bytes: Saved for the backward at the end of a micro-batch's forward.
+        trainable_parameters: How many parameters the method trains.
     """
 
     step_ms: float
@@ -47,7 +47,7 @@ class Timing:
 
     @property
     def noisy(self) -> bool:
-        """Whether the ratio's interquartile range is more than 5% of it."""
+        """Whether the interquartile range of the ratio is more than 5% of it."""
         low, high = self.ratio_quartiles
         return high - low > NOISY_SPREAD * self.ratio_to_floor
 
@@ -55,36 +55,36 @@ class Timing:
 def time_methods(
     workload: Workload, methods: list[Method], steps: int, progress: Callable[[str], None] = lambda text: None
 ) -> dict[Method, Timing]:
-    """Measure methods step by step in turns, so that whatever slows the machine slows all of them.
+    """Time methods in turns, step by step, so that whatever slows the machine down slows all of them down.
 
     Args:
-        workload: The step to take. With several ranks, call this on each of them.
-        methods: The methods, their floors among them.
+        workload: What a step is. With several ranks, call this on each of them.
+        methods: The methods, with their floors.
         steps: Timed steps of each method, after the warm-up.
-        progress: Told what is being done.
+        progress: Called with what is being done.
 
     Returns:
-        Figures by method.
+        The figures of each method.
     """
     progress("building the models")
     base = workload.build()
     if workload.compile:
-        torch.compiler.config.recompile_limit = 4 * len(methods)  # every method compiles the same blocks anew
-        torch.compiler.config.fail_on_recompile_limit_hit = True  # rather than to run them eagerly without a word
+        torch.compiler.config.recompile_limit = 4 * len(methods)  # every method compiles the blocks again
+        torch.compiler.config.fail_on_recompile_limit_hit = True  # PyTorch would run them eagerly without a word
     runners = [StepRunner(method, base, workload) for method in methods]
     micro_batches = [workload.micro_batch(number) for number in range(workload.accumulate)]
     saved = []
     for runner in runners:
-        progress(f"{runner.method.label}: {'compiling' if workload.compile else 'what it saves for the backward'}")
+        progress(f"{runner.method.label}: {'compiling' if workload.compile else 'counting saved bytes'}")
         saved.append(saved_bytes(runner, micro_batches[0]))
     times: list[list[StepTime]] = [[] for _ in methods]
     gc.collect()
-    gc.disable()  # a collection in the middle of one method's step would be counted against it
+    gc.disable()  # a collection would count against the method in whose step it falls
     try:
         for round_number in range(WARM_UP + steps):
             compiling = ", compiling backwards" if workload.compile and round_number == 0 else ""
             progress(f"step {round_number + 1} of {WARM_UP + steps}{compiling}")
-            # Each round starts with another method, so that none always finds the caches as the same other left them.
+            # Each round starts with another method. Otherwise each would always find the caches of the same other one.
             for turn in range(len(runners)):
                 number = (turn + round_number) % len(runners)
                 time = runners[number].step(micro_batches)
@@ -117,15 +117,15 @@ def _summary(runner: StepRunner, own: list[StepTime], floor: list[float], saved:
 
 
 def saved_bytes(runner: StepRunner, micro_batch: dict[str, Tensor]) -> int:
-    """Bytes that a forward leaves for the backward: each storage once and whole, parameters and buffers left out.
+    """Bytes that a forward saves for the backward: each storage once and whole, without parameters and buffers.
 
     Args:
         runner: The model.
         micro_batch: Shape (batch, tokens).
 
     Returns:
-        What the forward allocated and the loss keeps alive. In compiled blocks, where single operators are not seen:
-        what autograd saved.
+        Bytes that the forward allocated and the loss keeps alive. With compiled blocks, whose operators are not seen,
+        bytes that autograd saved.
     """
     if runner.compiled:
         return _saved_by_autograd(runner, micro_batch)
@@ -141,7 +141,7 @@ def saved_bytes(runner: StepRunner, micro_batch: dict[str, Tensor]) -> int:
 
 def _saved_by_autograd(runner: StepRunner, micro_batch: dict[str, Tensor]) -> int:
     resident = {tensor.untyped_storage().data_ptr() for tensor in runner.resident}
-    storages: dict[int, UntypedStorage] = {}  # held, so that no address is used twice
+    storages: dict[int, UntypedStorage] = {}  # kept alive, so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

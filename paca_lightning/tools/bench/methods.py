@@ -1,4 +1,4 @@
-"""The ways of fine-tuning that are compared, each as a change to the same base model."""
+"""The methods of fine-tuning that are compared, each a change to the same base model."""
 
 import copy
 import re
@@ -21,20 +21,20 @@ from paca_lightning.layers.linear4bit import linear4bit
 FLOOR = "floor"
 QFLOOR = "qfloor"
 QUANTIZED = (QFLOOR, "qpaca", "qlora")
-
+"""Methods on an NF4 base."""
 
 RECOMPUTATIONS = ("selective", "blocks")
+"""What a method's own checkpointing recomputes: all but GEMMs and attention, or whole blocks."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way of fine-tuning, its rank where it has one, and what its backward recomputes.
+    """A method of fine-tuning, with its rank and its own checkpointing.
 
     Attributes:
         name: As in :func:`parse_methods`.
-        r: Rank.
-        recompute: ``selective`` (all but products and attention), ``blocks`` (everything) or nothing, apart from what
-            the workload says for all methods.
+        r: Rank, of a method that has one.
+        recompute: One of :data:`RECOMPUTATIONS`, or None: as the workload says for all methods.
     """
 
     name: str
@@ -43,29 +43,29 @@ class Method:
 
     @property
     def title(self) -> str:
-        """Name, and what is recomputed."""
+        """Name and checkpointing, such as ``paca+selective``."""
         return self.name if self.recompute is None else f"{self.name}+{self.recompute}"
 
     @property
     def label(self) -> str:
-        """Title and rank, as tables and plots show them."""
+        """Title and rank, such as ``paca r=16``."""
         return self.title if self.r is None else f"{self.title} r={self.r}"
 
     @property
     def floor(self) -> str:
-        """Name of the floor to compare with: that of the same base. The quantized floor is compared with the floor."""
+        """Name of the floor to compare with: that of the same base; for the quantized floor, the floor."""
         return QFLOOR if self.name in QUANTIZED and self.name != QFLOOR else FLOOR
 
     def apply(self, base: nn.Module) -> nn.Module:
-        """A model trained by this method, made from a base model that is left as it is.
+        """A model for this method, made from a base model that is left as it is.
 
-        Weights that the method does not change are shared with the base, so that several methods fit side by side.
+        Weights that the method does not write are shared with the base, so that several methods fit into memory.
 
         Args:
             base: The model as built.
 
         Returns:
-            The model with just the method's parameters requiring gradients.
+            The model, in which only the method's parameters require gradients.
 
         Raises:
             PaCAError: If the method needs a package that is not installed.
@@ -84,7 +84,7 @@ class Method:
 
 
 def train_nothing(model: nn.Module) -> nn.Module:
-    """Freeze a model, but let gradients flow to the input of its first layer: the least that any such step can cost."""
+    """Freeze a model, but let gradients flow to the input of its first layer: no fine-tuning step can cost less."""
 
     def ask_for_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.requires_grad_(True) if torch.is_grad_enabled() else output
@@ -95,7 +95,10 @@ def train_nothing(model: nn.Module) -> nn.Module:
 
 
 def lora_rank(r: int, inputs: int, outputs: int) -> int:
-    """Rank at which LoRA has about as many parameters as PaCA at rank ``r``: r * outputs against r * both."""
+    """Rank at which LoRA trains about as many parameters as PaCA at rank ``r``.
+
+    LoRA has ``rank * (inputs + outputs)`` of them in a layer, PaCA ``r * outputs``.
+    """
     return max(1, round(r * outputs / (inputs + outputs)))
 
 
@@ -104,7 +107,7 @@ def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
 
 
 def _qfloor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
-    """The floor on the base of QLoRA: bitsandbytes' NF4 layers."""
+    """The floor on QLoRA's base, bitsandbytes' NF4 layers."""
     return train_nothing(_quantize(model, targets))
 
 
@@ -125,12 +128,12 @@ def _full(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
 def _lora(
     model: nn.Module, r: int, targets: list[Target], *, use_dora: bool = False, fp32_adapters: bool = True
 ) -> nn.Module:
-    """PEFT's adapters on the layers that PaCA would train, scaling 1, no dropout. PEFT keeps them in fp32 by itself."""
+    """PEFT's adapters on the layers that PaCA would train: scaling 1, no dropout, in fp32 as is PEFT's default."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise PaCAError(
-            "LoRA and DoRA are measured with PEFT, which is not installed: pip install 'paca-lightning[bench]'."
+            "LoRA and DoRA need PEFT, which is not installed. Run: pip install 'paca-lightning[bench]'."
         ) from error
     names = [target.path for target in targets]
     config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=names, use_dora=use_dora)
@@ -142,13 +145,13 @@ def _qlora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
 
 
 def _quantize(model: nn.Module, targets: list[Target]) -> nn.Module:
-    """Put bitsandbytes' NF4 layers for the targets."""
+    """Replace the targets by bitsandbytes' NF4 layers."""
     for target in targets:
         weight = target.module.get_parameter("weight")
         bias: Any = target.module.bias
         layer = linear4bit(weight.t() if target.layer_class is PaCAConv1D else weight, bias).train(model.training)
         model.set_submodule(target.path, layer)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT then takes its layers for NF4
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # tells PEFT that its layers are NF4
     return model
 
 
@@ -177,15 +180,15 @@ _BASELINES = ("lora", "lora-narrow", "dora", "qlora")
 
 
 def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Module) -> list[Method]:
-    """The methods that a user asks for, the floor first, and next the quantized one where a method has such a base.
+    """The methods that a user asks for, after the floor and, if one has an NF4 base, the quantized floor.
 
     Args:
-        names: Names such as ``paca``, with a rank of their own (``lora:8``), and with what to recompute
+        names: Names such as ``paca``, perhaps with a rank (``lora:8``) and with what to recompute
             (``paca:16+selective``).
-        ranks: Ranks of the methods without one of their own.
-        match: What LoRA and DoRA have in common with PaCA: the ``rank``, the number of trainable ``parameters`` (about;
-            ranks are whole), or ``both``, one after the other.
-        base: The model, on any device, which says how many parameters a rank takes.
+        ranks: Ranks of methods whose name carries none.
+        match: What LoRA and DoRA share with PaCA: the ``rank``, the number of trained ``parameters`` (about, as ranks
+            are whole), or ``both``, one after the other.
+        base: The model, on any device; its layers say how many parameters a rank takes.
 
     Returns:
         Each method once.
@@ -212,6 +215,7 @@ def parse_methods(names: list[str], ranks: list[int], match: str, base: nn.Modul
 
 
 def _ranked(name: str, ranks: list[int], match: str, base: nn.Module) -> list[Method]:
+    """A method at each rank; a baseline of PaCA also at ranks of equal size."""
     if name in _UNRANKED:
         return [Method(name)]
     same_rank = [Method(name, r) for r in ranks] if match != "parameters" or name not in _BASELINES else []
@@ -222,7 +226,7 @@ def _ranked(name: str, ranks: list[int], match: str, base: nn.Module) -> list[Me
 
 
 def _features(base: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of all layers that PaCA would train."""
+    """Sums of the input and output features of all layers that PaCA would train."""
     inputs = outputs = 0
     for target in resolve(take_inventory(base), PaCAConfig()).targets:
         rows, columns = target.module.get_parameter("weight").shape

@@ -1,4 +1,4 @@
-"""Peak memory of a method in a process of its own, and the longest sequence that fits a budget."""
+"""Peak memory of a method, measured in a process of its own, and the longest sequence that fits a budget."""
 
 import ctypes
 import gc
@@ -18,23 +18,27 @@ from paca_lightning.tools.bench.step_runner import StepRunner
 from paca_lightning.tools.bench.workload import Workload
 from paca_lightning.tools.units import format_bytes, parse_bytes
 
-STEPS = 2  # the optimizer has its state from the second step on
-GRANULARITY = 64  # tokens between two lengths that are tried
+STEPS = 2
+"""Steps to measure: the optimizer has its state from the second step on."""
+
+GRANULARITY = 64
+"""Tokens between two lengths of a sequence that are tried."""
 
 
 def peak_bytes(workload: Workload, method: Method, budget: float = math.inf) -> float:
-    """Most memory that training holds at once on one device, measured in a fresh process.
+    """Peak memory of training on one device, measured in a fresh process.
 
-    On an accelerator: the allocator's peak. On the CPU: the process' resident peak less what it held before the model
-    was built; freed memory goes back to the system at once there, so that the peak is of what was in use.
+    On an accelerator, this is the allocator's peak. On the CPU, it is the peak of the process' resident memory, less
+    what was resident before the model was built. Freed memory is returned to the system at once there, so that the peak
+    is that of memory in use.
 
     Args:
-        workload: The step.
+        workload: What a step is.
         method: How the model is trained.
-        budget: Bytes that the process may need. Memory is not asked for much beyond them.
+        budget: Bytes that the process may use. Allocations fail well above it, so that the machine is not exhausted.
 
     Returns:
-        Bytes on rank 0, or infinity if the memory there is, or the budget, was not enough.
+        Bytes on rank 0, or infinity if the machine's memory or the budget was not enough.
     """
     try:
         return in_fresh_processes(_measure, workload, method, budget, ranks=workload.ranks, device=workload.device)
@@ -45,10 +49,10 @@ def peak_bytes(workload: Workload, method: Method, budget: float = math.inf) -> 
 
 
 def longest_sequence(workload: Workload, method: Method, budget: str) -> int:
-    """Most tokens, in multiples of 64, with which training stays within a budget.
+    """Longest sequence, in multiples of 64 tokens, with which training stays within a budget.
 
     Args:
-        workload: The step; its own length is ignored.
+        workload: What a step is; its own length is ignored.
         method: How the model is trained.
         budget: Memory of one device, such as ``24GiB``.
 
@@ -73,13 +77,13 @@ def longest_sequence(workload: Workload, method: Method, budget: str) -> int:
 
 
 def check_budget(workload: Workload, budget: str) -> None:
-    """Refuse a budget that the weights alone exceed, or that cannot be compared with anything measured.
+    """Check that a budget is larger than the weights, and that memory can be measured.
 
     Raises:
-        PaCAError: If so.
+        PaCAError: If not.
     """
     if not is_measurable(workload):
-        raise PaCAError("Memory on the CPU is measured under Linux and without --compile, so --max-length needs both.")
+        raise PaCAError("--max-length needs measured memory: on the CPU only under Linux and without --compile.")
     parameters = workload.skeleton().parameters()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     if parse_bytes(budget) <= weights:
@@ -87,14 +91,14 @@ def check_budget(workload: Workload, budget: str) -> None:
 
 
 def is_measurable(workload: Workload) -> bool:
-    """Whether peaks can be measured: on accelerators, and on the CPU under Linux where no compiler uses memory too."""
+    """Whether peaks can be measured: on accelerators, and on the CPU under Linux if no compiler takes memory, too."""
     return workload.device != "cpu" or (not workload.compile and Path("/proc/self/clear_refs").exists())
 
 
 def _measure(workload: Workload, method: Method, budget: float) -> float:
     if workload.device != "cpu":
         return _device_peak(workload, method)
-    # What libraries keep for themselves from their first use on belongs to the process, not to this model.
+    # Memory that libraries allocate once, on first use, is not the model's: a tiny run allocates it before.
     train_from_reset_peak(
         Workload(preset="small", layers=1, tokens=8, dtype=workload.dtype, threads=workload.threads), method
     )
@@ -121,7 +125,7 @@ def _device_peak(workload: Workload, method: Method) -> float:
 def train_from_reset_peak(workload: Workload, method: Method) -> None:
     """Build a model, reset this process' peak, and train a few steps: the peak is then that of training."""
     runner = StepRunner(method, workload.build(), workload)
-    gc.collect()  # nothing of the base may wait for a collection that comes by chance
+    gc.collect()  # the base's copied weights must be gone before the first step, not whenever a collection comes
     if workload.device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
     else:
@@ -131,7 +135,7 @@ def train_from_reset_peak(workload: Workload, method: Method) -> None:
 
 
 def _return_freed_memory() -> None:
-    """Make the C library give back what is freed, now and from here on (glibc; others are left as they are)."""
+    """Make glibc return freed memory to the system, now and from here on. Other C libraries are left as they are."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         map_threshold = -3  # M_MMAP_THRESHOLD: larger blocks are mappings of their own, unmapped when freed
@@ -140,13 +144,13 @@ def _return_freed_memory() -> None:
 
 
 def _limit_memory(budget: float) -> None:
-    """Let allocations fail well above a budget, so that a length far too long does not exhaust the machine."""
+    """Make allocations fail well above a budget, so that a sequence far too long does not exhaust the machine."""
     if math.isfinite(budget):
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 2 * int(budget), resource.RLIM_INFINITY))
 
 
 def _status(field: str) -> int:
-    """Bytes under a field of this process' status, such as VmRSS (resident) or VmHWM (its peak)."""
+    """Bytes in a field of /proc/self/status, such as VmRSS (resident memory) or VmHWM (its peak)."""
     match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
     assert match is not None, f"/proc/self/status has no {field}"
     return 1024 * int(match[1])

@@ -1,4 +1,4 @@
-"""Runs a function in fresh processes: several ranks of one job, or one process whose memory nobody else has used."""
+"""Runs a function in fresh processes: the ranks of one job, or one process whose memory nothing else has used."""
 
 import os
 import tempfile
@@ -14,29 +14,29 @@ from torch.multiprocessing.spawn import start_processes
 
 from paca_lightning.core.errors import PaCAError
 
-# Imported on first use otherwise, by every process again. Those that are not installed are passed over.
+# Every process would otherwise import these again, on first use. Python skips those that are not installed.
 _PRELOADED = ("torch._dynamo", "transformers.models.llama.modeling_llama", "peft")
 
 
 def in_fresh_processes(function: Callable[..., Any], *args: Any, ranks: int = 1, device: str = "cpu") -> Any:
-    """Call ``function(*args)`` once in each of some fresh processes.
+    """Call ``function(*args)`` in fresh processes, once in each.
 
-    Several ranks find each other through a file, in a process group with the device's backend.
+    Several ranks form a process group with the device's backend. They find each other through a file.
 
     Args:
-        function: Importable by name. Its result on rank 0 must be something ``torch.save`` can write.
+        function: Importable by name. ``torch.save`` must be able to write its result on rank 0.
         *args: Its arguments.
         ranks: How many processes.
-        device: Type of device that they use, one each.
+        device: Type of device; each rank uses one.
 
     Returns:
         What rank 0 returned.
 
     Raises:
-        PaCAError: If the function raised one.
+        PaCAError: If the function raised one on rank 0.
         torch.multiprocessing.spawn.ProcessException: If a process failed in another way.
     """
-    # A server that has imported everything and computed nothing forks each of them: fresh, and there at once.
+    # A server that has imported everything, but computed nothing, forks each process: fresh, and without delay.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__, *_PRELOADED])
     with tempfile.TemporaryDirectory() as directory:

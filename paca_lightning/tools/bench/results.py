@@ -1,4 +1,4 @@
-"""A benchmark's rows as a table in the terminal, and as JSON, CSV and a plot in a directory."""
+"""The results of a benchmark: tables in the terminal; JSON, CSV and a plot in a directory."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def label(row: Row) -> str:
-    """Method and rank."""
+    """Method and rank of a row, such as ``paca r=16``."""
     return row["method"] if row["r"] is None else f"{row['method']} r={row['r']}"
 
 
@@ -25,7 +25,7 @@ def print_table(rows: list[Row], title: str, console: Console | None = None) -> 
     Args:
         rows: As in ``bench.json``.
         title: What was measured.
-        console: Where to. Default: standard output.
+        console: Where to print. Default: standard output.
     """
     time = _table(title, "step ms", "x floor", "quartiles", "fwd ms", "bwd ms", "opt ms")
     longest = any("max_tokens" in row for row in rows)
@@ -53,8 +53,8 @@ def print_table(rows: list[Row], title: str, console: Console | None = None) -> 
     console.print(memory)
     if any(row["noisy"] for row in rows):
         console.print(
-            "Noisy: the middle half of the steps of the rows marked so differ by more than 5% in their ratio to the "
-            "floor. Repeat on an idle machine or with more steps before you rely on small differences."
+            "noisy: half of the steps differ by more than 5% in their ratio to the floor. Repeat on an idle machine or "
+            "with more --steps before you rely on small differences."
         )
 
 
@@ -67,10 +67,13 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def open_output(directory: str) -> Path:
-    """The directory for the results, made if need be, before anything is measured.
+    """The directory for the results, created if it is missing; call this before anything is measured.
+
+    Args:
+        directory: As the user gave it.
 
     Raises:
-        PaCAError: If nothing can be written there.
+        PaCAError: If it cannot be written.
     """
     check_writable(directory, "--output")
     path = Path(directory)
@@ -84,10 +87,10 @@ def write_results(rows: list[Row], setup: dict[str, Any], directory: Path) -> li
     Args:
         rows: One dictionary of figures for each method.
         setup: What was measured, on what, with which versions.
-        directory: Exists.
+        directory: Where to; it exists.
 
     Returns:
-        The files' paths.
+        The paths of the three files.
     """
     paths = [directory / f"bench.{suffix}" for suffix in ("json", "csv", "png")]
     paths[0].write_text(json.dumps({"rows": rows, "setup": setup}, indent=2) + "\n", encoding="utf-8")
@@ -100,7 +103,7 @@ def write_results(rows: list[Row], setup: dict[str, Any], directory: Path) -> li
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Draw the rows' step times, saved bytes and, where they were measured, peaks as bars.
+    """Draw step times, saved bytes and, if all were measured, peaks as bars.
 
     Args:
         rows: As in ``bench.json``.

@@ -1,4 +1,4 @@
-"""A model under one method, ready to take training steps whose phases are timed."""
+"""A model trained by one method, whose steps are timed phase by phase."""
 
 import contextlib
 import time
@@ -30,18 +30,18 @@ class StepTime(NamedTuple):
 
 
 class StepRunner:
-    """A model trained by one method, with AdamW for what the method trains.
+    """Takes training steps with one method and AdamW.
 
     Args:
-        method: How it is trained.
-        base: The model as built; left as it is.
-        workload: How a step runs.
+        method: How the model is trained.
+        base: The model as built. It is left as it is.
+        workload: What a step is.
 
     Attributes:
-        method: How it is trained.
-        trainable_parameters: How many numbers the method trains.
-        resident: All parameters and buffers: what lives anyway, whatever a backward needs.
-        compiled: Whether its blocks are compiled.
+        method: How the model is trained.
+        trainable_parameters: How many parameters the method trains.
+        resident: All parameters and buffers; they are in memory whatever the backward needs.
+        compiled: Whether the blocks are compiled.
     """
 
     def __init__(self, method: Method, base: nn.Module, workload: Workload) -> None:
@@ -55,17 +55,17 @@ class StepRunner:
         if self._optimizer is not None and any(True for _ in paca_layers(model)):
             attach(self._optimizer, model)
         if workload.compile:
-            # Block by block, as runs do it: equal blocks share one compilation.
+            # Block by block, as a run does it: equal blocks share one compilation.
             for block in find_blocks(model):
                 block.compile()
-        if workload.ranks > 1 and trained:  # the floor has nothing to exchange, which DDP refuses
+        if workload.ranks > 1 and trained:  # DDP refuses the floor, which has no gradient to exchange
             model = DistributedDataParallel(model, broadcast_buffers=False)
         self._ranks, self._accelerated = workload.ranks, workload.device != "cpu"
         self._model: Any = model
         self.forward: Any = model
 
     def step(self, micro_batches: list[dict[str, Tensor]]) -> StepTime:
-        """One optimizer step over some micro-batches, each of shape (batch, tokens)."""
+        """Take one optimizer step over micro-batches, each of shape (batch, tokens), and time it."""
         if self._ranks > 1:
             dist.barrier()
         forward = backward = 0.0
@@ -85,6 +85,7 @@ class StepRunner:
         return StepTime(forward, backward, self._now() - start)
 
     def _now(self) -> float:
+        """Seconds, once all that was launched on the device has ended."""
         if self._accelerated:
             torch.accelerator.synchronize()
         return time.perf_counter()

@@ -1,4 +1,4 @@
-"""What is measured: a model, a batch of random tokens, and how a training step runs on them."""
+"""What is measured: a model, batches of random tokens, and how a training step runs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,21 +16,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A training step, the same for every method. Plain values, so that a fresh process can repeat it.
+    """A training step, the same for every method. It consists of plain values, so that a fresh process can repeat it.
 
     Args:
         model: Hub id or local directory of a causal language model. Give this or ``preset``.
         preset: Name of a known shape, with random weights.
-        layers: Use only so many layers. Default: all.
-        dtype: Of the weights and the computation: bf16, fp16 or fp32.
+        layers: Use this many layers, the first ones. Default: all.
+        dtype: Of weights and computation: bf16, fp16 or fp32.
         batch: Sequences in a micro-batch, on each rank.
         tokens: Length of a sequence.
         accumulate: Micro-batches in an optimizer step.
-        checkpointing: Recompute each block in the backward instead of keeping its activations; selective: all but the
-            outputs of products and attention.
+        checkpointing: Recompute each block in the backward instead of saving its activations. selective: save the
+            outputs of GEMMs and attention.
         compile: Compile each block with ``torch.compile``.
         device: Type of device: cpu, cuda, ...
-        ranks: Processes that train together, each on its own device, with DDP.
+        ranks: Processes that train together with DDP, each on its own device.
         threads: CPU threads of each process.
         seed: Of the random weights and tokens.
 
@@ -66,7 +66,7 @@ class Workload:
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's configuration, with as many layers as are asked for.
+        """The model's configuration, cut to ``layers``.
 
         Raises:
             PaCAError: If there is no such model or preset, or it has fewer layers.
@@ -83,12 +83,12 @@ class Workload:
 
     @property
     def longest(self) -> float:
-        """Most tokens that the model can take: bounded only by learned positions, not by rotary ones."""
+        """The longest sequence that the model can take: learned positions bound it, rotary ones do not."""
         config = self.config
         return float("inf") if getattr(config, "rope_parameters", None) else config.max_position_embeddings
 
     def build(self) -> nn.Module:
-        """The model on the device, in train mode, with nothing frozen yet."""
+        """Build the model on the device, in train mode, with nothing frozen."""
         torch.manual_seed(self.seed)
         config, dtype = self.config, DTYPES[self.dtype]
         if self.model is None:
@@ -96,19 +96,19 @@ class Workload:
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, config=config, dtype=dtype)
             for parameter in model.parameters():
-                # Out of the mapped file, whose pages would count as this process' memory as long as one is in use.
+                # A copy, as the pages of the mapped file would count as this process' memory while one is in use.
                 parameter.data = parameter.data.clone()
         if self.checkpointing:
             checkpoint_blocks(find_blocks(model), selective=self.checkpointing == "selective")
         return model.train().to(self.device)
 
     def skeleton(self) -> nn.Module:
-        """The model without its weights, on the meta device."""
+        """The model without weights, on the meta device."""
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, dtype=DTYPES[self.dtype])
 
     def micro_batch(self, number: int) -> dict[str, Tensor]:
-        """Random tokens, the same for a number in every method and run, shape (batch, tokens)."""
+        """Random tokens of shape (batch, tokens), the same for a number in every method and run."""
         generator = torch.Generator().manual_seed(self.seed + number)
         shape = (self.batch, self.tokens)
         ids = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.device)
