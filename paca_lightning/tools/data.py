@@ -1,4 +1,4 @@
-"""Show what a data module trains on: decoded samples with the trained tokens marked, and length statistics."""
+"""Shows what a data module trains on: decoded samples with the trained tokens marked, and length statistics."""
 
 import numpy as np
 from rich.console import Console
@@ -15,18 +15,18 @@ _PERCENTILES = (50, 90, 99)
 
 
 def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
-    """Print length statistics of every split and some decoded training samples, without loading any model.
+    """Print length statistics of every split and some decoded training samples. No model is loaded.
 
     Args:
-        datamodule: The data to look at.
-        samples: How many conversations to print, the first ones of the training split. What is trained stands in ⟦ ⟧.
+        datamodule: The data to show.
+        samples: How many conversations of the training split to print, from the first on. Trained tokens stand in ⟦ ⟧.
 
     Raises:
-        PaCAError: The data cannot be used, or is of another kind.
+        PaCAError: If the data cannot be used, or the data module is of another class.
     """
     if not isinstance(datamodule, InstructionDataModule):
         raise PaCAError(
-            f"the data command shows an InstructionDataModule; the data here is {type(datamodule).__name__}."
+            f"The data command shows an InstructionDataModule, but the config's data is {type(datamodule).__name__}."
         )
     datamodule.prepare_data()
     datamodule.setup()
@@ -44,7 +44,7 @@ def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: list[bool]) -> Text:
-    """Decode tokens to text in which each run of trained ones stands in ⟦ ⟧, green on a terminal."""
+    """Decode tokens to text in which trained tokens stand in ⟦ ⟧, green on a terminal."""
     text = Text()
     for part, on in decoded_runs(tokenizer, input_ids, trained):
         text.append(*((f"⟦{part}⟧", "bold green") if on else (part,)))

@@ -1,4 +1,4 @@
-"""Turn an adapter into what other programs load."""
+"""Write a model and its adapter in a form that other programs load."""
 
 from pathlib import Path
 from typing import Literal
@@ -22,21 +22,21 @@ def export(
 
     Args:
         model: Hugging Face directory or hub id of the base model.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. A tokenizer in it, with the chat
-            template of training, is written instead of the model's.
-        output: Directory to write. One that exists keeps its other files, but for the weights of an earlier export.
-        format: merged, a plain Hugging Face checkpoint in bf16; or lora, an exact LoRA adapter of the same rank in
-            PEFT's layout, for servers that know only LoRA.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. If it has a tokenizer, that one is
+            written, as it has the chat template of training.
+        output: Directory to write. Other files in it stay, except weights of an earlier export.
+        format: merged: a plain Hugging Face checkpoint in bf16. lora: an exact LoRA adapter of the same rank, in PEFT's
+            layout, for servers that know only LoRA.
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        PaCAError: If the model or the adapter cannot be used, or --output cannot be written or holds an adapter that
-            would be lost, or get into the way of a merged model.
+        PaCAError: If the model or the adapter cannot be used, or --output cannot be written, or holds an adapter that
+            would be lost or would be loaded with the merged model.
     """
     for name, source in (("--model", model), ("--adapter", adapter)):
         if Path(source).exists() and Path(source).resolve() == Path(output).resolve():
-            raise PaCAError(f"--output is {name}: {output!r}. Nothing was written; give a directory of its own.")
+            raise PaCAError(f"--output is {name}: {output!r}. Give another directory; nothing was written.")
     if Path(output, SETTINGS).exists():
         raise PaCAError(f"--output holds a trained adapter, which would be lost: {output!r}. Give another directory.")
     check_writable(output, "--output")

@@ -33,43 +33,43 @@ def generate(
 ) -> None:
     """Print a model's answer to each prompt, in the chat template of training.
 
-    A tokenizer without a template gets ChatML, as it does in training.
+    A tokenizer without a template gets ChatML, as in training.
 
     Args:
         model: Hugging Face directory or hub id of the base model.
-        prompts: What the user says: "What is your name?", or several, each in a conversation of its own: '["What is
-            your name?", "Who made you?"]'. Default: typed in, a line each, until an empty one.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. A tokenizer in it, with the chat
-            template of training, is used instead of the model's. Default: the base model alone.
-        system: What the system message before each prompt says. Default: none but the chat template's own.
+        prompts: One prompt, "What is your name?", or a list, '["What is your name?", "Who made you?"]'. Each begins a
+            conversation. Default: type them in, one a line; an empty line ends.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. If it has a tokenizer, that one is
+            used, as it has the chat template of training. Default: the base model alone.
+        system: Text of a system message before each prompt. Default: the chat template's own, if it has one.
         max_new_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn, at 1 as the model has them, below 1
-            with less chance for the unlikely.
-        top_p: Draw among the likeliest tokens that together have this probability, above 0 and up to 1.
-        seed: Of the draws, so that the same command says the same again. Default: another one each time.
-        device: cpu, cuda, ...; auto takes the accelerator if there is one.
+        temperature: 0 takes the likeliest token each time. Above 0, tokens are sampled: at 1 from the model's own
+            distribution, below 1 from a sharper one.
+        top_p: Sample from the likeliest tokens that together have this probability; above 0 and at most 1.
+        seed: For sampling: the same seed gives the same answers. Default: other answers each time.
+        device: cpu, cuda, ...; auto is the accelerator if there is one.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        PaCAError: If the model, its tokenizer, the adapter or the device cannot be used, a number is out of its range,
+        PaCAError: If the model, its tokenizer, the adapter or the device cannot be used, a number is out of range,
             there is no prompt, or the chat template refuses the messages.
     """
     _check_numbers(max_new_tokens, temperature, top_p)
     asked = [prompts] if isinstance(prompts, str) else prompts
     if asked is not None and not any(prompt.strip() for prompt in asked):
         raise PaCAError('There is no prompt. Give one: --prompts "What is your name?".')
-    place = _find_device(device)
+    found = _find_device(device)
     built, tokenizer = load_with_adapter(model, adapter, dtype, revision=revision, trust_remote_code=trust_remote_code)
     merge(built)
-    built.to(place)  # type: ignore[arg-type]
+    built.to(found)  # type: ignore[arg-type]
     if seed is not None:
         torch.manual_seed(seed)
     before = [] if system is None else [{"role": "system", "content": system}]
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    settings: dict[str, Any] = drawn if temperature > 0 else {"do_sample": False}
-    for prompt in _typed() if asked is None else asked:
+    sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    settings: dict[str, Any] = sampled if temperature > 0 else {"do_sample": False}
+    for prompt in _typed_prompts() if asked is None else asked:
         messages = [*before, {"role": "user", "content": prompt}]
         if asked is not None:
             print(f"> {prompt}")
@@ -77,6 +77,7 @@ def generate(
 
 
 def _check_numbers(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise a PaCAError if a number is out of range."""
     if max_new_tokens < 1:
         raise PaCAError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     if not 0 <= temperature < float("inf"):
@@ -84,10 +85,10 @@ def _check_numbers(max_new_tokens: int, temperature: float, top_p: float) -> Non
     if not 0 < top_p <= 1:
         raise PaCAError(f"top_p must be above 0 and at most 1, not {top_p}.")
     if temperature == 0 and top_p < 1:
-        raise PaCAError(f"top_p={top_p} needs a temperature above 0: at 0 nothing is drawn.")
+        raise PaCAError(f"top_p={top_p} needs a temperature above 0: at 0 nothing is sampled.")
 
 
-def _typed() -> Iterator[str]:
+def _typed_prompts() -> Iterator[str]:
     """Lines of the standard input, until an empty one."""
     prompt = None
     with suppress(EOFError):
@@ -98,11 +99,12 @@ def _typed() -> Iterator[str]:
 
 
 def _find_device(device: str) -> torch.device:
+    """The device to use, if this machine has it."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
         found = (accelerator or torch.device("cpu")) if device == "auto" else torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # an assertion says that PyTorch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
         raise PaCAError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
     return found
 
@@ -115,18 +117,18 @@ def load_with_adapter(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base model, its tokenizer, and an adapter into it, in eval mode.
+    """Load a base model with an adapter, in eval mode, and the tokenizer.
 
     Args:
         model: Hugging Face directory or hub id.
-        adapter: Adapter directory; a tokenizer in it is preferred to the model's, for its chat template is what the
-            adapter was trained with. None: the base model alone.
+        adapter: Adapter directory. If it has a tokenizer, that one is loaded, as it has the chat template of training.
+            None: the base model alone.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
-        revision: Branch, tag or commit of the model on the hub, and of its tokenizer.
-        trust_remote_code: Whether to run code that comes with either.
+        revision: Branch, tag or commit of the model and its tokenizer on the hub.
+        trust_remote_code: Whether to run code that comes with the model or the tokenizer.
 
     Raises:
-        PaCAError: If one of them cannot be used.
+        PaCAError: If the model, the tokenizer or the adapter cannot be used.
     """
     if adapter is not None:
         _check_adapter(adapter)
@@ -141,7 +143,7 @@ def load_with_adapter(
 
 
 def _check_adapter(adapter: str) -> None:
-    """Find that there is no adapter before a large model is loaded."""
+    """Check that there is an adapter, before a large model is loaded."""
     if Path(adapter).is_file() or Path(adapter).suffix == ".ckpt":
         raise PaCAError(
             f"{adapter!r} is no adapter directory. The adapter of a checkpoint is written by its run's config with an "

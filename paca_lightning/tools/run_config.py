@@ -1,4 +1,4 @@
-"""A run's config as every command reads it: LightningCLI in which configs name any classes."""
+"""How every command reads a run's config: LightningCLI, for modules and data of any class."""
 
 import signal
 import sys
@@ -14,20 +14,22 @@ from lightning.pytorch.cli import LightningCLI
 from paca_lightning.callbacks.paca import PaCAStrategy
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable_if_local
-from paca_lightning.tasks import EpochProgressBar  # and with it the classes that configs name without their module
+from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
 
 KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
-"""What Lightning looks up by itself."""
+"""Values of ``--ckpt_path`` that Lightning looks up itself."""
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI whose config says what runs, and whose mistakes are told in one message."""
+    """LightningCLI that reports a mistake in a config as one PaCAError, before the run."""
 
     def _parse_ckpt_path(self) -> None:
-        """Check the checkpoint's path. Lightning would put its hyperparameters over what the user gives.
+        """Check the checkpoint's path, and read no hyperparameters from it.
+
+        Lightning would let them override the command line.
 
         Raises:
-            PaCAError: If nothing is there.
+            PaCAError: If the path is not that of a checkpoint.
         """
         settings = self.config.get(self.config.get("subcommand") or "") or {}
         path = settings.get("ckpt_path")
@@ -44,10 +46,10 @@ class RunCLI(LightningCLI):
             raise PaCAError(f"{path!r} (--ckpt_path) is no checkpoint, or was cut off.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer.
+        """Build the trainer, with our progress bar unless it has one.
 
         Raises:
-            PaCAError: If Lightning refuses its settings, or a logger could not write.
+            PaCAError: If Lightning refuses its settings, or a logger cannot write its files.
         """
         settings = {**self.config_init.get(str(self.subcommand), self.config_init).get("trainer", {}), **kwargs}
         if settings.get("enable_progress_bar") is not False and not settings.get("barebones"):
@@ -70,23 +72,23 @@ class RunCLI(LightningCLI):
             self._end_other_ranks()
             raise
         except RuntimeError as error:
-            if ".paca_delta" not in str(error):  # PyTorch's list of keys that do not fit
+            if ".paca_delta" not in str(error):  # not PyTorch's list of missing and unexpected keys
                 raise
             self._end_other_ranks()
-            message = "The checkpoint trains other layers than this run: use its target_modules and modules_to_save."
+            message = "The checkpoint trains other layers than this run. Use its target_modules and modules_to_save."
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(callback, PaCAStrategy) for callback in callbacks):
-                message = "The checkpoint was saved by a run with PaCAStrategy, which this one lacks: add it."
+                message = "The checkpoint was saved by a run with PaCAStrategy, which this one lacks. Add it."
             raise PaCAError(message) from error
 
     def _end_other_ranks(self) -> None:
-        """End the ranks that this one started: below its message they would add that they have lost it."""
+        """End the ranks that this one started. Otherwise each would add that it has lost its peer."""
         if self.trainer.strategy.launcher is not None:
             self.trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
 def with_progress_bar(callbacks: Callback | list[Callback] | None) -> list[Callback]:
-    """A trainer's callbacks, with our progress bar if there is none among them."""
+    """A trainer's callbacks, with our progress bar if none of them is one."""
     given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks is not None else []
     return given if any(isinstance(callback, ProgressBar) for callback in given) else [*given, EpochProgressBar()]
 
@@ -94,15 +96,15 @@ def with_progress_bar(callbacks: Callback | list[Callback] | None) -> list[Callb
 def lightning_cli(
     arguments: list[str], *, run: bool, cli_class: type[LightningCLI] = RunCLI, prog: str = "paca-lightning"
 ) -> LightningCLI:
-    """Parse arguments and build what they name; with ``run``, their subcommand has run when this returns.
+    """Parse arguments and build what they name.
 
     Args:
         arguments: Command line without the program's name.
-        run: Whether it begins with a subcommand (``fit``, ...), to be run.
-        cli_class: What builds the trainer, the module and the data module.
-        prog: Program's name in messages.
+        run: Whether it begins with a subcommand (``fit``, ...), which has run when this returns.
+        cli_class: Builds the trainer, the module and the data module.
+        prog: The command, for messages.
     """
-    sys.argv[1:] = arguments
+    sys.argv[1:] = arguments  # LightningCLI and the ranks that DDP launches read them there
     return cli_class(
         LightningModule,
         LightningDataModule,

@@ -27,7 +27,7 @@ def test_the_data_tool_marks_trained_tokens(tmp_path: Path, monkeypatch: pytest.
     assert "<|im_end|>⟧" in text
     assert "validation" in text
     assert "dropped, no answer left" in text
-    with pytest.raises(PaCAError, match="the data here is LightningDataModule"):
+    with pytest.raises(PaCAError, match="config's data is LightningDataModule"):
         data_tool.data(LightningDataModule())
 
 
