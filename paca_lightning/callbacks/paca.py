@@ -65,11 +65,7 @@ class PaCAStrategy(Callback):
     """
 
     def __init__(
-        self,
-        config: PaCAConfig | None = None,
-        *,
-        adapter: str | None = None,
-        full_checkpoints: bool = False,
+        self, config: PaCAConfig | None = None, *, adapter: str | None = None, full_checkpoints: bool = False
     ) -> None:
         self.config = config_beside_adapter(config, adapter)
         self.adapter = adapter
