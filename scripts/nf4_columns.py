@@ -1,13 +1,12 @@
-"""Held-out loss of an NF4 model whose PaCA columns are unquantized, before any training, against the plain NF4 model.
+"""What unquantized PaCA columns give back of the loss that NF4 costs, before any training.
 
-The columns that PaCA trains start from the full-precision weight, so they undo a part of the quantization error at
-once.
-Prints, for each selection and rank, the loss and how much of the loss that NF4 costs comes back.
+The columns that PaCA trains start from the full-precision weight, and so undo a part of the quantization error. Prints
+the held-out loss for each selection and rank, and the share of the NF4 loss that is regained.
 
     python scripts/nf4_columns.py models/SmolLM2-135M-Instruct text.jsonl --ranks 8 32 128
 
-The second argument is plain text, or chat messages, one conversation a line (.jsonl). Its first quarter calibrates
-quant_error, and the loss is that of all tokens of the rest.
+The second argument is plain text, or chat messages with one conversation a line (.jsonl). Its first quarter calibrates
+quant_error; the loss is over all tokens of the rest.
 """
 
 import argparse
@@ -26,7 +25,7 @@ LENGTH = 256
 
 
 def blocks(tokenizer: object, path: Path, limit: int) -> Tensor:
-    """Running text cut into blocks, shape (blocks, LENGTH)."""
+    """Running text cut into blocks of tokens, shape (blocks, LENGTH)."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".jsonl":
         chats = [json.loads(line)["messages"] for line in text.splitlines()]
@@ -42,7 +41,7 @@ def loss(model: nn.Module, ids: Tensor) -> float:
 
 
 def losses(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    """Name and loss of each model; the first is the full-precision one, the second the plain NF4 one."""
+    """Name and loss of each model: full precision first, then plain NF4, then each selection and rank."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     ids = blocks(tokenizer, arguments.text, arguments.blocks)
     held_out, calibration = ids[len(ids) // 4 :], ids[: len(ids) // 4].split(4)
@@ -62,12 +61,12 @@ def losses(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    """Print the table as it grows."""
+    """Print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
-    parser.add_argument("--blocks", type=int, default=64, help=f"at most so many blocks of {LENGTH} tokens")
+    parser.add_argument("--blocks", type=int, default=64, help=f"use at most this many blocks of {LENGTH} tokens")
     table = losses(parser.parse_args())
     (name, full), (second, plain) = next(table), next(table)
     print(f"{'model':<36} {'loss':>8} {'to NF4':>9} {'regained':>9}")

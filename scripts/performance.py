@@ -1,12 +1,12 @@
-"""Measures everything that docs/performance.md shows, and writes its tables and plots.
+"""Measures what docs/performance.md shows, and writes its tables and plots.
 
     python -m scripts.performance                      # all settings: `make bench`
     python -m scripts.performance --only small-512     # some of them
-    python -m scripts.performance --only smollm2 --steps 3    # a trial: the document will say how many steps
-    python -m scripts.performance --render             # only the document and plots, from docs/performance/*.json
+    python -m scripts.performance --only smollm2 --steps 3    # a trial; the document will say how many steps
+    python -m scripts.performance --render             # measure nothing: rewrite the document from what is kept
 
-A setting's commands are run as a user would run them. What they measured is kept in docs/performance/NAME.json, and the
-document's part between `<!-- begin NAME -->` and `<!-- end NAME -->` is made from that file alone.
+A setting's commands are run as a user would run them. Their figures are kept in docs/performance/NAME.json. The part of
+the document between `<!-- begin NAME -->` and `<!-- end NAME -->` is made from that file alone.
 """
 
 import argparse
@@ -43,9 +43,9 @@ class Setting:
     """A table of the document.
 
     Args:
-        commands: Arguments of ``paca-lightning`` for each run, by the run's label in the table.
+        commands: Arguments of ``paca-lightning`` by the run's label in the table.
         table: Makes the table.
-        plot: Draws docs/performance/NAME.png, if there is to be one.
+        plot: Draws docs/performance/NAME.png. None: no plot.
     """
 
     commands: dict[str, str]
@@ -129,9 +129,9 @@ def measure(setting: Setting, steps: int | None = None) -> list[Run]:
 
     Args:
         setting: What to run.
-        steps: Timed steps, instead of the setting's.
+        steps: Timed steps. Default: the setting's.
     """
-    # A limit of threads in the environment would be measured, too.
+    # A thread limit of this environment would change the figures.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     runs = []
     for label, command in setting.commands.items():
@@ -145,25 +145,25 @@ def measure(setting: Setting, steps: int | None = None) -> list[Run]:
             words = [sys.executable, "-m", "paca_lightning.cli", *shlex.split(command), *output]
             finished = subprocess.run(words, cwd=ROOT, env=environment)  # noqa: S603  (our own commands)
             if finished.returncode and not (estimates and finished.returncode == 1):  # 1: does not fit
-                sys.exit(f"It ended with exit code {finished.returncode}.")
+                sys.exit(f"The command ended with exit code {finished.returncode}.")
             report = json.loads(file.read_text())
-        report["setup"].pop("command", None)  # with this machine's paths
+        report["setup"].pop("command", None)  # it has paths of this machine
         runs.append({"label": label, "command": f"paca-lightning {command}", **report})
     return runs
 
 
 def load() -> dict[str, list[Run]]:
-    """What was measured of each setting, as far as it was."""
+    """The kept figures, by setting; settings without figures are missing."""
     files = {name: RESULTS / f"{name}.json" for name in SETTINGS}
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
 def render(document: str, measured: dict[str, list[Run]]) -> str:
-    """The document with its tables made anew.
+    """The document with its tables replaced.
 
     Args:
-        document: Holds a pair of marks for each setting and for the promises.
-        measured: Runs of each setting.
+        document: Its text, with a pair of marks for each setting and for the promises.
+        measured: Runs by setting.
     """
     for name in [PROMISES, *SETTINGS]:
         body = promises_table(measured) if name == PROMISES else _section(name, measured.get(name))
@@ -186,13 +186,18 @@ def _section(name: str, runs: list[Run] | None) -> str:
 
 
 def main() -> None:
-    """Measure, keep, draw and write."""
+    """Measure the chosen settings, keep their figures, and rewrite plots and document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME", help="of: %(choices)s"
+        "--only",
+        nargs="+",
+        choices=SETTINGS,
+        default=list(SETTINGS),
+        metavar="NAME",
+        help="settings to measure, from: %(choices)s. Default: all",
     )
-    parser.add_argument("--steps", type=int, help="timed steps of each method instead of each setting's own")
-    parser.add_argument("--render", action="store_true", help="measure nothing: write the document from what is kept")
+    parser.add_argument("--steps", type=int, help="timed steps of each method. Default: the setting's")
+    parser.add_argument("--render", action="store_true", help="measure nothing: rewrite the document from what is kept")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     for name in arguments.only:
@@ -202,7 +207,9 @@ def main() -> None:
         measured, plot = load(), SETTINGS[name].plot
         if name in measured and plot is not None:
             plot(measured[name], RESULTS / f"{name}.png")
-        DOCUMENT.write_text(render(DOCUMENT.read_text(), measured))  # after each, so that an interruption loses little
+        DOCUMENT.write_text(
+            render(DOCUMENT.read_text(), measured)
+        )  # after each setting, so that an interruption loses little
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from paca_lightning.tools.bench import results
 from paca_lightning.tools.memory.timeline import Kind
 
 Run = dict[str, Any]
-"""What a command measured: ``rows`` and ``setup`` of its JSON, the ``command``, and its ``label`` in the setting."""
+"""One command's figures: ``rows`` and ``setup`` of its JSON, the ``command``, and its ``label`` in the table."""
 
 NAMES = {
     "paca": "PaCA",
@@ -29,7 +29,7 @@ OURS = ("paca", "qpaca", "PaCA")
 
 
 def bench_table(runs: list[Run]) -> str:
-    """One row for each method of each run of ``bench``."""
+    """Runs of ``bench``, one row for each method."""
     columns = ["method", "step ms", "x floor", "quartiles", "forward", "backward", "optimizer"]
     columns += ["saved MiB", "peak MiB", "trainable", "tokens/s"]
     rows = []
@@ -57,7 +57,7 @@ def bench_table(runs: list[Run]) -> str:
 
 
 def estimate_table(runs: list[Run]) -> str:
-    """One row for each method of each run of ``estimate``, in GiB of one device."""
+    """Runs of ``estimate``, one row for each method, in GiB of one device."""
     columns = ["GiB", *(kind.name.lower().replace("_", " ") for kind in Kind), "peak", "x LoRA", "longest that fits"]
     rows = []
     for run in runs:
@@ -79,12 +79,12 @@ def estimate_table(runs: list[Run]) -> str:
 
 
 def figure(run: Run, method: str, name: str) -> Any:
-    """A figure of a method's first row in a run; None if it has none."""
+    """A figure of a method's first row in a run; None if the method has no row."""
     return next((row[name] for row in run["rows"] if row["method"] == method), None)
 
 
 def source(runs: list[Run]) -> str:
-    """Where figures come from: commands, date, machine, versions."""
+    """Commands, date, machine and versions of figures."""
     commands = "".join(f"    {run['command']}\n" for run in runs)
     setup = runs[0]["setup"]
     dates = sorted({run["setup"]["date"] for run in runs})
@@ -103,13 +103,13 @@ def source(runs: list[Run]) -> str:
 
 
 def promises_table(settings: dict[str, list[Run]]) -> str:
-    """The paper's four promises against LoRA, beside what was measured here; settings without figures are left out."""
+    """The paper's four promises against LoRA, beside what was measured here. Settings without figures are left out."""
     rows = []
 
     def compare(promise: str, paper: str, name: str, what: str, key: str, methods: tuple[str, str, str]) -> None:
         if name in settings:
             own, *others = (figure(settings[name][0], method, key) for method in methods)
-            if own and any(others):  # not everything is measured everywhere
+            if own and any(others):  # not every setting has every figure
                 rows.append(["", promise, paper, what, *(_change(own, one) if one else "" for one in others)])
 
     measured, traced = ("paca", "lora", "lora-narrow"), ("PaCA", "LoRA", "LoRA, adapters as narrow as the model")
@@ -132,12 +132,12 @@ def promises_table(settings: dict[str, list[Run]]) -> str:
 
 
 def bars(runs: list[Run], path: Path) -> None:
-    """Step time, saved bytes and peak of a single run of ``bench``."""
+    """Draw step time, saved bytes and peak of one run of ``bench``."""
     results.plot(runs[0]["rows"], runs[0]["setup"]["title"], path)
 
 
 def lines(runs: list[Run], path: Path) -> None:
-    """Step time and saved bytes over tokens, from one run of ``bench`` for each length."""
+    """Draw step time and saved bytes over tokens, from one run of ``bench`` for each length."""
     panels = {"step time, x floor": ("ratio_to_floor", 1), "saved for backward, MiB": ("saved_bytes", 2**20)}
     tokens = [run["setup"]["workload"]["tokens"] for run in runs]
     figure = _figure(8.4, 3.2)
@@ -155,7 +155,7 @@ def lines(runs: list[Run], path: Path) -> None:
 
 
 def stacks(runs: list[Run], path: Path) -> None:
-    """Memory of a device by kind, from runs of ``estimate``."""
+    """Draw the memory of a device by kind, from runs of ``estimate``."""
     rows = [(run["label"], row) for run in runs for row in run["rows"]]
     labels = [" ".join(filter(None, (label, NAMES.get(row["method"], row["method"])))) for label, row in rows]
     figure = _figure(8.4, 1.2 + 0.3 * len(rows))
@@ -193,7 +193,7 @@ def _change(own: float, other: float) -> str:
 
 
 def _table(columns: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table; the rows' first cells, their runs' labels, only where there is more than one."""
+    """A Markdown table. The first cell of a row is its run's label, shown if there are several."""
     rows = list(rows)
     if len({row[0] for row in rows}) > 1:
         columns = ["", *columns]
