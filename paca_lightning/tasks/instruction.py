@@ -51,7 +51,8 @@ class InstructionDataModule(LightningDataModule):
         validation_fraction: Share of `train` held out if `validation` is None, drawn by `seed`. 0: no validation.
         loss_on: `assistant` trains the answers and their end-of-turn tokens; `all` trains every token.
         packing: Put several conversations into each row. Positions restart in each, which keeps attention inside it;
-            the model must be called without a cache and without `attention_mask`.
+            the model must be called without a cache and without `attention_mask`. `CausalLMModule` tries before a run
+            whether the model keeps conversations apart, and refuses one that does not.
         group_by_length: Batch conversations of similar length, which saves padding.
         pad_to_multiple_of: Rows are padded on the right to a multiple of this length, up to max_length.
         num_workers: Processes that prepare batches ahead. Rows are read as tokens, so 0 is usually fast enough.
