@@ -7,10 +7,10 @@ and mark the layers whose deltas a step has moved without a write-back.
 """
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -18,25 +18,36 @@ from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import version_of
 
-if TYPE_CHECKING:
-    from paca_lightning.layers.base import PaCALayer
+
+class WatchedLayer(Protocol):
+    """What this module knows of a PaCA layer."""
+
+    paca_delta: nn.Parameter
+    paca_base_columns: nn.Parameter
+    paca_path: str
+    paca_written: tuple[int, int] | None
+    paca_written_at: int
+    scaling: float
+
+    def _read_columns(self) -> Tensor: ...
+
 
 MOVED = (0, -1)
 """In place of what was written last: an optimizer has moved the delta since."""
 
-watched: dict[int, "weakref.ref[PaCALayer]"] = {}
+watched: dict[int, "weakref.ref[WatchedLayer]"] = {}
 """The layers whose deltas an optimizer's step may move, by the id of the delta."""
 
 _steps = 0
 _hooked = False
 
 
-def is_written(layer: "PaCALayer", delta: Tensor) -> bool:
+def is_written(layer: WatchedLayer, delta: Tensor) -> bool:
     """Whether a layer's weight is known to be in step with its delta."""
     return layer.paca_written == (id(delta), version_of(delta))
 
 
-def note_written(layer: "PaCALayer", delta: Tensor) -> None:
+def note_written(layer: WatchedLayer, delta: Tensor) -> None:
     """Note that a layer's weight is in step with its delta now."""
     global _hooked
     if is_sharded(delta):  # a forward sees another parameter, the gathered one
@@ -52,7 +63,7 @@ def note_written(layer: "PaCALayer", delta: Tensor) -> None:
         register_optimizer_step_post_hook(_mark_moved)
 
 
-def check_written(layer: "PaCALayer", delta: Tensor) -> None:
+def check_written(layer: WatchedLayer, delta: Tensor) -> None:
     """Raise if a delta was changed and not written back since.
 
     Raises:
@@ -73,7 +84,7 @@ def check_written(layer: "PaCALayer", delta: Tensor) -> None:
 
 
 @torch.no_grad()
-def _weight_is_in_step(layer: "PaCALayer") -> bool:
+def _weight_is_in_step(layer: WatchedLayer) -> bool:
     """Whether the weight equals its base columns plus its scaled delta. Waits for the device."""
     columns = torch.add(layer.paca_base_columns, layer.paca_delta, alpha=layer.scaling)
     present = layer._read_columns()
@@ -99,5 +110,5 @@ def _mark_moved(optimizer: Optimizer, *_: Any) -> None:
                 layer.paca_written = MOVED
 
 
-def _name(layer: "PaCALayer") -> str:
+def _name(layer: WatchedLayer) -> str:
     return repr(layer.paca_path) if layer.paca_path else type(layer).__name__
