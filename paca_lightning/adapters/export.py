@@ -11,6 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from paca_lightning.adapters.exported import (
+    check_lora_can_hold,
+    hugging_face_model,
+    named_paca_layers,
+    part_of,
+    whole_modules,
+)
+from paca_lightning.adapters.files import PREFIX, base_model_entries
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.state import config_of
 from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tensor
@@ -35,7 +43,13 @@ class Tokenizer(Protocol):
         """Write the tokenizer to a directory."""
 
 
-def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+def export_merged(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    path: str | None = None,
+) -> None:
     """Write a converted model as a plain Hugging Face checkpoint in bf16, which needs no PaCA to be loaded.
 
     NF4 bases are dequantized; the trained columns are exact up to bf16. The model itself does not change.
@@ -48,20 +62,22 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
         directory: Is created if it does not exist. Files of the same names and the weights of an earlier export are
             replaced; other files stay.
         tokenizer: Is saved in the same directory.
+        path: Of the Hugging Face model to write, in a module that holds several, such as a teacher and a student.
 
     Raises:
-        PaCAError: If the model contains no Hugging Face model or no PaCA layer, if bitsandbytes quantized a layer in a
-            way that is not supported, or if the directory holds an adapter.
+        PaCAError: If the model contains no Hugging Face model, several and no path, or no PaCA layer, if bitsandbytes
+            quantized a layer in a way that is not supported, or if the directory holds an adapter.
     """
     check_no_adapter(directory)
-    base = _hugging_face_model(model)
-    _layers(model)
+    base = hugging_face_model(part_of(model, path))
+    named_paca_layers(base)
     config = copy.deepcopy(base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         plain = type(base)(config).to(DTYPE)
-    plain.generation_config = base.generation_config
+    if (generation_config := getattr(base, "generation_config", None)) is not None:  # an encoder has none
+        plain.generation_config = generation_config
     tensors = _plain_tensors(base)
     if not is_first_rank():
         for _ in tensors:  # takes part in gathering
@@ -74,7 +90,13 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], tokenizer
             tokenizer.save_pretrained(scratch)
 
 
-def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    path: str | None = None,
+) -> None:
     """Write the training result as a LoRA adapter in PEFT's layout, of the same rank and without loss.
 
     The change of the selected columns, ``scaling * D``, is the product ``B A`` of ``B = D`` and a matrix ``A`` whose
@@ -87,37 +109,43 @@ def export_lora(model: nn.Module, directory: str | os.PathLike[str], tokenizer: 
         model: The converted model, or a module around it.
         directory: Is created if it does not exist. Files of the same names are replaced.
         tokenizer: Is saved in the same directory, where servers look for an adapter's chat template.
+        path: Of the model whose adapter to write, in a module that holds several Hugging Face models.
 
     Raises:
-        PaCAError: If the model has no PaCA layers.
+        PaCAError: If the model has no PaCA layers, several Hugging Face models and no path, or trained what a LoRA
+            adapter cannot hold or PEFT refuses.
     """
-    layers = _layers(model)
+    model = part_of(model, path)
+    check_lora_can_hold(model)
+    inventory = take_inventory(model)
+    layers = inventory.named_layers()
     config = config_of(model)
     assert config is not None
     alphas = {layer.scaling * layer.r for layer in layers.values()}
     one_alpha = alphas.pop() if len(alphas) == 1 else None
-    ranks = {path: layer.r for path, layer in layers.items() if layer.r != config.r}
+    ranks = {name: layer.r for name, layer in layers.items() if layer.r != config.r}
     tensors = {}
-    for path, layer in layers.items():
+    for name, layer in layers.items():
         # Where alphas differ, each is set to its rank (LoRA's scaling is then 1), and B takes our scaling.
         factor = 1.0 if one_alpha is not None else layer.scaling
         selection = torch.zeros(layer.r, layer.in_features)
         selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
-        tensors[f"base_model.model.{path}.lora_A.weight"] = selection
-        tensors[f"base_model.model.{path}.lora_B.weight"] = whole_tensor(layer.paca_delta).float() * factor
-    for path, module in take_inventory(model).named_saved().items():
-        for name, parameter in module.named_parameters():
-            tensors[f"base_model.model.{path}.{name}"] = whole_tensor(parameter).contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = selection
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole_tensor(layer.paca_delta).float() * factor
+    base_entries = base_model_entries(inventory.base_model)
+    whole = whole_modules(inventory, base_entries["task_type"])
+    for name, module in whole.items():
+        for own_name, parameter in module.named_parameters():
+            tensors[f"{PREFIX}{name}.{own_name}"] = whole_tensor(parameter).contiguous()
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(_unwrapped(model)).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": getattr(getattr(_unwrapped(model), "config", None), "name_or_path", None) or None,
+        **base_entries,
         "r": config.r,
         "lora_alpha": config.r if one_alpha is None else one_alpha,
         "rank_pattern": ranks,
         "alpha_pattern": ranks if one_alpha is None else {},
         "target_modules": list(layers),
-        "modules_to_save": config.modules_to_save or None,
+        "modules_to_save": list(whole) or None,
         "fan_in_fan_out": any(layer.paca_base_class.__name__ == "Conv1D" for layer in layers.values()),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -144,30 +172,6 @@ def check_no_adapter(directory: str | os.PathLike[str]) -> None:
             f"{str(directory)!r} holds an adapter, which programs would apply to a merged model in the same directory. "
             "Choose another directory."
         )
-
-
-def _layers(model: nn.Module) -> dict[str, PaCALayer]:
-    """PaCA layers by their path from the base model."""
-    layers = take_inventory(model).named_layers()
-    if not layers:
-        raise PaCAError("The model has no PaCA layers, so there is nothing to export. Call apply_paca first.")
-    return layers
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The outermost Hugging Face model in a module, or the module itself."""
-    found = (m for m in model.modules() if hasattr(m, "get_output_embeddings") and hasattr(m, "config"))
-    return next(found, model)
-
-
-def _hugging_face_model(model: nn.Module) -> Any:
-    base = _unwrapped(model)
-    if not hasattr(base, "save_pretrained"):
-        raise PaCAError(
-            f"There is no Hugging Face model in {type(model).__name__}, so it cannot be written as a Hugging Face "
-            "checkpoint. Use merge(model) and save its state_dict()."
-        )
-    return base
 
 
 @torch.no_grad()

@@ -68,11 +68,36 @@ def peft_config(base_model: nn.Module | None, config: PaCAConfig) -> dict[str, A
 
 
 def base_model_entries(base_model: nn.Module | None) -> dict[str, Any]:
-    """What a PEFT configuration tells of its base model."""
-    return {
-        "task_type": "CAUSAL_LM" if type(base_model).__name__.endswith("ForCausalLM") else None,
+    """What a PEFT configuration tells of its base model.
+
+    PEFT's ``AutoPeftModel`` classes go by the task, and ``AutoPeftModel`` itself by the class if there is no task.
+    """
+    entries: dict[str, Any] = {
+        "task_type": _task_of(base_model),
         "base_model_name_or_path": getattr(getattr(base_model, "config", None), "name_or_path", None) or None,
     }
+    if base_model is not None and entries["task_type"] is None:
+        kind = type(base_model)
+        entries["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return entries
+
+
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+"""PEFT's tasks by the ends of class names of Hugging Face models."""
+
+
+def _task_of(base_model: nn.Module | None) -> str | None:
+    name = type(base_model).__name__
+    encodes = getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
+    if name.endswith("ForConditionalGeneration") and encodes:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
 def shared_settings(config: PaCAConfig) -> dict[str, Any]:
