@@ -224,9 +224,10 @@ class QPaCALinear(BuiltLikeLinear):
 
 
 def _computed_dtype(input: Tensor) -> torch.dtype:
-    """Dtype to compute in: autocast's where it is on, else the input's."""
+    """Dtype that a linear layer computes in: the input's, or autocast's, which leaves fp64 alone."""
     device = input.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+    casts = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else input.dtype
 
 
 def _other_columns(layer: str) -> str:

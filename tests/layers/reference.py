@@ -1,10 +1,21 @@
 """Plain references for the tests of layers: dense twins, NF4 in plain torch, tiny inputs."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from paca_lightning import PaCAConfig, PaCALinear, QPaCALinear
+from paca_lightning import PaCAConfig, PaCALinear, QPaCALinear, apply_paca, merge, paca_layers
 from paca_lightning.layers import nf4
+from paca_lightning.layers.base import PaCALayer
+
+IN, OUT, R = 24, 16, 4
+ALPHA = 6.0  # scaling 1.5
+INDICES = torch.tensor([2, 3, 11, 23])
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest difference over largest value."""
+KINDS = ("dense", "transposed", "nf4")
 
 NF4 = PaCAConfig(r=4, quantize="nf4")
 
@@ -87,18 +98,6 @@ def train(model: nn.Module, steps: int = 3) -> Tensor:
     return logits(model)
 
 
-IN, OUT, R = 24, 16, 4
-
-
-ALPHA = 6.0  # scaling 1.5
-
-
-INDICES = torch.tensor([2, 3, 11, 23])
-
-
-ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}  # largest difference over largest value
-
-
 def layer_and_twin(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[PaCALinear, nn.Linear]:
     """A PaCA layer with a trained delta, and a plain dense layer with the same weight."""
     torch.manual_seed(0)
@@ -111,5 +110,23 @@ def layer_and_twin(dtype: torch.dtype = torch.float32, bias: bool = True) -> tup
     return layer, twin
 
 
+def pair_of(kind: str, dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[PaCALayer, nn.Module]:
+    """A PaCA layer of one of the ``KINDS`` with a trained delta, and a plain layer with the same weight."""
+    if kind == "dense":
+        return layer_and_twin(dtype, bias)
+    torch.manual_seed(0)
+    base = Conv1D(OUT, IN) if kind == "transposed" else nn.Linear(IN, OUT, bias)
+    model = nn.Sequential(base.to(dtype))
+    config = PaCAConfig(r=R, alpha=ALPHA, quantize="nf4" if kind == "nf4" else None)
+    apply_paca(model, config, indices={"0": INDICES})
+    ((_, layer),) = paca_layers(model)
+    with torch.no_grad():
+        layer.paca_delta.normal_(std=0.1)
+    layer.write_columns()
+    twin = merge(copy.deepcopy(model))[0].requires_grad_()
+    return layer, twin
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -10,28 +10,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
-from transformers.pytorch_utils import Conv1D
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
+from paca_lightning import PaCAConfig, PaCAError, apply_paca
 from paca_lightning.layers.base import PaCALayer
-from tests.layers.reference import ALPHA, IN, INDICES, OUT, R
+from tests.layers.reference import ALPHA, IN, INDICES, KINDS, OUT, R, pair_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-KINDS = ["dense", "transposed", "nf4"]
-
-
-def layer_of(kind: str) -> PaCALayer:
-    """A float64 PaCA layer with a trained delta."""
-    torch.manual_seed(0)
-    base = Conv1D(OUT, IN) if kind == "transposed" else nn.Linear(IN, OUT)
-    model = nn.Sequential(base).double()
-    config = PaCAConfig(r=R, alpha=ALPHA, quantize="nf4" if kind == "nf4" else None)
-    apply_paca(model, config, indices={"0": INDICES})
-    ((_, layer),) = paca_layers(model)
-    with torch.no_grad():
-        layer.paca_delta.normal_(std=0.1)
-    layer.write_columns()
-    return layer
 
 
 def weight_of(layer: PaCALayer, delta: Tensor) -> Tensor:
@@ -55,7 +39,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 @pytest.fixture(params=KINDS)
 def layer(request: pytest.FixtureRequest) -> PaCALayer:
-    return layer_of(request.param)
+    return pair_of(request.param)[0]
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
@@ -109,7 +93,7 @@ def test_maps_and_jacobians_of_the_input(layer: PaCALayer) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "transposed"])
 def test_a_traced_layer_trains(kind: str) -> None:
-    layer, input = layer_of(kind), random(5, IN)
+    layer, input = pair_of(kind)[0], random(5, IN)
     traced = torch.jit.trace(layer, input)
     with torch.no_grad():
         layer.paca_delta.add_(1.0)
@@ -139,7 +123,7 @@ def test_a_frozen_layer_has_second_derivatives(layer: PaCALayer) -> None:
 
 def test_expanded_weights_are_refused() -> None:
     with pytest.raises(PaCAError, match=r"ExpandedWeight \(call_for_per_sample_grads\).*Use torch.func.vmap"):
-        call_for_per_sample_grads(layer_of("dense"), batch_size=5)(random(5, IN))
+        call_for_per_sample_grads(pair_of("dense")[0], batch_size=5)(random(5, IN))
 
 
 def test_own_parameters_by_functional_call_are_nothing_special(layer: PaCALayer) -> None:
@@ -194,7 +178,7 @@ def test_other_nested_tensors_are_refused() -> None:
     strided = torch.nested.nested_tensor([torch.randn(2, IN), torch.randn(3, IN)])
     for input in (strided, jagged().transpose(1, 2)):
         with pytest.raises(PaCAError, match=r"takes nested tensors of shape \(batch, jagged, ..., in_features\)"):
-            layer_of("dense")(input)
+            pair_of("dense")[0](input)
 
 
 # -- Weights whose elements share memory
