@@ -139,7 +139,7 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         model = self._built()
         # With a cache, Hugging Face models let packed documents attend to each other.
         logits: Tensor = model(**model_inputs(self.packed_rows(model, batch)), use_cache=False).logits
-        return logits.view(*batch["input_ids"].shape, -1)
+        return logits.reshape(*batch["input_ids"].shape, -1)
 
     def on_fit_start(self) -> None:
         """Check the data against the model.

@@ -1,6 +1,6 @@
 """Tries whether a model keeps the documents of a packed row apart."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -30,7 +30,7 @@ def check_packing(module: LightningModule, datamodule: object, rows: PackedRows,
 
 def check_first_batch(module: LightningModule, batch: TokenBatch, rows: PackedRows, model: PreTrainedModel) -> None:
     """Try the model at the first training batch, if it is packed, on any rank (see ``choose_way``)."""
-    if not rows.tried and "position_ids" in batch:
+    if not rows.tried and isinstance(batch, Mapping) and "position_ids" in batch:
         rows.tried = True
         restarts = bool((batch["position_ids"].diff(dim=-1) != 1).any())
         if module.trainer.strategy.reduce_boolean_decision(restarts, all=False):
