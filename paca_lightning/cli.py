@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NamedTuple
 
 import rich
@@ -12,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.errors import PaCAError, users_mistake
 
 
 class Tool(NamedTuple):
@@ -62,8 +66,8 @@ PURPOSES = RUNS | LOOKS | {name: tool.purpose for name, tool in TOOLS.items()}
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``paca-lightning``.
 
-    Exit codes: 0; 1 if a run does not fit the memory given to ``estimate``; 2 for a user's mistake; 130 after Ctrl-C.
-    Any other error keeps its traceback.
+    Exit codes: 0; 1 if a run does not fit the memory given to ``estimate``; 2 for a user's mistake; 130 after Ctrl-C;
+    143 after SIGTERM. Any other error keeps its traceback.
 
     Args:
         args: Command line without the program's name. Default: that of the process.
@@ -72,7 +76,8 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        _run(arguments)
+        with sigterm_exits():
+            _run(arguments)
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None or debug:
@@ -86,14 +91,21 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
 
 
-def users_mistake(error: BaseException | None) -> PaCAError | None:
-    """The PaCAError that an error is or was raised from, as jsonargparse raises errors of a config's classes.
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """Inside this context SIGTERM raises SystemExit, so that what is open is closed; a run replaces this meanwhile."""
 
-    An error that came up while a PaCAError was handled (its ``__context__``) is another error, and is shown as it is.
-    """
-    while error is not None and not isinstance(error, PaCAError):
-        error = error.__cause__
-    return error
+    def exit_now(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, exit_now)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(arguments: list[str]) -> None:

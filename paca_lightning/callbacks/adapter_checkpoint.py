@@ -13,20 +13,22 @@ from typing_extensions import override
 from paca_lightning.adapters.adapter import save_adapter
 from paca_lightning.adapters.files import TENSORS
 from paca_lightning.callbacks.averaging import Averaging
-from paca_lightning.core.dtensor import is_first_rank
+from paca_lightning.callbacks.stop_signals import STOPPED
+from paca_lightning.core.dtensor import is_first_rank, is_sharded
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable, written_aside
 from paca_lightning.layers.base import paca_layers
 
 
 class AdapterCheckpoint(Callback):
-    """Write the adapter at the end of fitting and on Ctrl-C, or the best adapter with ``monitor``.
+    """Write the adapter at the end of fitting and when it is stopped, or the best adapter with ``monitor``.
 
     ``load_adapter``, ``PaCAStrategy(adapter=...)`` and ``paca-lightning export`` take the directory. It also holds the
     data module's ``tokenizer``, if there is one, as its chat template may differ from the base model's.
 
-    To resume a run, use Lightning's ModelCheckpoint: its files hold the adapter and the state of the run. To get the
-    adapter out of such a file, run ``fit`` with the same config and ``limit_train_batches=0``:
+    After an error, and after a stop where the best adapter is kept, the last one is written beside it, to
+    ``adapter-interrupted``. To resume a run, use Lightning's ModelCheckpoint: its files hold the adapter and the state
+    of the run. To get the adapter out of such a file, run ``fit`` with the same config and ``limit_train_batches=0``:
     ``paca-lightning fit --config ... --ckpt_path best.ckpt --trainer.limit_train_batches=0``.
 
     Args:
@@ -122,9 +124,22 @@ class AdapterCheckpoint(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the present adapter when the user stops the run, unless a best one is there."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step > 0 and self.best is None:
-            self._save(trainer, pl_module)
+        """Write the present adapter: as the adapter if the user stops the run, beside it if there is a better one.
+
+        After an error, or where the best adapter is kept, it goes to a directory of its own, ``adapter-interrupted``. A
+        sharded adapter cannot be gathered after an error, which other ranks may not have.
+        """
+        stopped = isinstance(exception, STOPPED)
+        if not self._trained or trainer.state.fn != TrainerFn.FITTING or not _has_moved(pl_module):
+            return
+        if not stopped and any(is_sharded(layer.paca_delta) for _, layer in paca_layers(pl_module)):
+            return
+        assert self._directory is not None
+        own_name = self._directory.with_name(f"{self._directory.name}-interrupted")
+        try:
+            self._save(trainer, pl_module, self._directory if stopped and self.best is None else own_name)
+        except (PaCAError, OSError) as error:  # such as a full disk: the exception at hand says more
+            rank_zero_warn(f"The adapter could not be saved: {error}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -139,20 +154,25 @@ class AdapterCheckpoint(Callback):
         if state_dict["directory"] == str(self._directory) and state_dict["sha256"] == _sha256(self._directory):
             self.best, self._best_sha256 = state_dict["best"], state_dict["sha256"]
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._directory is not None
-        save_adapter(pl_module, self._directory)
+    def _save(self, trainer: Trainer, pl_module: LightningModule, directory: Path | None = None) -> None:
+        """Write the present adapter. Default: to the directory of the best or last one."""
+        directory = directory or self._directory
+        assert directory is not None
+        save_adapter(pl_module, directory)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
-            with written_aside(
-                self._directory
-            ) as scratch:  # after the adapter, so that a failing tokenizer does not cost it
+            with written_aside(directory) as scratch:  # after the adapter, which a failing tokenizer must not cost
                 tokenizer.save_pretrained(scratch)
-        if self.monitor is None or not self._trained:
-            rank_zero_info(f"Adapter: {self._directory}")
+        if self.monitor is None or not self._trained or directory != self._directory:
+            rank_zero_info(f"Adapter: {directory}")
 
     def _find_directory(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
+
+
+def _has_moved(pl_module: LightningModule) -> bool:
+    """Whether there is anything to save: on each rank alone, as the others may not answer."""
+    return any(is_sharded(layer.paca_delta) or bool(layer.paca_delta.any()) for _, layer in paca_layers(pl_module))
 
 
 def _sha256(directory: Path | None) -> str | None:

@@ -1,10 +1,9 @@
 """PaCAStrategy: the callback that brings PaCA to any LightningModule."""
 
-from typing import Any, NoReturn
+from typing import Any
 
 import rich
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
@@ -32,11 +31,20 @@ from paca_lightning.callbacks.life_cycle import (
     settle_restored_columns,
 )
 from paca_lightning.callbacks.method_hooks import MethodHooks
-from paca_lightning.callbacks.run_checks import check_optimizers, check_outputs, check_strategy, learning_rate
+from paca_lightning.callbacks.monitors import check_monitors
+from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, optimizer_names
+from paca_lightning.callbacks.run_checks import (
+    check_deltas_moved,
+    check_optimizers,
+    check_outputs,
+    check_strategy,
+    check_validation_interval,
+    delta_sums,
+    learning_rate,
+)
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.write_back import attach, layers_stepped_by
 from paca_lightning.core.config import PaCAConfig
-from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import logged_step, should_log, spawns_workers
 
 
@@ -75,6 +83,8 @@ class PaCAStrategy(Callback):
         self._handles: list[RemovableHandle] = []
         self._hooks = MethodHooks()
         self._saved_base: dict[str, list[float]] | None = None
+        self._resumed = ResumedOptimizers()
+        self._at_start: tuple[int, list[tuple[float, float]]] | None = None  # steps and delta_sums
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,10 +110,12 @@ class PaCAStrategy(Callback):
             check_resumable(checkpoint)
         self._saved_base = checkpoint.get(BASE)
         own = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        self._resumed.note_saved(own.get("optimizers"))
         present_conversion(pl_module).columns_restored = own.get("selected", True)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
+        self._resumed.check_classes(trainer)
         for optimizer in trainer.optimizers:
             if layers_stepped_by(optimizer, pl_module):
                 self._handles.append(attach(optimizer, pl_module))
@@ -124,7 +136,8 @@ class PaCAStrategy(Callback):
 
     def _remove_hooks(self) -> None:
         self._hooks.remove()
-        self._saved_base = None
+        self._saved_base = self._at_start = None
+        self._resumed = ResumedOptimizers()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -151,16 +164,29 @@ class PaCAStrategy(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the base model with the checkpoint's, load an adapter that had to wait, and print the summary."""
+        """Compare the base model with the checkpoint's, and load an adapter that had to wait."""
         self._check_base(trainer, pl_module)
         load_waiting_adapter(pl_module, self.adapter)
-        self._print_report(trainer, pl_module)
+        check_validation_interval(trainer)
+        self._resumed.note_configured(trainer)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary, now that a checkpoint is restored."""
+        self._print_report(trainer)
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the names of monitored metrics."""
+        check_monitors(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the columns by the first training batches, if the selection looks at data."""
+        self._print_report(trainer)
         if choose_columns(trainer, pl_module, self.config):
             keep_state(pl_module, self.full_checkpoints)
+        self._at_start = (trainer.global_step, delta_sums(pl_module))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -182,28 +208,29 @@ class PaCAStrategy(Callback):
         """Load an adapter that had to wait."""
         self._prepare_evaluation(trainer, pl_module)
 
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load an adapter that had to wait."""
-        self._prepare_evaluation(trainer, pl_module)
+    on_predict_start = on_test_start
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Correct averaged models before they are taken over."""
+        """Check that something was trained, and correct averaged models before they are taken over."""
+        if self._at_start is not None and trainer.global_step > self._at_start[0]:
+            check_deltas_moved(trainer, pl_module, self._at_start[1])
         correct_averages(trainer, pl_module)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Correct averaged models before they are saved, and note the base model and whether columns are chosen."""
         correct_averages(trainer, pl_module)
-        checkpoint["callbacks"][self.state_key]["selected"] = columns_are_chosen(pl_module)
+        own = checkpoint["callbacks"][self.state_key]
+        own["selected"] = columns_are_chosen(pl_module)
+        own["optimizers"] = optimizer_names(trainer)
         if not self.full_checkpoints:
             remember_base(checkpoint, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Each layer's scaling, which a checkpoint of deltas alone does not tell."""
-        return {"scaling": scalings(self.report)}
+        """The settings and each layer's scaling, which a checkpoint of deltas alone does not tell."""
+        return {"scaling": scalings(self.report), "config": self.config.to_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,20 +238,9 @@ class PaCAStrategy(Callback):
         check_scalings(state_dict["scaling"], scalings(self.report))
 
     @rank_zero_only
-    def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _print_report(self, trainer: Trainer) -> None:
+        """Print the summary once a run, with the learning rate that will be used."""
         assert self.report is not None
-        self.report.learning_rate = learning_rate(trainer, "initial_lr")
-        rich.print(self.report)
-
-
-def _refuse_as_strategy(**_: Any) -> NoReturn:
-    raise PaCAError(
-        "PaCAStrategy is a callback, not a Lightning strategy. Pass Trainer(callbacks=[PaCAStrategy()]); strategy= "
-        "says how a run is distributed: 'auto', 'ddp', 'paca_fsdp2', ..."
-    )
-
-
-# The name suggests Trainer(strategy="PaCAStrategy"): the registered factory explains where it belongs.
-StrategyRegistry.register(
-    "pacastrategy", _refuse_as_strategy, description="A callback: explains where PaCAStrategy goes."
-)
+        if self._resumed.warn_of_ignored(trainer):
+            self.report.learning_rate = learning_rate(trainer, "initial_lr")
+            rich.print(self.report)

@@ -1,11 +1,14 @@
 """What PaCAStrategy checks of a run before it trains."""
 
+from typing import Any, NoReturn
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import TransformerEnginePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 
 from paca_lightning.conversion.write_back import layers_stepped_by
+from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable_if_local
 from paca_lightning.layers.base import paca_layers
@@ -62,6 +65,47 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
+def check_validation_interval(trainer: Trainer) -> None:
+    """Compare ``val_check_interval`` with the number of batches, before a sanity check that may take long.
+
+    Raises:
+        PaCAError: If an epoch is shorter.
+    """
+    # A resumed run asks later: the loaders are made now, and Lightning has yet to restore their state.
+    if isinstance(trainer.val_check_interval, int) and trainer.ckpt_path is None:
+        try:
+            _ = trainer.estimated_stepping_batches
+        except ValueError as error:
+            raise PaCAError(str(error).strip()) from error
+
+
+def delta_sums(pl_module: LightningModule) -> list[tuple[float, float]]:
+    """Sum and sum of squares of each delta, of this rank's rows: any change of a delta changes them."""
+    deltas = [local(layer.paca_delta.detach()).double() for _, layer in paca_layers(pl_module)]
+    return [(float(delta.sum()), float(delta.square().sum())) for delta in deltas]
+
+
+def check_deltas_moved(trainer: Trainer, pl_module: LightningModule, before: list[tuple[float, float]]) -> None:
+    """Refuse to end a run as a success that has trained no delta.
+
+    Args:
+        trainer: Of a run that has taken steps.
+        pl_module: The trained module.
+        before: :func:`delta_sums` before the first step.
+
+    Raises:
+        PaCAError: On all ranks, if no delta of any has moved.
+    """
+    moved = delta_sums(pl_module) != before
+    if not trainer.strategy.reduce_boolean_decision(moved, all=False):
+        raise PaCAError(
+            f"No delta has moved in this run of {trainer.global_step} optimizer steps: nothing was trained, and there "
+            f"is no adapter. The learning rate is {learning_rate(trainer, 'initial_lr')}, at the last step "
+            f"{learning_rate(trainer, 'lr')}. Raise it, see with `paca-lightning data` that tokens are trained, and "
+            "with precision 16-mixed, that not every step overflows."
+        )
+
+
 def learning_rate(trainer: Trainer, name: str) -> float | None:
     """The largest learning rate of a delta; None if its optimizer has none. Other parameters may have another one.
 
@@ -73,3 +117,21 @@ def learning_rate(trainer: Trainer, name: str) -> float | None:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     rates = [group.get(name, group["lr"]) for group in groups if deltas & {id(p) for p in group["params"]}]
     return max((float(rate) for rate in rates if rate is not None), default=None)  # Adafactor may choose its own
+
+
+def refuse_as_strategy(**_: Any) -> NoReturn:
+    """Say that PaCAStrategy is no strategy of Lightning.
+
+    Raises:
+        PaCAError: Always.
+    """
+    raise PaCAError(
+        "PaCAStrategy is a callback, not a Lightning strategy. Pass Trainer(callbacks=[PaCAStrategy()]); strategy= "
+        "says how a run is distributed: 'auto', 'ddp', 'paca_fsdp2', ..."
+    )
+
+
+# The name suggests Trainer(strategy="PaCAStrategy"): the registered factory explains where it belongs.
+StrategyRegistry.register(
+    "pacastrategy", refuse_as_strategy, description="A callback: explains where PaCAStrategy goes."
+)

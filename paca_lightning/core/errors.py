@@ -1,4 +1,4 @@
-"""The one exception that a user of this package can cause."""
+"""The one exception that a user of this package can cause, and how it is told from others."""
 
 
 class PaCAError(ValueError):
@@ -6,3 +6,28 @@ class PaCAError(ValueError):
 
     The message says what is wrong, where (module path, or file and row), and what to do about it.
     """
+
+
+def users_mistake(error: BaseException | None) -> PaCAError | None:
+    """The PaCAError that an error is or was raised from, as jsonargparse raises errors of a config's classes.
+
+    An error that came up while a PaCAError was handled (its ``__context__``) is another error, and is shown as it is.
+    """
+    while error is not None and not isinstance(error, PaCAError):
+        error = error.__cause__
+    return error
+
+
+def first_message(error: BaseException) -> str:
+    """The message of the error that was raised first: others put theirs around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip()
+
+
+def raised_by(error: BaseException) -> str:
+    """Name of the module whose code raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))

@@ -17,10 +17,10 @@ from paca_lightning.tasks.data.batch import TokenBatch, model_inputs
 from paca_lightning.tasks.decoder_blocks import check_block_settings
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.metrics import MeanTokenLoss
+from paca_lightning.tasks.optimizer import configured
 from paca_lightning.tasks.packed_rows import PackedRows
 from paca_lightning.tasks.packing_probe import check_first_batch, check_packing
 from paca_lightning.tasks.pretrained import build_for_training
-from paca_lightning.tasks.schedules import planned
 from paca_lightning.tasks.step_loss import StepLoss
 from paca_lightning.tasks.tokenizer_check import check_data
 from paca_lightning.tasks.wide_buffers import KeepsWideBuffers
@@ -121,18 +121,9 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         """The optimizer of all parameters that require a gradient, and its schedule.
 
         Raises:
-            PaCAError: If there is no such parameter, or the schedule needs the length of a run without an end.
+            PaCAError: If there is no such parameter, or a setting cannot be used (see ``configured``).
         """
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if not parameters:
-            raise PaCAError(
-                "Every parameter is frozen: there is nothing to train. Add a callback that makes some trainable, such "
-                "as PaCAStrategy, or leave the model unfrozen."
-            )
-        optimizer = self.optimizer(parameters)
-        if self.lr_scheduler is None:
-            return {"optimizer": optimizer}
-        return {"optimizer": optimizer, "lr_scheduler": planned(self.lr_scheduler(optimizer), self.trainer)}
+        return configured(self, self.optimizer, self.lr_scheduler)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits (B, T, V) of a batch."""

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import check_writable_if_local
 from paca_lightning.tasks.data.chat import ChatEncoder
 from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.converters import TreePaths
@@ -124,6 +126,7 @@ class InstructionDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize every split into the cache, on one process of each node."""
+        check_writable_if_local(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
         encoder = self._encoder()
         for name in ("train", "validation", "test"):
             if self.hparams[name] is None:

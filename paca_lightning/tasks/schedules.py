@@ -10,16 +10,20 @@ from abc import abstractmethod
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from paca_lightning.core.errors import PaCAError
 
 
 class WarmupSchedule(LRScheduler):
-    """A learning rate that rises linearly from 0 during the warm-up, then follows :meth:`decay`.
+    """A learning rate that rises linearly during the warm-up, then follows :meth:`decay`.
+
+    Step ``s`` of a warm-up of ``w`` steps, counted from 0, has ``(s + 1) / (w + 1)`` of the full learning rate: no step
+    is taken with a rate of 0, and the first one after the warm-up is the first with the full rate.
 
     Args:
         optimizer: The optimizer whose learning rates are scaled.
@@ -76,11 +80,15 @@ class WarmupSchedule(LRScheduler):
         factor = self._factor(self.last_epoch, self.total_steps or 0)
         return [base * factor for base in self.base_lrs]
 
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warm-up in a run of some length."""
+        return math.ceil(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
+
     def _factor(self, step: int, total_steps: int) -> float:
         """Learning rate at a step over the full one."""
-        warmup = math.ceil(self.warmup_ratio * total_steps) if self.warmup_steps is None else self.warmup_steps
+        warmup = self.warmup(total_steps)
         if step < warmup:
-            return step / warmup
+            return (step + 1) / (warmup + 1)
         return self.decay(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
 
     @abstractmethod
@@ -147,18 +155,59 @@ class CosineSchedule(DecayingSchedule):
 def planned(scheduler: LRScheduler | ReduceLROnPlateau, trainer: Trainer) -> LRSchedulerConfigType:
     """Lightning's configuration of a schedule; one of ours is told the length of the run.
 
+    A schedule that does not fit the length of the run is named before the run starts.
+
     Args:
         scheduler: Any schedule. ``ReduceLROnPlateau`` follows ``val/loss``; others step after each optimizer step.
         trainer: The trainer of the run.
 
     Raises:
-        PaCAError: If the schedule needs the length of the run, and the run has no end.
+        PaCAError: If the schedule needs the length of the run, and the run has no end, or if the schedule ends before
+            the run and refuses further steps.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "monitor": "val/loss"}
+    steps = trainer.estimated_stepping_batches
     if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None and scheduler.needs_length:
-        steps = trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise PaCAError("The schedule needs the length of the run: set the trainer's max_steps or max_epochs.")
         scheduler.plan(int(steps))
+    if not math.isinf(steps):
+        check_length(scheduler, int(steps))
     return {"scheduler": scheduler, "interval": "step"}
+
+
+def check_length(scheduler: LRScheduler, steps: int) -> None:
+    """Say where a schedule and its run differ in length.
+
+    Args:
+        scheduler: Of this module or of PyTorch.
+        steps: Optimizer steps of the run.
+
+    Raises:
+        PaCAError: If the schedule ends before the run and refuses further steps, as OneCycleLR does.
+    """
+    name = type(scheduler).__name__
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
+        raise PaCAError(
+            f"{name} is planned for {scheduler.total_steps} steps, and the run takes {steps}, which it refuses. Set "
+            f"its total_steps to {steps}."
+        )
+    if isinstance(scheduler, WarmupSchedule) and 0 < steps <= (warmup := scheduler.warmup(scheduler.total_steps or 0)):
+        rank_zero_warn(
+            f"{name}: the warm-up takes {warmup} steps and the run {steps}, so it never reaches the full learning "
+            "rate. Shorten warmup_steps or warmup_ratio, or train longer."
+        )
+    elif (planned_steps := _planned_steps(scheduler)) is not None and planned_steps > steps:
+        rank_zero_warn(
+            f"{name} is planned for {planned_steps} steps and the run takes {steps}, so it stops in the middle of its "
+            "curve. Plan it for the length of the run."
+        )
+
+
+def _planned_steps(scheduler: LRScheduler) -> int | None:
+    """Steps after which a schedule's curve ends, if it says so."""
+    if isinstance(scheduler, SequentialLR | ChainedScheduler):
+        return None
+    lengths = (getattr(scheduler, name, None) for name in ("total_steps", "T_max", "total_iters"))
+    return next((int(length) for length in lengths if length is not None), None)

@@ -2,22 +2,32 @@
 
 import signal
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from typing_extensions import override
 
 from paca_lightning.callbacks.paca import PaCAStrategy
-from paca_lightning.core.errors import PaCAError
+from paca_lightning.callbacks.stop_signals import StopSignals
+from paca_lightning.core.errors import PaCAError, first_message, raised_by, users_mistake
 from paca_lightning.core.files import check_writable_if_local
+from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
+from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint, is_checkpoint_directory
+from paca_lightning.tools.run_version import claim_versions, remove_empty
+from paca_lightning.tools.short_errors import ShortErrors
 
-KNOWN_CHECKPOINTS = ("best", "last", "hpc", "registry")
-"""Values of ``--ckpt_path`` that Lightning looks up itself."""
+FOUND_BY_LIGHTNING = ("hpc", "registry")
+REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
+"""What constructors raise for settings that they refuse, or for packages and devices that are not there."""
+
+
+class RunParser(ShortErrors, LightningArgumentParser):
+    """LightningCLI's parser with short errors."""
 
 
 class RunCLI(LightningCLI):
@@ -31,20 +41,30 @@ class RunCLI(LightningCLI):
         Raises:
             PaCAError: If the path is not that of a checkpoint.
         """
-        settings = self.config.get(self.config.get("subcommand") or "") or {}
-        path = settings.get("ckpt_path")
-        if not path or path in KNOWN_CHECKPOINTS or "://" in path:
-            return
-        if not Path(path).exists():
-            raise PaCAError(f"There is no checkpoint {path!r} (--ckpt_path).")
-        if Path(path, "adapter_config.json").exists():
-            raise PaCAError(
-                f"{path!r} (--ckpt_path) is an adapter, no checkpoint of a run. PaCAStrategy takes it: "
-                f"--trainer.callbacks=PaCAStrategy --trainer.callbacks.adapter={path}"
-            )
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
-            raise PaCAError(f"{path!r} (--ckpt_path) is no checkpoint, or was cut off.")
+        path = self._ckpt_path()
+        if path and path not in (*WORDS, *FOUND_BY_LIGHTNING) and "://" not in path:
+            check_checkpoint(path)
 
+    def _ckpt_path(self) -> str | None:
+        settings = self.config.get(self.config.get("subcommand") or "") or {}
+        path: str | None = settings.get("ckpt_path")
+        return path
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Build what the config names.
+
+        Raises:
+            PaCAError: If a class refuses its settings, or needs a package that is not installed.
+        """
+        try:
+            super().instantiate_classes()
+        except REFUSALS as error:
+            if (mistake := users_mistake(error)) is not None:
+                raise mistake from error
+            raise PaCAError(f"The run cannot be built: {first_message(error)}") from error
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with our progress bar unless it has one.
 
@@ -52,34 +72,67 @@ class RunCLI(LightningCLI):
             PaCAError: If Lightning refuses its settings, or a logger cannot write its files.
         """
         settings = {**self.config_init.get(str(self.subcommand), self.config_init).get("trainer", {}), **kwargs}
+        callbacks = as_list(settings.get("callbacks"))
         if settings.get("enable_progress_bar") is not False and not settings.get("barebones"):
-            kwargs["callbacks"] = with_progress_bar(settings.get("callbacks"))
+            callbacks = with_progress_bar(callbacks)
+        kwargs["callbacks"] = [*callbacks, StopSignals()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except PaCAError:
             raise
-        except (MisconfigurationException, ValueError, ImportError, RuntimeError) as error:
+        except REFUSALS as error:
             raise PaCAError(f"The trainer cannot be built: {error}") from error
         for logger in trainer.loggers:
             if logger.save_dir:
                 check_writable_if_local(logger.save_dir, f"{type(logger).__name__}(save_dir=...)")
         return trainer
 
+    @override
+    def after_instantiate_classes(self) -> None:
+        """Find the checkpoint that ``last`` or ``best`` means.
+
+        Raises:
+            PaCAError: If there is none, or it is sharded and the strategy reads files only.
+        """
+        path = self._ckpt_path()
+        if path in WORDS:
+            path = str(find_checkpoint(path, self.trainer))
+            self.config_init[str(self.subcommand)]["ckpt_path"] = path
+        sharded = path is not None and "://" not in path and is_checkpoint_directory(Path(path))
+        if sharded and not isinstance(self.trainer.strategy, ShardedCheckpointStrategy):
+            raise PaCAError(
+                f"{path!r} (--ckpt_path) is a sharded checkpoint, which {type(self.trainer.strategy).__name__} does "
+                "not read. Use --trainer.strategy=paca_fsdp2, on any number of devices."
+            )
+
     def _run_subcommand(self, subcommand: str) -> None:
+        versions = claim_versions(self.trainer)
         try:
             super()._run_subcommand(subcommand)
-        except PaCAError:
-            self._end_other_ranks()
-            raise
-        except RuntimeError as error:
-            if ".paca_delta" not in str(error):  # not PyTorch's list of missing and unexpected keys
+        except BaseException as error:
+            if (mistake := self._mistake(error)) is None:
                 raise
             self._end_other_ranks()
-            message = "The checkpoint trains other layers than this run. Use its target_modules and modules_to_save."
+            if mistake is error:
+                raise
+            raise mistake from error
+        finally:
+            remove_empty(versions)
+
+    def _mistake(self, error: BaseException) -> PaCAError | None:
+        """What the user has to know of an error in a run, if it is not a bug of the user's or of ours."""
+        if isinstance(error, PaCAError):
+            return error
+        if isinstance(error, RuntimeError) and ".paca_delta" in str(error):  # PyTorch's list of keys that do not fit
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if not any(isinstance(callback, PaCAStrategy) for callback in callbacks):
-                message = "The checkpoint was saved by a run with PaCAStrategy, which this one lacks. Add it."
-            raise PaCAError(message) from error
+            if any(isinstance(callback, PaCAStrategy) for callback in callbacks):
+                return PaCAError(
+                    "The checkpoint trains other layers than this run. Use its target_modules and modules_to_save."
+                )
+            return PaCAError("The checkpoint was saved by a run with PaCAStrategy, which this one lacks. Add it.")
+        if isinstance(error, REFUSALS) and raised_by(error).startswith("lightning."):
+            return PaCAError(str(error).strip())
+        return None
 
     def _end_other_ranks(self) -> None:
         """End the ranks that this one started. Otherwise each would add that it has lost its peer."""
@@ -87,10 +140,30 @@ class RunCLI(LightningCLI):
             self.trainer.strategy.launcher.kill(signal.SIGKILL)
 
 
-def with_progress_bar(callbacks: Callback | list[Callback] | None) -> list[Callback]:
+def as_list(callbacks: Callback | list[Callback] | None) -> list[Callback]:
+    """A trainer's callbacks as a list."""
+    return callbacks if isinstance(callbacks, list) else [callbacks] if callbacks is not None else []
+
+
+def with_progress_bar(callbacks: list[Callback]) -> list[Callback]:
     """A trainer's callbacks, with our progress bar if none of them is one."""
-    given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks is not None else []
-    return given if any(isinstance(callback, ProgressBar) for callback in given) else [*given, EpochProgressBar()]
+    if any(isinstance(callback, ProgressBar) for callback in callbacks):
+        return callbacks
+    return [*callbacks, EpochProgressBar()]
+
+
+def checkpoint_last(arguments: list[str]) -> list[str]:
+    """The arguments with ``--ckpt_path`` at the end: a saved config has ``ckpt_path: null``, which would undo it."""
+    others, moved = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--ckpt_path":
+            moved += [argument, *([value] if (value := next(rest, None)) is not None else [])]
+        elif argument.startswith("--ckpt_path="):
+            moved.append(argument)
+        else:
+            others.append(argument)
+    return others + moved
 
 
 def lightning_cli(
@@ -103,8 +176,11 @@ def lightning_cli(
         run: Whether it begins with a subcommand (``fit``, ...), which has run when this returns.
         cli_class: Builds the trainer, the module and the data module.
         prog: The command, for messages.
+
+    Raises:
+        PaCAError: If an option is unknown or has a value that it does not take, or the run cannot be built.
     """
-    sys.argv[1:] = arguments  # LightningCLI and the ranks that DDP launches read them there
+    sys.argv[1:] = checkpoint_last(arguments)  # LightningCLI and the ranks that DDP launches read them there
     return cli_class(
         LightningModule,
         LightningDataModule,
@@ -112,6 +188,7 @@ def lightning_cli(
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        parser_class=RunParser,
         parser_kwargs={"prog": prog},
         run=run,
     )

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from torch.optim import Optimizer
 
 
@@ -76,3 +77,24 @@ def accelerator_connector() -> type[Any]:
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
     return _AcceleratorConnector
+
+
+def requeue_signal(trainer: "Trainer") -> int | None:
+    """The signal on which Lightning saves and requeues a SLURM job; None elsewhere. Only some strategies tell it."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    return environment.requeue_signal
+
+
+def next_version(logger: "CSVLogger | TensorBoardLogger") -> int | str:
+    """The version that a logger takes if it has none yet, as if it were asked for the first time."""
+    logger._version = None
+    return logger.version
+
+
+def has_fixed_version(logger: "CSVLogger | TensorBoardLogger") -> bool:
+    """Whether a logger was given its version, and does not look for a free one; asking for it would choose one."""
+    return logger._version is not None

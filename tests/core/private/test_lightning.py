@@ -1,5 +1,6 @@
 """Canaries for the private APIs of Lightning."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 from paca_lightning.core.private import lightning as private
@@ -172,3 +175,25 @@ def test_accelerator_connector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_every_function_has_a_canary() -> None:
     check_coverage("lightning")
+
+
+@canary("lightning.requeue_signal")
+def test_the_signal_that_requeues_a_slurm_job(tmp_path: Path) -> None:
+    assert private.requeue_signal(trainer(tmp_path)) is None
+    for requeues in (True, False):
+        environment = SLURMEnvironment(auto_requeue=requeues, requeue_signal=signal.SIGHUP)
+        run = trainer(tmp_path, plugins=[environment])
+        assert private.requeue_signal(run) == (signal.SIGHUP if requeues else None)
+
+
+@canary("lightning.next_version", "lightning.has_fixed_version")
+@pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])
+def test_versions_of_loggers(logger_class: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", True)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", True)
+    logger = logger_class(tmp_path, name="run")
+    assert not private.has_fixed_version(logger)
+    for version in range(3):
+        assert private.next_version(logger) == version
+        (tmp_path / "run" / f"version_{version}").mkdir(parents=True)
+    assert private.has_fixed_version(logger_class(tmp_path, name="run", version="mine"))

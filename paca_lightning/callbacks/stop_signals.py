@@ -1,0 +1,172 @@
+"""StopSignals: Ctrl-C, SIGTERM and SLURM's requeue signal act between two steps, on all ranks alike."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from paca_lightning.core.private.lightning import is_accumulating, requeue_signal
+
+FILE_NAME = "interrupted.ckpt"
+STOPPED = (KeyboardInterrupt, SIGTERMException)
+"""What is raised in a run that someone stopped, as opposed to one that failed."""
+
+
+class StopSignals(Callback):
+    """Stop a run on Ctrl-C or SIGTERM after its present optimizer step, with a checkpoint to resume from.
+
+    The checkpoint ``interrupted.ckpt`` is written where ModelCheckpoint writes. Resumed from it, a run goes on as if it
+    had not been stopped. A second signal stops at once, without it. The process exits with 130 (by the command line)
+    or 143.
+
+    Several processes agree after each batch, so that all stop at the same one, whichever got the signal.
+    SLURM's requeue signal waits for the end of the step too; then Lightning's own handler saves and requeues the job.
+
+    The command line adds this callback, as the last one.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._waits = False  # whether a signal waits for the end of a step, as it does during training
+        self._accumulating = False  # whether gradients wait for further batches, perhaps during a validation
+        self._consistent = False
+        self._requeue: tuple[int, Callable[[int, FrameType | None], Any]] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the signals of an earlier run."""
+        self._received, self._requeue = 0, None
+        self._waits = self._accumulating = self._consistent = False
+
+    def _install(self, trainer: Trainer) -> None:
+        """Take the place of Lightning's handlers, which it has just set, and which its teardown takes away."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            again = self._received in (signal.SIGINT, signal.SIGTERM)
+            self._received = number
+            requeue = self._requeue is not None and number == self._requeue[0]
+            at_once = trainer.world_size == 1 and not self._waits
+            if not requeue and (again or at_once):
+                self._stop(number, consistent=at_once)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells set it for jobs in the background
+                signal.signal(number, on_signal)
+        requeues = requeue_signal(trainer)
+        if requeues is not None and callable(handler := signal.getsignal(requeues)):
+            self._requeue = (requeues, handler)
+            signal.signal(requeues, on_signal)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the handlers."""
+        self._install(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the handlers, if there was no sanity check."""
+        if not self._is_installed():
+            self._install(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let signals act at once, and install the handlers outside ``fit``."""
+        self._waits = self._accumulating
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._install(trainer)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    @staticmethod
+    def _is_installed() -> bool:
+        return getattr(signal.getsignal(signal.SIGTERM), "__module__", None) == __name__
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here on, signals wait for the end of a step: between two batches, the loader may be ahead."""
+        self._waits = True
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Act on a signal, unless gradients of an incomplete step would be lost."""
+        self._accumulating = is_accumulating(trainer)
+        self._act(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let signals wait again, while ModelCheckpoint saves and training goes on."""
+        self._waits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let signals act at once."""
+        self._waits = False
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Act on a signal."""
+        self._act(trainer)
+
+    @override
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Act on a signal."""
+        self._act(trainer)
+
+    @override
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Act on a signal."""
+        self._act(trainer)
+
+    def _act(self, trainer: Trainer) -> None:
+        """Stop or requeue if one of the ranks has received a signal and nothing would be lost."""
+        if self._accumulating:
+            return
+        received = self._received
+        if trainer.world_size > 1:
+            own = torch.tensor(received, device=trainer.strategy.root_device)
+            received = int(trainer.strategy.reduce(own, reduce_op="max"))
+        if not received:
+            return
+        if received in (signal.SIGINT, signal.SIGTERM):
+            self._stop(received, consistent=True)
+        assert self._requeue is not None, f"signal {received} reached another rank and has no handler here"
+        self._received = 0
+        self._requeue[1](received, None)
+
+    def _stop(self, number: int, *, consistent: bool) -> None:
+        self._consistent = consistent
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        rank_zero_info("Received SIGTERM: stopping.")
+        raise SIGTERMException(128 + signal.SIGTERM)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the checkpoint of a run that was stopped between two steps."""
+        trained = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.global_step > 0
+        saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        if not isinstance(exception, STOPPED) or not self._consistent or not trained or not saving:
+            return
+        path = f"{saving[0].dirpath}/{FILE_NAME}"  # the directory may be a URL
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Checkpoint to resume from: {path}")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In a validation that was stopped, note that it has to begin anew: its metrics are not in the checkpoint."""
+        if self._consistent and trainer.validating:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for part in ("total", "current"):  # as in the first batch: Lightning goes back into the validation
+                progress[part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["is_last_batch"] = False

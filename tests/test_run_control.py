@@ -1,0 +1,273 @@
+"""How runs of the command line begin, are taken up again, and end."""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from paca_lightning.cli import main
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.tools.run_version import claim_versions
+from tests.artefacts import logged, trained_layers
+from tests.processes import HANG, started
+from tests.test_cli import DEBUG, ROOT, failure, output_to
+
+SHORT = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["paca-lightning"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of three steps, with the best of two checkpoints."""
+    directory = tmp_path_factory.mktemp("finished")
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        monitor = ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
+        monitor += ["--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.filename=best"]
+        main(["fit", *DEBUG, *output_to(directory), *SHORT, *monitor])
+    finally:
+        os.chdir(before)
+    return directory
+
+
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_last_is_the_newest_checkpoint_of_earlier_versions(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = copied(finished, tmp_path)
+    main(["fit", *DEBUG, *output_to(run), *SHORT, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert f"--ckpt_path last: {run / 'version_0' / 'checkpoints' / 'best.ckpt'}" in caplog.messages
+    assert [path.name for path in (run / "version_1" / "checkpoints").iterdir()] == ["epoch=1-step=6.ckpt"]
+    main(["fit", *DEBUG, *output_to(run), *SHORT, "--trainer.max_epochs=3", "--ckpt_path=last"])
+    assert [path.name for path in (run / "version_2" / "checkpoints").iterdir()] == ["epoch=2-step=9.ckpt"]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_last_without_a_checkpoint_stops(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, message = failure([command, *DEBUG, *output_to(tmp_path), "--ckpt_path=last"], capsys)
+    assert code == 2
+    assert f"There is no checkpoint to go on from (--ckpt_path). Looked for *.ckpt in {tmp_path}" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_last_passes_over_a_checkpoint_that_was_cut_off(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    broken = run / "version_1" / "checkpoints" / "last.ckpt"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes((run / "version_0" / "checkpoints" / "best.ckpt").read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"last\.ckpt is cut off or no checkpoint: taking the one before it"):
+        main(["validate", *DEBUG, *output_to(run), *SHORT[1:2], "--ckpt_path=last"])
+    assert logged(run / "version_2", "val/loss") == logged(finished / "version_0", "val/loss")[-1:]
+
+
+def test_best_is_what_the_run_monitored(finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = copied(finished, tmp_path)  # so that the paths in the checkpoints are those of another place
+    main(["validate", *DEBUG, *output_to(run), *SHORT[1:2], "--ckpt_path=best"])
+    assert f"--ckpt_path best: {run / 'version_0' / 'checkpoints' / 'best.ckpt'}" in caplog.messages
+
+
+def test_best_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *DEBUG, *output_to(tmp_path), *SHORT])
+    code, message = failure(["validate", *DEBUG, *output_to(tmp_path), "--ckpt_path=best"], capsys)
+    assert code == 2
+    assert "Add a ModelCheckpoint with monitor: val/loss to trainer.callbacks, or use --ckpt_path last" in message
+
+
+def test_a_saved_config_does_not_undo_the_checkpoint(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    saved = run / "version_0" / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["ckpt_path"] is None
+    given = ["--ckpt_path", str(run / "version_0" / "checkpoints" / "best.ckpt"), "--config", str(saved)]
+    main(["validate", *given[:2], *DEBUG, *output_to(run), *SHORT[1:2]])
+    main(["fit", *given, *output_to(run), "--trainer.max_epochs=2"])
+    assert torch.load(next((run / "version_2" / "checkpoints").glob("*.ckpt")), weights_only=True)["global_step"] == 6
+
+
+def directory_of_checkpoints(run: Path) -> tuple[list[str], str]:
+    return [f"--ckpt_path={run / 'version_0' / 'checkpoints'}"], "no sharded checkpoint. Name a checkpoint in it: best"
+
+
+def sharded_checkpoint(run: Path) -> tuple[list[str], str]:
+    (run / "sharded.ckpt").mkdir()
+    (run / "sharded.ckpt" / "meta.pt").write_bytes(b"")
+    return [f"--ckpt_path={run / 'sharded.ckpt'}"], "is a sharded checkpoint, which SingleDeviceStrategy does not read"
+
+
+def existing_version(run: Path) -> tuple[list[str], str]:
+    return ["--trainer.logger.init_args.version=0"], "CSVLogger(version=0): "
+
+
+def missing_package(run: Path) -> tuple[list[str], str]:
+    return ["--trainer.logger=WandbLogger"], "The run cannot be built: Requirement 'wandb"
+
+
+def missing_device(run: Path) -> tuple[list[str], str]:
+    return ["--trainer.accelerator=cuda", "--trainer.devices=64"], "The trainer cannot be built: "
+
+
+def negative_learning_rate(run: Path) -> tuple[list[str], str]:
+    return [
+        "--model.init_args.optimizer.init_args.lr=-1.0"
+    ], "The optimizer or its schedule refuses a setting: Invalid learning rate"
+
+
+def rare_validation(run: Path) -> tuple[list[str], str]:
+    return ["--trainer.val_check_interval=500"], "`val_check_interval` (500) must be less than or equal to"
+
+
+def unwritable_cache(run: Path) -> tuple[list[str], str]:
+    return ["--data.init_args.cache_dir=/proc/nowhere"], "/proc/nowhere"
+
+
+def unknown_metric(run: Path) -> tuple[list[str], str]:
+    stopping = "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping"
+    return [
+        stopping,
+        "--trainer.callbacks.monitor=val/los",
+    ], "EarlyStopping(monitor='val/los'): validation logs no such"
+
+
+def too_short_a_schedule(run: Path) -> tuple[list[str], str]:
+    schedule = ["--model.init_args.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR"]
+    schedule += ["--model.init_args.lr_scheduler.max_lr=0.1", "--model.init_args.lr_scheduler.total_steps=2"]
+    return schedule, "OneCycleLR is planned for 2 steps, and the run takes 3"
+
+
+def another_optimizer(run: Path) -> tuple[list[str], str]:
+    optimizer = ["--model.init_args.optimizer=torch.optim.SGD", "--model.init_args.optimizer.lr=0.1"]
+    return [*optimizer, "--ckpt_path=last"], "was saved by a run with AdamW, and this one has SGD"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        directory_of_checkpoints,
+        sharded_checkpoint,
+        existing_version,
+        missing_package,
+        missing_device,
+        negative_learning_rate,
+        rare_validation,
+        unwritable_cache,
+        unknown_metric,
+        too_short_a_schedule,
+        another_optimizer,
+    ],
+)
+def test_what_would_fail_late_is_told_before_training_in_one_message(
+    case: Callable[[Path], tuple[list[str], str]], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(finished, tmp_path)
+    overrides, complaint = case(run)
+    unreached = ["--trainer.callbacks+=tests.test_run_control.NoTraining"]
+    first = [*overrides, *unreached] if case is unknown_metric else [*unreached, *overrides]
+    code, message = failure(["fit", *DEBUG, *output_to(run), *SHORT, *first], capsys)
+    assert code == 2
+    assert complaint in message
+    assert "Traceback" not in message
+    with pytest.raises(PaCAError):
+        main(["fit", *DEBUG, *output_to(run), *SHORT, *first, "--debug"])
+
+
+class NoTraining(Callback):
+    """Fails where training begins."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise AssertionError("training began")
+
+
+class OfTheUser(Callback):
+    """Has a bug."""
+
+    def on_train_start(self, *_: Any) -> None:
+        raise ValueError("a bug")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a bug") as error:
+        main(["fit", *DEBUG, *output_to(tmp_path), "--trainer.callbacks+=tests.test_run_control.OfTheUser"])
+    assert not isinstance(error.value, PaCAError)
+
+
+def test_a_run_that_fails_early_leaves_no_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert failure(["fit", *DEBUG, *output_to(tmp_path), "--data.init_args.train=nowhere.jsonl"], capsys)[0] == 2
+    assert not (tmp_path / "version_0").exists()
+
+
+def test_runs_that_start_at_once_get_versions_of_their_own(tmp_path: Path) -> None:
+    trainers = [Trainer(logger=CSVLogger(tmp_path, name=None), accelerator="cpu") for _ in range(8)]
+    start = threading.Barrier(len(trainers))
+
+    def claim(trainer: Trainer) -> None:
+        assert trainer.logger is not None
+        start.wait()
+        claim_versions(trainer)
+
+    threads = [threading.Thread(target=claim, args=(trainer,)) for trainer in trainers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(trainer.loggers[0].version for trainer in trainers) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint", "help_line"),
+    [
+        (["fit", *DEBUG, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz=3", "fit"),
+        (["fit", *DEBUG, "--trainer.max_steps=abc"], "Expected a <class 'int'>. Got value: abc", "fit"),
+        (["fit", *DEBUG, "--model.init_args.dtypo=3"], "Option 'dtypo' is not accepted", "fit"),
+        (["validate", "--config=nowhere.yaml"], "File does not exist: ", "validate"),
+        (["data", *DEBUG, "--datta.x=1"], "unrecognized arguments: --datta.x=1", "data"),
+    ],
+)
+def test_a_mistyped_option_is_answered_by_its_message_and_one_line_of_help(
+    arguments: list[str], complaint: str, help_line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert complaint in "\n".join(lines)
+    assert lines[-1] == f"paca-lightning {help_line} --help lists the options."
+    assert "usage:" not in "\n".join(lines)
+    assert len(lines) < 12
+
+
+def test_sigterm_ends_a_command_with_143_and_keeps_what_was_trained(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(tmp_path)]
+    endless = [
+        "--trainer.max_epochs=100000",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.logger.flush_logs_every_n_steps=1",
+    ]
+    with started([*command, *endless], cwd=ROOT) as process:
+        deadline = time.monotonic() + HANG
+        while not (tmp_path / "version_0" / "metrics.csv").exists() or not logged(tmp_path / "version_0", "train/loss"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANG) == 143
+    assert len(trained_layers(tmp_path / "version_0" / "adapter")) == 14
+    assert (tmp_path / "version_0" / "checkpoints" / "interrupted.ckpt").exists()
