@@ -163,7 +163,7 @@ def test_the_schedule_is_planned_over_the_whole_run(directory, tmp_path):
     )
     trainer(tmp_path, callbacks=[rates], max_epochs=2, accumulate_grad_batches=3).fit(module, batches(6))
     # 4 optimizer steps of 3 batches each, the first 2 of them warm-up
-    assert rates.seen[::3] == [0, 0.5, 1, 0.5]
+    assert rates.seen[::3] == [1 / 3, 2 / 3, 1, 0.5]
 
 
 def test_a_run_that_diverges_says_so(directory, tmp_path):
@@ -188,7 +188,7 @@ def test_a_constant_rate_needs_no_run_with_an_end(directory, tmp_path):
     )
     run = trainer(tmp_path, max_epochs=-1, callbacks=[Stop()])
     run.fit(module, batches(2))
-    assert run.optimizers[0].param_groups[0]["lr"] == 0.5
+    assert run.optimizers[0].param_groups[0]["lr"] == 3 / 5
 
 
 def test_reduce_on_plateau_steps_after_each_epoch(directory, tmp_path):
