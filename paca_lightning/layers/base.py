@@ -158,6 +158,11 @@ class PaCALayer(nn.Module):
         local(self.paca_base_columns).copy_(self._read_columns())
         self.write_columns()
 
+    def _columns(self) -> tuple[Tensor, Tensor | None, Tensor, float]:
+        """What makes the trained columns: base columns, delta (None while disabled), indices and scaling."""
+        delta = self.paca_delta if self.paca_enabled else None
+        return self.paca_base_columns, delta, self.paca_indices, self.scaling
+
     def _base_forward(self, input: Tensor) -> Tensor:
         """The base layer's own computation on an input of shape (..., in_features)."""
         raise NotImplementedError

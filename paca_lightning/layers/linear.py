@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import check_indices, random_indices
-from paca_lightning.layers.plain import plain_weight
+from paca_lightning.layers.plain import with_columns
 
 
 class BuiltLikeLinear(PaCALayer):
@@ -72,7 +72,7 @@ class PaCALinear(BuiltLikeLinear, nn.Linear):
         return output
 
     def _plain_forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, plain_weight(self, self.weight), self.bias)
+        return F.linear(input, with_columns(self.weight, *self._columns()), self.bias)
 
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""
@@ -104,7 +104,7 @@ class PaCAConv1D(PaCALayer):
         return output if input.dim() == 2 else output.view(*input.shape[:-1], self.nf)
 
     def _plain_forward(self, input: Tensor) -> Tensor:
-        return input @ plain_weight(self, self.weight, transposed=True) + self.bias
+        return input @ with_columns(self.weight, *self._columns(), transposed=True) + self.bias
 
     def _read_columns(self) -> Tensor:
         return self.weight.detach().index_select(0, self.paca_indices.to(self.weight.device)).t().contiguous()

@@ -42,7 +42,7 @@ def dequantized_linear(
     """
     factor = scaling_argument(scaling, columns)
     output: Tensor = _DequantizedLinear.apply(
-        input, bias, packed, in_features, columns, delta, indices, factor, *scales
+        input, bias, packed, in_features, columns, None if delta is None else delta.detach(), indices, factor, *scales
     )
     return output
 

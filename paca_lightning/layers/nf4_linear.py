@@ -13,7 +13,7 @@ from paca_lightning.layers.linear import BuiltLikeLinear, PaCALinear
 from paca_lightning.layers.linear4bit import from_linear4bit, strip_linear4bit
 from paca_lightning.layers.nf4 import Scales, dequantize_rows, quantize_rows
 from paca_lightning.layers.nf4_autograd import dequantized_linear, merged_weight
-from paca_lightning.layers.plain import plain_weight
+from paca_lightning.layers.plain import with_columns
 
 
 class QPaCALinear(BuiltLikeLinear):
@@ -197,25 +197,15 @@ class QPaCALinear(BuiltLikeLinear):
         return self
 
     def _base_forward(self, input: Tensor) -> Tensor:
-        delta = self.paca_delta.detach() if self.paca_enabled else None
-        return dequantized_linear(
-            input.to(_computed_dtype(input)),
-            self.bias,
-            self.packed,
-            self.scales,
-            self.in_features,
-            self.paca_base_columns,
-            delta,
-            self.paca_indices,
-            self.scaling,
-        )
+        input = input.to(_computed_dtype(input))
+        return dequantized_linear(input, self.bias, self.packed, self.scales, self.in_features, *self._columns())
 
     def _plain_forward(self, input: Tensor) -> Tensor:
         dtype = _computed_dtype(input)
         with torch.no_grad():  # frozen, also where a transform would differentiate all parameters
             weight = dequantize_rows(self.packed, self.scales, self.in_features, dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(input.to(dtype), plain_weight(self, weight), bias)
+        return F.linear(input.to(dtype), with_columns(weight, *self._columns()), bias)
 
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""

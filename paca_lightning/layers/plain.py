@@ -6,16 +6,12 @@ from the delta, as a part of the graph: as slow and large as a dense gradient, a
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import is_expanded_weight, transforms_are_active
-
-if TYPE_CHECKING:
-    from paca_lightning.layers.base import PaCALayer
 
 
 def is_replaced(delta: Tensor) -> bool:
@@ -28,28 +24,31 @@ def inside_transform() -> bool:
     return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or transforms_are_active())  # type: ignore[attr-defined]
 
 
-def plain_weight(layer: "PaCALayer", weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """A new weight with the trained columns of a layer, differentiable with respect to the delta.
+def with_columns(
+    weight: Tensor, columns: Tensor, delta: Tensor | None, indices: Tensor, scaling: float, *, transposed: bool = False
+) -> Tensor:
+    """A new weight with the trained columns, differentiable with respect to the delta.
 
     Args:
-        layer: Where the columns come from. Disabled, it has none.
         weight: Shape (out_features, in_features), or its transpose.
-        transposed: Whether it is the transpose.
+        columns: Base columns, shape (out_features, r).
+        delta: Update of the columns, shape (out_features, r). None: the weight as it is.
+        indices: Selected columns, shape (r,), int64.
+        scaling: ``alpha / r``.
+        transposed: Whether the weight is the transpose.
 
     Raises:
         PaCAError: If the delta is an ``ExpandedWeight``, which takes part in few operators.
     """
-    if not layer.paca_enabled:
+    if delta is None:
         return weight
-    if is_expanded_weight(layer.paca_delta):
+    if is_expanded_weight(delta):
         raise PaCAError(
             "ExpandedWeight (call_for_per_sample_grads) cannot compute a PaCA layer's gradients per sample. Use "
             "torch.func.vmap over torch.func.grad, with the deltas passed to torch.func.functional_call."
         )
-    trained = torch.add(layer.paca_base_columns, layer.paca_delta, alpha=layer.scaling).to(weight.dtype)
-    if transposed:
-        return weight.index_copy(0, layer.paca_indices, trained.t())
-    return weight.index_copy(1, layer.paca_indices, trained)
+    trained = torch.add(columns, delta, alpha=scaling).to(weight.dtype)
+    return weight.index_copy(0, indices, trained.t()) if transposed else weight.index_copy(1, indices, trained)
 
 
 def on_jagged_rows(forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

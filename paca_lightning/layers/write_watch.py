@@ -69,9 +69,9 @@ def check_written(layer: WatchedLayer, delta: Tensor) -> None:
     Raises:
         PaCAError: If so.
     """
-    written = layer.paca_written
-    unknown = written is None or (written is not MOVED and written[0] != id(delta))  # a copy, or gathered by FSDP2
-    # Only values can tell what else moves the counter: DDP broadcasts weights and deltas alike.
+    unknown = layer.paca_written is None  # a copy, or gathered by FSDP2
+    # Only values can tell what else moves the counter (DDP broadcasts weights and deltas alike), and whether another
+    # parameter in the delta's place has a weight that fits.
     if unknown or _weight_is_in_step(layer):
         note_written(layer, delta)
         return

@@ -126,6 +126,19 @@ def test_expanded_weights_are_refused() -> None:
         call_for_per_sample_grads(pair_of("dense")[0], batch_size=5)(random(5, IN))
 
 
+def test_another_parameter_is_refused_without_its_weight() -> None:
+    """A parameter goes through the tap, which needs a weight that fits."""
+    layer, other = pair_of("dense")[0], pair_of("dense")[0]
+    with torch.no_grad():
+        other.paca_delta.add_(1.0)
+    other.write_columns()
+    input, parameters = random(5, IN), dict(other.named_parameters())
+    with pytest.raises(PaCAError, match="has moved since its weight was written"):
+        functional_call(layer, {"paca_delta": other.paca_delta}, (input,))
+    assert torch.equal(functional_call(layer, parameters, (input,)), other(input))
+    layer(input)
+
+
 def test_own_parameters_by_functional_call_are_nothing_special(layer: PaCALayer) -> None:
     input = random(5, IN)
     output = functional_call(layer, dict(layer.named_parameters()), (input,))
