@@ -251,6 +251,22 @@ def test_a_planted_private_name_in_a_test_is_found(source: str, use: str) -> Non
     assert private_uses_in_test(source, {"_chunked"}) == [use]
 
 
+FOLDERS = sorted(path.parent for path in ROOT.rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.relative_to(ROOT.parent).as_posix())
+def test_each_folder_says_what_lives_there(folder: Path) -> None:
+    documented = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    assert documented is not None
+    assert documented.splitlines()[0].endswith(".")
+
+
+def test_each_folder_has_its_tests() -> None:
+    tests = Path(__file__).parent
+    tested = {folder for path in tests.rglob("test_*.py") for folder in path.relative_to(tests).parents}
+    assert {folder.relative_to(ROOT) for folder in FOLDERS} <= tested
+
+
 MOST_LINES_OF_A_MODULE, MOST_LINES_OF_A_FUNCTION = 250, 60
 
 
