@@ -1,4 +1,4 @@
-"""What all PaCA layers share."""
+"""The base class of all PaCA layers: columns, their write-back, and how they are cast, moved and loaded."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -15,10 +15,10 @@ from paca_lightning.layers.write_watch import check_written, is_written, note_wr
 
 
 class PaCALayer(nn.Module):
-    """What all PaCA layers share: the delta, its base columns and indices, and how they live with the weight.
+    """A frozen linear layer with trained columns: the delta, the base columns and the indices.
 
     Outside ``disable_paca``, the selected columns of the weight are ``base columns + scaling * delta``, cast to the
-    weight's dtype. Only ``write_columns`` makes it so, once after each optimizer step; a forward never writes.
+    weight's dtype. ``write_columns`` writes them, once after each optimizer step. A forward never writes.
 
     Attributes:
         paca_delta: Trainable update, shape (out_features, r), fp32 (fp64 for an fp64 weight), zero at the start.
@@ -27,7 +27,7 @@ class PaCALayer(nn.Module):
         paca_indices: The selected columns, shape (r,), int64, sorted and unique.
         r: Rank.
         scaling: ``alpha / r``.
-        paca_pending: The selection that has yet to choose the columns; None once they are chosen.
+        paca_pending: The selection that will choose the columns. None once they are chosen.
         paca_conversion: What the converted model knows of its conversion; its layers share it. None for a layer of its
             own.
         paca_path: Path of the layer in the module that was converted.
@@ -62,8 +62,8 @@ class PaCALayer(nn.Module):
     def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
         """Turn a linear layer into one of this class, in place.
 
-        The object stays the same, so that its hooks, its weight and every reference to it go on working. Swapping the
-        class is what ``torch.nn.utils.parametrize`` and ``fully_shard`` do, too.
+        The object stays the same, so its hooks, its weight and all references to it stay valid. Swapping the class is
+        what ``torch.nn.utils.parametrize`` and ``fully_shard`` do, too.
 
         Args:
             module: The layer.
@@ -78,7 +78,7 @@ class PaCALayer(nn.Module):
         self.r, self.scaling = len(indices), scaling
         self.paca_enabled, self.paca_base_class = True, base_class
         self.base.requires_grad_(False)
-        # On a meta model the indices are known all the same: whoever fills its weights reads them.
+        # On a meta model the indices are real, too: the code that fills its weights reads them.
         self.register_buffer("paca_indices", indices.cpu() if self.base.is_meta else indices.to(self.base.device))
         self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
         dtype = torch.promote_types(self.paca_base_columns.dtype, torch.float32)
@@ -88,10 +88,10 @@ class PaCALayer(nn.Module):
             note_written(self, self.paca_delta)
 
     def release(self, *, trained: bool) -> None:
-        """Turn back into the layer it was made from.
+        """Turn back into the base layer, in place.
 
         Args:
-            trained: Whether its weight then has the trained columns or the base columns.
+            trained: Whether the weight keeps the trained columns. Otherwise it gets the base columns.
         """
         if trained:
             self.write_columns()
@@ -121,7 +121,7 @@ class PaCALayer(nn.Module):
 
     @torch.no_grad()
     def write_columns(self) -> None:
-        """Bring the weight up to date with the delta. Sharded alike, both are local: no communication."""
+        """Write the trained columns into the weight. All are sharded alike, so there is no communication."""
         if self.paca_enabled:
             self._reshard()
             self._put_columns(torch.add(local(self.paca_base_columns), local(self.paca_delta), alpha=self.scaling))
@@ -129,32 +129,32 @@ class PaCALayer(nn.Module):
 
     @torch.no_grad()
     def restore_columns(self) -> None:
-        """Put the base columns back: the weight is bitwise the one before the conversion."""
+        """Write the base columns: the weight is bitwise the one before the conversion."""
         self._reshard()
         self._put_columns(local(self.paca_base_columns))
 
     @torch.no_grad()
     def move_to_columns(self, indices: Tensor) -> None:
-        """Train other columns from here on, with the delta as it stands. The columns left are restored.
+        """Train other columns from now on. The delta stays, and the previous columns are restored.
 
         Args:
             indices: The new columns, shape (r,).
         """
         if torch.equal(indices, self.paca_indices):
-            return  # the base columns may be more precise than the weight is now
+            return  # the base columns may be more precise than the weight
         self.restore_columns()
         self.paca_indices.copy_(indices)
         self.begin_from_weight()
 
     @torch.no_grad()
     def reread_columns(self) -> None:
-        """Take the base columns from the base weight as precise as it is now."""
+        """Read the base columns again, in the weight's present precision."""
         self.restore_columns()
         self.begin_from_weight()
 
     @torch.no_grad()
     def begin_from_weight(self) -> None:
-        """Take the base columns from a weight that holds no delta, and write the delta into it."""
+        """Read the base columns from a weight without the delta, then write the trained columns."""
         local(self.paca_base_columns).copy_(self._read_columns())
         self.write_columns()
 
@@ -164,11 +164,11 @@ class PaCALayer(nn.Module):
         return self.paca_base_columns, delta, self.paca_indices, self.scaling
 
     def _base_forward(self, input: Tensor) -> Tensor:
-        """The base layer's own computation on an input of shape (..., in_features)."""
+        """The base layer's forward, for an input of shape (..., in_features)."""
         raise NotImplementedError
 
     def _plain_forward(self, input: Tensor) -> Tensor:
-        """The same in plain operators, the weight computed from the delta in the graph: for transforms."""
+        """The same in plain operators, with the weight computed from the delta: see ``layers/plain.py``."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class PaCALayer(nn.Module):
         return tapped(self._base_forward, input, delta, self.paca_indices, self.scaling)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle has a delta of its own, which is as new as its weight."""
+        """State of a copy: its delta is another tensor, so what was noted of this one does not hold."""
         return {**vars(self), "paca_written": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PaCALayer":
@@ -202,7 +202,7 @@ class PaCALayer(nn.Module):
         if not indices.is_meta:
             self.paca_indices = indices.to(self.paca_indices.device)
         if self.base.dtype != dtype and not self.base.is_meta:
-            self.write_columns()  # in a wider dtype, the weight holds more of the delta
+            self.write_columns()  # a wider weight holds more of the delta
         return self
 
     def _uncast(self) -> tuple[Tensor, ...]:
@@ -210,7 +210,7 @@ class PaCALayer(nn.Module):
         return ()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load any mix of base weight, indices and delta, and leave the weight in step with them."""
+        """Load any mix of base weight, indices and delta, then write the trained columns."""
         path = prefix.removesuffix(".")
         self._check_loaded(state_dict, prefix, path)
         indices = state_dict.get(prefix + "paca_indices")
@@ -228,7 +228,7 @@ class PaCALayer(nn.Module):
             self.write_columns()
 
     def _follow_from_meta(self) -> None:
-        """Make what ``load_state_dict(assign=True)`` left on meta beside a base weight that is real now."""
+        """Create what ``load_state_dict(assign=True)`` left on meta: only the base weight became real."""
         device, trained = self.base.device, self.paca_delta.requires_grad
         self.paca_delta = nn.Parameter(torch.zeros_like(self.paca_delta, device=device), requires_grad=trained)
         self.paca_indices = self.paca_indices.to(device)
@@ -243,7 +243,7 @@ class PaCALayer(nn.Module):
 
 
 def paca_layers(model: nn.Module) -> Iterator[tuple[str, PaCALayer]]:
-    """Path and layer of each PaCA layer in a model, each layer once."""
+    """Path and layer of every PaCA layer in a model. A shared layer comes once."""
     for path, module in model.named_modules():
         if isinstance(module, PaCALayer):
             yield path, module

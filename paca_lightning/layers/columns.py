@@ -1,4 +1,4 @@
-"""Which columns to train: pure functions from seeds and scores to indices."""
+"""Choosing columns: pure functions from seeds and scores to indices, and checks of indices."""
 
 import hashlib
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class PendingSelection:
 def random_indices(in_features: int, r: int, *, seed: int, path: str) -> Tensor:
     """Columns drawn at random from the seed and the layer's path alone.
 
-    The draw owes nothing to the global random state, so it is the same on every rank, machine and run.
+    The global random state has no influence, so the draw is the same on every rank, machine and run.
 
     Args:
         in_features: Columns to choose from.
         r: Columns to choose.
         seed: Seed of the whole conversion.
-        path: Path of the layer, which makes the draws of two layers differ.
+        path: Path of the layer. It makes the draws of two layers differ.
 
     Returns:
         Sorted, unique indices, shape (r,), int64, on the CPU.
@@ -43,7 +43,7 @@ def random_indices(in_features: int, r: int, *, seed: int, path: str) -> Tensor:
 
 
 def largest_indices(scores: Tensor, r: int) -> Tensor:
-    """Columns of the ``r`` largest scores; of equal scores the earlier column wins, on every device.
+    """Columns of the ``r`` largest scores. Of equal scores the earlier column wins, on every device.
 
     Args:
         scores: A score for each column, shape (in_features,).

@@ -1,4 +1,4 @@
-"""Linear layers that train some input columns of their own frozen weight, in place."""
+"""Dense linear layers whose frozen weight has some trained input columns."""
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +80,9 @@ class PaCALinear(BuiltLikeLinear, nn.Linear):
 
 
 class PaCAConv1D(PaCALayer):
-    """Hugging Face's transposed linear layer (GPT-2) ``y = x W + b``, ``W`` of shape (in_features, out_features).
+    """Hugging Face's transposed linear layer (GPT-2): ``y = x W + b``, ``W`` of shape (in_features, out_features).
 
-    Input columns are rows of this weight. It keeps its layout, so that base checkpoints go on loading.
+    Input columns are rows of this weight. It keeps its layout, so base checkpoints still load.
     """
 
     nx: int

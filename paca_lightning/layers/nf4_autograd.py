@@ -1,4 +1,4 @@
-"""A linear map by an NF4 weight with trained columns, which exists only while it is used."""
+"""A linear map whose weight is NF4 with trained columns, dequantized for each GEMM and freed after it."""
 
 from typing import Any
 
@@ -22,15 +22,15 @@ def dequantized_linear(
     indices: Tensor,
     scaling: float,
 ) -> Tensor:
-    """``input @ W.T + bias``, W dequantized in the forward and, if the input needs a gradient, again in the backward.
+    """``input @ W.T + bias``. W is dequantized in the forward, and in the backward if the input needs a gradient.
 
-    Keeps no activation, and gives the delta no gradient: that is the tap's.
+    No activation is saved. The delta gets no gradient here: the tap gives it one.
 
     Args:
         input: Shape (..., in_features), in the dtype to compute in.
         bias: Shape (out_features,).
         packed: NF4 weight, shape (out_features, padded in_features / 2), uint8.
-        scales: Of its blocks.
+        scales: Scales of its blocks.
         in_features: Columns of the weight without padding.
         columns: Base columns, shape (out_features, r).
         delta: Update of the columns, shape (out_features, r). None: the plain NF4 base.
@@ -38,7 +38,7 @@ def dequantized_linear(
         scaling: ``alpha / r``.
 
     Returns:
-        Shape (..., out_features).
+        Shape (..., out_features), in the input's dtype.
     """
     factor = scaling_argument(scaling, columns)
     output: Tensor = _DequantizedLinear.apply(
@@ -59,7 +59,10 @@ def merged_weight(
     *,
     in_backward: bool = False,
 ) -> Tensor:
-    """The weight to compute with: the NF4 base, and in the selected columns what was trained unless delta is None."""
+    """The weight to compute with, shape (out_features, in_features): the NF4 base with the trained columns.
+
+    The arguments are those of :func:`dequantized_linear` and :func:`~paca_lightning.layers.nf4.dequantize_rows`.
+    """
     weight = dequantize_rows(packed, scales, in_features, dtype, in_backward=in_backward)
     if delta is not None:
         trained = columns + delta * scaling if isinstance(scaling, Tensor) else columns.add(delta, alpha=scaling)
@@ -68,7 +71,7 @@ def merged_weight(
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """Linear map by a frozen weight that exists only during its GEMM; keeps no activation."""
+    """Linear map with a frozen weight that exists only during its GEMM. It saves no activation."""
 
     @staticmethod
     def forward(
@@ -84,7 +87,7 @@ class _DequantizedLinear(torch.autograd.Function):
         *scales: Tensor,
     ) -> Tensor:
         weight = merged_weight(packed, scales, in_features, input.dtype, columns, delta, indices, scaling)
-        # All of these are parameters and buffers of the layer: keeping them copies nothing.
+        # All of these are parameters and buffers of the layer, so saving them costs nothing.
         compiled = isinstance(scaling, Tensor)
         ctx.save_for_backward(packed, columns, delta, indices, *scales, *([scaling] if compiled else []))  # type: ignore[arg-type]
         ctx.in_features, ctx.scaling = in_features, None if compiled else scaling  # type: ignore[attr-defined]

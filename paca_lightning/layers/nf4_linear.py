@@ -1,4 +1,4 @@
-"""Linear layers with an NF4 base of which some input columns are trained in full precision."""
+"""Linear layers with an NF4 base, some of whose input columns are trained in full precision."""
 
 from typing import Any, ClassVar, cast
 
@@ -17,14 +17,14 @@ from paca_lightning.layers.plain import with_columns
 
 
 class QPaCALinear(BuiltLikeLinear):
-    """Linear layer ``y = x W^T + b`` with ``W`` in NF4, but for ``r`` input columns that are trained.
+    """Linear layer ``y = x W^T + b`` with ``W`` in NF4, except for ``r`` input columns that are trained.
 
-    Each forward and backward dequantizes the weight into a temporary, puts ``base columns + scaling * delta`` into it
-    and runs one GEMM, in the input's dtype (autocast's, where it is on). The backward keeps ``x[..., indices]`` and
-    nothing else of the input. There is no weight to write back to.
+    Each forward and backward dequantizes the weight into a temporary, writes ``base columns + scaling * delta`` into it
+    and runs one GEMM, in the input's dtype or autocast's. The backward keeps ``x[..., indices]`` and nothing else of
+    the input. No weight is kept, so there is no write-back.
 
-    ``disable_paca`` gives the plain NF4 base. Released, it is an ``nn.Linear`` of the dequantized weight with the
-    trained columns (``merge``) or the base columns (``unload``) exact: what it knows best; nothing is quantized again.
+    ``disable_paca`` gives the plain NF4 base. ``release`` makes an ``nn.Linear`` of the dequantized weight. Its trained
+    columns (``merge``) or base columns (``unload``) are exact, because nothing is quantized again.
 
     The arguments are those of :class:`~paca_lightning.layers.linear.BuiltLikeLinear`. The random weight is
     quantized, with rows padded to whole blocks of 64; on ``meta`` only the shapes are made. ``quantize`` and ``adopt``
@@ -34,10 +34,10 @@ class QPaCALinear(BuiltLikeLinear):
         packed: Shape (out_features, padded in_features / 2), uint8: two weights a byte. Frozen, as all below.
         absmax: Scales, shape (out_features, blocks), bf16; of an adopted layer fp32, or uint8 if they were nested.
         absmax_scale: Of nested scales, shape (out_features, runs), fp32. Otherwise None, as all below.
-        absmax_phase: Where each row begins in its first run of 256 scales, shape (out_features, 1), uint8.
+        absmax_phase: Position of each row's first scale in its run of 256, shape (out_features, 1), uint8.
         absmax_code: Values of the 256 codes of the scales.
         absmax_offset: Mean of the scales.
-        weight_dtype: Dtype of the weight before quantization, and when released.
+        weight_dtype: Dtype of the weight before quantization and after a release.
 
     Shape:
         Input (..., in_features), output (..., out_features).
@@ -65,8 +65,8 @@ class QPaCALinear(BuiltLikeLinear):
         """Turn a dense PaCA layer into one of this class, in place: same indices, base columns and delta objects.
 
         Args:
-            layer: The layer, whose base columns stay as precise as they are.
-            path: Names it in the error.
+            layer: The layer. Its base columns keep their precision.
+            path: Names the layer in the error.
 
         Raises:
             PaCAError: If its weight is not finite.
@@ -82,9 +82,9 @@ class QPaCALinear(BuiltLikeLinear):
 
     @classmethod
     def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
-        """Turn a ``bitsandbytes.nn.Linear4bit`` into one of this class, in place, and keep its bits.
+        """Turn a ``bitsandbytes.nn.Linear4bit`` into one of this class, in place. Its bits are kept.
 
-        The columns start from its quantized values, or from the full-precision weight if it still holds that.
+        The columns start from its quantized values, or from its full-precision weight if it is not quantized yet.
         """
         weight: Any = module.weight
         whole = weight.detach() if weight.quant_state is None else None
@@ -101,28 +101,28 @@ class QPaCALinear(BuiltLikeLinear):
         absmax, scale, phase, code, offset = scales if len(scales) > 1 else (*scales, None, None, None, None)
         for name, rows in (("packed", packed), ("absmax", absmax), ("absmax_scale", scale), ("absmax_phase", phase)):
             self.register_parameter(name, None if rows is None else nn.Parameter(rows, requires_grad=False))
-        self.register_buffer("absmax_code", code, persistent=False)  # one and the same everywhere
+        self.register_buffer("absmax_code", code, persistent=False)  # the same in every layer
         self.register_buffer("absmax_offset", offset)
         self.weight_dtype = dtype
 
     @property
     def scales(self) -> Scales:
-        """What ``nf4.dequantize_rows`` takes beside the packed weight."""
+        """The scales as ``nf4.dequantize_rows`` takes them."""
         nested = (self.absmax_scale, self.absmax_phase, self.absmax_code, self.absmax_offset)
         return (self.absmax, *(tensor for tensor in nested if tensor is not None))
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight with its trained columns, dequantized anew: for models that look at it, such as T5."""
+        """The weight with its trained columns, dequantized at each access: some models, such as T5, read it."""
         return self.dequantize()
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None, *, trained: bool = True) -> Tensor:
-        """This rank's rows of the weight with its full-precision columns in, shape (rows, in_features).
+        """This rank's rows of the weight with the full-precision columns, shape (rows, in_features).
 
         Args:
-            dtype: Default: that of the weight before quantization.
-            trained: Whether the columns are the trained ones or the base columns.
+            dtype: Dtype of the result. Default: that of the weight before quantization.
+            trained: Whether the columns are the trained ones. Otherwise they are the base columns.
         """
         columns, delta = local(self.paca_base_columns), local(self.paca_delta)
         return merged_weight(
@@ -146,28 +146,29 @@ class QPaCALinear(BuiltLikeLinear):
         self.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
 
     def _read_columns(self) -> Tensor:
-        """The quantized values of the selected columns of this rank's rows."""
+        """Quantized values of the selected columns of this rank's rows, shape (rows, r)."""
         if self.packed.is_meta:
             return torch.empty(self.out_features, self.r, device="meta")
         weight = dequantize_rows(local(self.packed), tuple(map(local, self.scales)), self.in_features, torch.float32)
         return weight.index_select(1, self.paca_indices)
 
     def write_columns(self) -> None:
-        """Write nothing, as every forward reads the delta; only free a gathered copy of an older delta."""
+        """Free a gathered copy of an older delta. There is nothing to write: every forward reads the delta."""
         self._reshard()
 
     def restore_columns(self) -> None:
         """Do nothing: the packed weight never changes."""
 
     def reread_columns(self) -> None:
-        """Do nothing: a cast leaves the packed weight as it is, and the base columns may know more."""
+        """Do nothing: a cast does not change the packed weight, and the base columns may be more precise."""
 
     @torch.no_grad()
     def move_to_columns(self, indices: Tensor) -> None:
-        """Train other columns from here on, starting from their quantized values.
+        """Train other columns from now on, starting from their quantized values.
 
         Raises:
-            PaCAError: If the present columns started from the unquantized weight: others would silently start worse.
+            PaCAError: If the present columns started from the unquantized weight. It is gone, so others would start
+                less precise.
         """
         if torch.equal(indices, self.paca_indices):
             return
@@ -177,6 +178,7 @@ class QPaCALinear(BuiltLikeLinear):
         local(self.paca_base_columns).copy_(self._read_columns())
 
     def _starts_quantized(self) -> bool:
+        """Whether the base columns are the quantized values."""
         return torch.equal(local(self.paca_base_columns).float(), self._read_columns())
 
     def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
@@ -192,7 +194,7 @@ class QPaCALinear(BuiltLikeLinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QPaCALinear":
         super()._apply(fn, recurse)
-        # Cast with the model, the layer stays as precise as it is, but is released to fit beside the others.
+        # A cast does not change the packed weight, but the dtype in which it is released.
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.packed.device)).dtype
         return self
 
@@ -221,7 +223,8 @@ def _computed_dtype(input: Tensor) -> torch.dtype:
 
 
 def _other_columns(layer: str) -> str:
+    """The error for indices that differ from those of columns that started unquantized."""
     return (
         f"The columns of {layer} started from the unquantized weight, which is gone, so it cannot train others. Pass "
-        "indices= to apply_paca (load_adapter does so for a fresh base model), or choose them before quantizing."
+        "indices= to apply_paca (load_adapter does so for a fresh base model), or choose columns before quantizing."
     )

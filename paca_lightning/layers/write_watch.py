@@ -1,9 +1,9 @@
-"""Noticing that a delta was moved and not written back: the weight would not learn, and nothing would tell.
+"""Detecting a delta that was changed but not written back, so that the weight would not learn.
 
-An optimizer that no write-back is attached to moves deltas and leaves the weights: the loss stands still, and a saved
-adapter was never evaluated. Each layer remembers which delta it last wrote, and its version. PyTorch's version counter
-moves with every change in place but those of fused optimizers. So hooks around every optimizer's step count the steps,
-and mark the layers whose deltas a step has moved without a write-back.
+An optimizer without an attached write-back moves deltas and leaves the weights: the loss stands still, and a saved
+adapter was never evaluated. So each layer remembers which delta it last wrote, and its version. PyTorch's version
+counter grows with every change in place, except those by fused optimizers. For these, hooks around every optimizer's
+step count the steps and mark the layers whose deltas a step has moved without a write-back.
 """
 
 import weakref
@@ -33,7 +33,7 @@ class WatchedLayer(Protocol):
 
 
 MOVED = (0, -1)
-"""In place of what was written last: an optimizer has moved the delta since."""
+"""Value of ``paca_written`` after an optimizer has moved the delta."""
 
 watched: dict[int, "weakref.ref[WatchedLayer]"] = {}
 """The layers whose deltas an optimizer's step may move, by the id of the delta."""
