@@ -1,0 +1,108 @@
+"""docs/works-with.md: one row for each test of a guest. ``python -m tests.guests.page`` writes it."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conversion.test_optimizers import KINDS
+from tests.guests.models import MODELS
+from tests.guests.test_callbacks import CALLBACKS
+from tests.guests.test_trainers import TRAINERS
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "works-with.md"
+ALL_FOUR = "fit, resume bitwise, adapter saved and loaded, merge"
+
+HEADER = """# Works with
+
+What the test suite tries on a CPU, with the versions below. Each row is one test, and this page is generated from the
+tests: `python -m tests.guests.page` writes it, and a test fails when it is out of date. What is not listed was not
+tried; on GPUs nothing here was.
+"""
+
+# Tests elsewhere whose rows belong here.
+STRATEGIES = [
+    ("`ddp` on two processes", "equal to one process, resume bitwise", "test_ddp_equals_one_process_and_resumes_bitwise"),
+    ("`paca_fsdp2` on two ranks", "equal to one process", "test_two_ranks_equal_one_process"),
+    ("`paca_fsdp2` on four ranks", "equal to one process", "test_four_ranks_equal_one_process"),
+    ("`paca_fsdp2`, then one device, and back", "resume", "test_resume_a_file_on_a_single_device_and_back"),
+    ("`hpu_ddp` on two simulated cards", "equal to one CPU", "test_two_cards_compute_what_one_cpu_computes"),
+    ("every precision of Lightning on a CPU", "fit", "test_precisions"),
+]
+OTHER_OPTIMIZERS = [
+    ("SAM in manual optimization, through Lightning's wrapper", "test_sam_through_lightnings_wrapper"),
+    ("a schedule-free optimizer in Fabric", "test_a_schedule_free_optimizer_in_fabric"),
+    ("schedulefree's AdamWScheduleFree", "test_a_schedule_free_optimizer_of_its_package"),
+    ("an optimizer that Accelerate prepared", "test_the_optimizer_that_accelerate_prepares"),
+    (
+        "Adafactor (PyTorch's, Hugging Face's): a warning where it hardly moves deltas",
+        "test_adafactor_moves_deltas_or_warns_that_it_hardly_does",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test.
+
+    Attributes:
+        what: The guest.
+        library: Whose it is; empty where the section tells.
+        tried: What the test does with it.
+        test: Name of the function.
+    """
+
+    what: str
+    library: str
+    tried: str
+    test: str
+
+
+def sections() -> Iterator[tuple[str, list[Row]]]:
+    """Title and rows of each table."""
+    test = "test_a_model_is_fitted_resumed_saved_and_merged"
+    yield "Models, in a LightningModule", [Row(name, g.library, ALL_FOUR, test) for name, g in MODELS.items()]
+    test = "test_a_trainer_fits_resumes_saves_and_merges"
+    yield "Loops and trainers", [Row(name, library, ALL_FOUR, test) for name, (_, library) in TRAINERS.items()]
+    test = "test_a_callback_beside_paca"
+    yield "Lightning's callbacks", [Row(name, "", "fit beside PaCAStrategy", test) for name in CALLBACKS]
+    yield "Strategies and precisions", [Row(name, "", tried, test) for name, tried, test in STRATEGIES]
+    test = "test_an_optimizer_trains_what_it_trains_in_the_reference"
+    reference = "equal to weights that are a function of the deltas"
+    rows = [Row(name, "", reference, test) for name in KINDS]
+    yield "Optimizers", rows + [Row(name, "", "weights follow the deltas", test) for name, test in OTHER_OPTIMIZERS]
+
+
+def table(rows: Iterable[Row]) -> Iterator[str]:
+    """Lines of a table."""
+    rows = list(rows)
+    with_library = any(row.library for row in rows)
+    yield "| what | library | tried | test |" if with_library else "| what | tried | test |"
+    yield "|---|---|---|---|" if with_library else "|---|---|---|"
+    for row in rows:
+        cells = [row.what, *([row.library] if with_library else []), row.tried, f"`{row.test}`"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def versions() -> str:
+    """The versions of the libraries, from the files that install them for the tests."""
+    pinned = (ROOT / "constraints" / "tested.txt").read_text(encoding="utf-8")
+    pinned += (ROOT / "Makefile").read_text(encoding="utf-8").replace(" ", "\n")
+    names = ("torch", "lightning", "transformers", "accelerate", "peft", "trl", "litgpt", "timm", "schedulefree")
+    found = {name: re.search(rf"^{name}==(\S+)$", pinned, re.M) for name in names}
+    missing = [name for name, match in found.items() if match is None]
+    assert not missing, f"no version of {missing} is pinned"
+    return ", ".join(f"{name} {match[1]}" for name, match in found.items() if match)
+
+
+def render() -> str:
+    """The page."""
+    lines = [HEADER, f"Versions: {versions()}.", ""]
+    for title, rows in sections():
+        lines += [f"## {title}", "", *table(rows), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
