@@ -227,6 +227,6 @@ MODELS: dict[str, Guest] = {
         PaCAConfig(r=2, modules_to_save=["head.fc"]),
     ),
     "a vision transformer built as torchvision's": Guest(
-        BareViT, image_loss, "none", 4, PaCAConfig(r=2, modules_to_save=["heads"])
+        BareViT, image_loss, "torch", 4, PaCAConfig(r=2, modules_to_save=["heads"])
     ),
 }

@@ -23,7 +23,11 @@ tried; on GPUs nothing here was.
 
 # Tests elsewhere whose rows belong here.
 STRATEGIES = [
-    ("`ddp` on two processes", "equal to one process, resume bitwise", "test_ddp_equals_one_process_and_resumes_bitwise"),
+    (
+        "`ddp` on two processes",
+        "equal to one process, resume bitwise",
+        "test_ddp_equals_one_process_and_resumes_bitwise",
+    ),
     ("`paca_fsdp2` on two ranks", "equal to one process", "test_two_ranks_equal_one_process"),
     ("`paca_fsdp2` on four ranks", "equal to one process", "test_four_ranks_equal_one_process"),
     ("`paca_fsdp2`, then one device, and back", "resume", "test_resume_a_file_on_a_single_device_and_back"),

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from paca_lightning import PaCAConfig, PaCAStrategy, load_adapter, merge, paca_layers, save_adapter
+from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, load_adapter, merge, paca_layers, save_adapter
 from paca_lightning.layers.base import PaCALayer
 from tests.guests.checks import is_written, same_state
 from tests.guests.models import MODELS, Guest
@@ -79,5 +79,6 @@ def test_a_model_is_fitted_resumed_saved_and_merged(name: str, tmp_path: Path) -
 def test_a_head_that_is_left_frozen_is_told(tmp_path: Path) -> None:
     guest = MODELS["a vision transformer built as torchvision's"]
     forgetful = Guest(guest.build, guest.loss, guest.library, guest.layers, PaCAConfig(r=2))
-    with pytest.warns(UserWarning, match=r"'net\.heads\.output' is frozen, and zero, so that no layer before it gets"):
+    told = r"'net\.heads\.output' is frozen, and zero, so that no layer before it gets a gradient"
+    with pytest.warns(UserWarning, match=told), pytest.raises(PaCAError, match="No delta has moved in this run"):
         fitted(forgetful, tmp_path)
