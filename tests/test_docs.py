@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from paca_lightning import PaCAError
 from paca_lightning.cli import main
 from paca_lightning.tools.run_config import RunCLI, lightning_cli
 from tests.test_layering import MAY_IMPORT
@@ -237,7 +238,7 @@ def test_a_wrong_command_line_is_found(capsys: pytest.CaptureFixture[str], monke
     commands = list(command_lines(text))
     assert len(commands) == 7
     for words in commands:
-        with pytest.raises((SystemExit, AssertionError)):
+        with pytest.raises((SystemExit, AssertionError, PaCAError)):
             check_command(words, capsys)
 
 

@@ -22,7 +22,8 @@ def optimizer_settings(trainer: Trainer) -> list[dict[str, Any]]:
     for group in groups:
         known = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         if not plateau:  # which lowers the rate itself, and does not keep the first one
-            known["lr"] = float(group.get("initial_lr", group["lr"]))
+            rate = group.get("initial_lr", group["lr"])
+            known["lr"] = None if rate is None else float(rate)  # Adafactor may choose its own
         settings.append(known)
     return settings
 

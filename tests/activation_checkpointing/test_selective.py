@@ -16,8 +16,8 @@ from paca_lightning.activation_checkpointing.selective import contexts
 from paca_lightning.tasks import CausalLMModule
 from paca_lightning.tools.memory.baselines import FLOOR, PACA, Baseline
 from paca_lightning.tools.memory.timeline import Kind
-from paca_lightning.tools.memory.traced_run import TracedModel
-from paca_lightning.tools.memory.traced_step import TracedRun
+from paca_lightning.tools.memory.traced_model import TracedModel
+from paca_lightning.tools.memory.traced_run import TracedRun
 from paca_lightning.tools.presets import preset_config
 from tests.tiny import tiny_config, tiny_llama, tiny_model_directory
 

@@ -122,7 +122,7 @@ def _quiet_trainer(precision: str) -> Trainer:
         devices=1,
         # bf16 takes as much memory as fp16, for which a CPU has no autocast.
         precision="bf16-mixed" if precision in ("16-mixed", "16") else precision,  # type: ignore[arg-type]
-        max_steps=1,
+        max_steps=1_000_000,  # longer than any warm-up
         max_epochs=-1,
         logger=False,
         enable_checkpointing=False,
