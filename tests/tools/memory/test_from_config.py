@@ -7,12 +7,12 @@ import pytest
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 
-from paca_lightning import PaCAError
+from paca_lightning import PaCAError, apply_paca
 from paca_lightning.strategies.hpu import HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy
 from paca_lightning.tasks import CausalLMModule
 from paca_lightning.tools.memory.from_config import known_strategy, read_config, run_to_trace
 from paca_lightning.tools.memory.traced_model import TracedModel
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_llama
 from tests.tools.memory.runs import DEBUG
 
 ROOT = Path(__file__).parents[3]
@@ -30,7 +30,8 @@ def test_each_config_is_estimated(config: str, tmp_path: Path, monkeypatch: pyte
     run, paca = run_to_trace(*described, tokens=64, batch=1)
     assert (run.strategy is not None) == ("fsdp2" in config or "70b" in config)
     assert paca is not None
-    assert TracedModel(run).step().trainable_parameters > 0
+    trained = apply_paca(tiny_llama(), paca).trainable_parameters
+    assert TracedModel(run).step().trainable_parameters == trained
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,10 @@ class Eager(LightningModule):
 
 def test_a_module_may_inherit_how_it_builds_its_model(model_directory: str) -> None:
     _, datamodule, trainer = read_config(DEBUG)
-    run, _ = run_to_trace(Inheriting(model_directory, pretrained=False), datamodule, trainer, tokens=64, batch=1)
-    assert TracedModel(run).step().peak > 0
+    inheriting, ours = (
+        TracedModel(run_to_trace(kind(model_directory, pretrained=False), datamodule, trainer, tokens=64, batch=1)[0])
+        for kind in (Inheriting, CausalLMModule)
+    )
+    assert inheriting.step().peak == ours.step().peak
     with pytest.raises(PaCAError, match="Eager does not build its model in configure_model"):
         run_to_trace(Eager(), datamodule, trainer)
