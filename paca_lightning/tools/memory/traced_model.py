@@ -116,19 +116,31 @@ def _fake_ranks(run: TracedRun) -> Iterator[DeviceMesh | None]:
 
 def _quiet_trainer(precision: str) -> Trainer:
     """A trainer for its precision plugin, and for schedules that ask it for the length of a run. It never trains."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        # bf16 takes as much memory as fp16, for which a CPU has no autocast.
-        precision="bf16-mixed" if precision in ("16-mixed", "16") else precision,  # type: ignore[arg-type]
-        max_steps=1_000_000,  # longer than any warm-up
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    with _without_information():
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            # bf16 takes as much memory as fp16, for which a CPU has no autocast.
+            precision="bf16-mixed" if precision in ("16-mixed", "16") else precision,  # type: ignore[arg-type]
+            max_steps=1_000_000,  # longer than any warm-up
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+@contextmanager
+def _without_information() -> Iterator[None]:
+    """Inside this context Lightning says nothing of the devices it finds. Later runs of the process hear it again."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _container(module: nn.Module, blocks: list[nn.Module]) -> nn.ModuleList | None:
