@@ -42,8 +42,8 @@ mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
 bench: $(INSTALLED) $(SMOLLM2)/config.json
 	$(BIN)/python -m scripts.performance $(if $(ONLY),--only $(ONLY))
 
-# One worker for each core, at most four; tests that share costly processes stay on one of them.
-PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+# One worker for each core, at most four.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
 # All tests, in about six minutes on two idle cores; ARGS="tests/layers -x" runs some of them.
 test: $(INSTALLED)

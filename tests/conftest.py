@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch and huggingface_hub are imported.
 os.environ |= {
@@ -21,14 +22,35 @@ import torch.distributed as dist
 
 from tests.distributed_launch import start_server
 
+# Tests that share costly processes stay on one worker: those of a module, or of a folder. Any other test goes where a
+# worker is free.
+TOGETHER = (
+    "tests/adapters/test_export_sharded.py",
+    "tests/strategies/fsdp2/test_sharding.py",
+    "tests/strategies/fsdp2/test_strategy.py",
+    "tests/strategies/fsdp2/test_streaming.py",
+    "tests/strategies/hpu/",
+    "tests/test_callback_fragments.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((place for place in TOGETHER if nodeid.startswith(place)), nodeid)
+
+    return Scheduling(config, log)
+
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares costly processes on one worker: the tests on simulated HPUs, and modules that say so."""
+    """Mark the tests on simulated HPUs: the device is in a process of its own."""
     for item in items:
         if {"library", "hpu", "hpu_host"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.distributed)
-            item.add_marker(pytest.mark.xdist_group("hpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from tests.artefacts import PNG, logged, trained_layers
 from tests.mmlu_files import write_csv_folders
 from tests.processes import run
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
+pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[1]
 CALLBACKS = ROOT / "callbacks"

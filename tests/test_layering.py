@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import TOGETHER
 from tests.private_apis import is_private, module_name, own_names, private_uses, private_uses_in_test
 
 PACKAGE = "paca_lightning"
@@ -259,6 +260,10 @@ def test_each_folder_says_what_lives_there(folder: Path) -> None:
     documented = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
     assert documented is not None
     assert documented.splitlines()[0].endswith(".")
+
+
+def test_what_stays_together_exists() -> None:
+    assert all((Path(__file__).parents[1] / place).exists() for place in TOGETHER)
 
 
 def test_each_folder_has_its_tests() -> None:

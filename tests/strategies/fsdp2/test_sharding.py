@@ -20,8 +20,6 @@ from tests.distributed_launch import launch
 from tests.distributed_training import whole_deltas
 from tests.tiny import tiny_llama
 
-pytestmark = pytest.mark.xdist_group(__name__)  # whose tests share launches
-
 IDS = torch.arange(48).view(3, 16) * 7 % 384
 CONFIGS = {"dense": PaCAConfig(r=4, alpha=8), "NF4": PaCAConfig(r=4, alpha=8, quantize="nf4")}
 RESHARD: dict[str, bool | int] = {"freed": True, "kept": False, "a share kept": 2}

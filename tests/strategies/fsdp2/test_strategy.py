@@ -30,8 +30,6 @@ from tests.distributed_training import (
 )
 from tests.tiny import tiny_llama
 
-pytestmark = pytest.mark.xdist_group(__name__)  # whose tests share launches
-
 NF4 = PaCAConfig(r=4, alpha=8, quantize="nf4")
 RUNS = {
     "dense": Run(strategy={}),

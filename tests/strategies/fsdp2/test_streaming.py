@@ -30,8 +30,6 @@ from tests.distributed_training import Run, train, train_all
 from tests.peak_memory import peak_bytes
 from tests.tiny import tiny_llama
 
-pytestmark = pytest.mark.xdist_group(__name__)  # whose tests share launches
-
 DENSE, NF4 = PaCAConfig(r=4), PaCAConfig(r=4, quantize="nf4")
 IDS = torch.arange(32).view(2, 16)
 
