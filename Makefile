@@ -49,9 +49,9 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 test: $(INSTALLED)
 	$(PYTEST) $(ARGS)
 
-# What is neither slow nor starts processes, of every folder, in about a minute: while you edit.
+# What is neither slow, nor starts processes, nor needs other people's trainers, of every folder: while you edit.
 test-quick: $(INSTALLED)
-	$(PYTEST) -m "not slow and not distributed" $(ARGS)
+	$(PYTEST) -m "not slow and not distributed and not guests" $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

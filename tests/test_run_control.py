@@ -254,6 +254,7 @@ def test_a_mistyped_option_is_answered_by_its_message_and_one_line_of_help(
     assert len(lines) < 12
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_command_with_143_and_keeps_what_was_trained(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(tmp_path)]
     endless = [

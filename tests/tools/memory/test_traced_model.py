@@ -69,6 +69,7 @@ def test_sharding_divides_what_is_held_and_gathers_a_block_at_a_time(model_direc
     assert sharded.trainable_parameters == alone.trainable_parameters
 
 
+@pytest.mark.slow
 def test_offloaded_block_inputs_leave_the_device(model_directory: str) -> None:
     kept, offloaded = (
         TracedModel(llama_run(model_directory, strategy=FSDP2Strategy(activation_checkpointing=how), ranks=2)).step()
