@@ -127,6 +127,17 @@ def pair_of(kind: str, dtype: torch.dtype = torch.float64, bias: bool = True) ->
     return layer, twin
 
 
+def loss_of(output: Tensor) -> Tensor:
+    """A loss whose gradient differs from place to place."""
+    return (output.float() * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum()
+
+
+def column_gradient_of(twin: nn.Module) -> Tensor:
+    """What the delta's gradient has to be, fp64."""
+    gradient = twin.weight.grad if isinstance(twin, nn.Linear) else twin.weight.grad.t()
+    return ALPHA / R * gradient[:, INDICES].double()
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).abs().max() / expected.abs().max())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paca_lightning import PaCALinear
-from tests.layers.reference import ALPHA, IN, INDICES, KINDS, OUT, ROUNDING, R, pair_of, relative
+from tests.layers.reference import IN, KINDS, OUT, ROUNDING, column_gradient_of, loss_of, pair_of, relative
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -50,17 +50,6 @@ def cases() -> Iterator[object]:
                         if run is not compiled or kind == "dense" or (bias and name == "3-D"):
                             words = (kind, str(dtype).removeprefix("torch."), "bias" if bias else "no bias", name)
                             yield pytest.param(kind, dtype, bias, shape, run, id="-".join((*words, run.__name__)))
-
-
-def loss_of(output: Tensor) -> Tensor:
-    """A loss whose gradient differs from place to place."""
-    return (output.float() * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum()
-
-
-def column_gradient_of(twin: nn.Module) -> Tensor:
-    """What the delta's gradient has to be, fp64."""
-    gradient = twin.weight.grad if isinstance(twin, nn.Linear) else twin.weight.grad.t()
-    return ALPHA / R * gradient[:, INDICES].double()
 
 
 @pytest.mark.parametrize(("kind", "dtype", "bias", "shape", "run"), list(cases()))
