@@ -35,7 +35,8 @@ class AdapterCheckpoint(Callback):
         dirpath: Directory to write. Default: ``adapter`` in the logger's directory.
         monitor: A validation metric, such as ``val/loss``. The adapter is written after each validation that improves
             the metric, and not at the end, so that the best one stays, on any number of devices. Without validation,
-            the last step is saved. A resumed run that writes to the same directory keeps the best value so far.
+            the last step is saved. A resumed run that writes to the same directory keeps the best value so far, and
+            one that has nothing left to train leaves the best adapter as it is.
         mode: Whether a ``min`` or a ``max`` of the metric is best.
 
     Raises:
@@ -53,6 +54,7 @@ class AdapterCheckpoint(Callback):
         self.mode = mode
         self.best: float | None = None
         self._best_sha256: str | None = None
+        self._elsewhere: str | None = None  # the best adapter of the checkpoint, if it is in another directory
         self._directory: Path | None = None
         self._trained = False
 
@@ -68,7 +70,7 @@ class AdapterCheckpoint(Callback):
         """Check the directory before training."""
         if stage != "fit":
             return
-        self.best, self._trained = None, False
+        self.best, self._elsewhere, self._trained = None, None, False
         self._directory = self._find_directory(trainer)
         check_writable(self._directory, "AdapterCheckpoint(dirpath=...)")
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -105,7 +107,7 @@ class AdapterCheckpoint(Callback):
             )
         value = float(metrics[self.monitor])
         sign = 1 if self.mode == "min" else -1
-        better = not math.isnan(value) and (self.best is None or sign * value < sign * self.best)
+        better = math.isfinite(value) and (self.best is None or sign * value < sign * self.best)
         if trainer.strategy.reduce_boolean_decision(better):  # saving is collective: all ranks must agree
             self._save(trainer, pl_module)
             self.best = value
@@ -114,12 +116,19 @@ class AdapterCheckpoint(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the adapter, unless the best one is there."""
-        if self.best is not None and self._trained:
-            rank_zero_info(f"Adapter with the best {self.monitor} ({self.best:.4g}): {self._directory}")
-            return
-        if self.monitor is not None and self._trained:
-            rank_zero_warn(f"No validation gave {self.monitor!r} a value: the adapter is that of the last step.")
+        """Write the adapter, unless the best one is there, or is elsewhere and this run had nothing to train."""
+        unpacks = trainer.limit_train_batches == 0 and not self._trained  # on purpose: the checkpoint's own adapter
+        if self.monitor is not None and not unpacks:
+            # All ranks do as the first one, which sees the files.
+            best, elsewhere = trainer.strategy.broadcast((self.best, self._elsewhere))
+            if best is not None:
+                rank_zero_info(f"Adapter with the best {self.monitor} ({best:.4g}): {self._directory}")
+                return
+            if elsewhere is not None and not self._trained:
+                rank_zero_info(f"Nothing was left to train. {elsewhere}")
+                return
+            if self._trained:
+                rank_zero_warn(f"No validation gave {self.monitor!r} a value: the adapter is that of the last step.")
         self._save(trainer, pl_module)
 
     @override
@@ -150,9 +159,15 @@ class AdapterCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the best value if the directory still holds its adapter."""
-        if state_dict["directory"] == str(self._directory) and state_dict["sha256"] == _sha256(self._directory):
-            self.best, self._best_sha256 = state_dict["best"], state_dict["sha256"]
+        """Keep the best value if the directory still holds its adapter; tell of the best one in another directory."""
+        best, directory, sha256 = state_dict["best"], state_dict["directory"], state_dict["sha256"]
+        if sha256 is None or sha256 != _sha256(Path(directory)):
+            return
+        if directory == str(self._directory):
+            self.best, self._best_sha256 = best, sha256
+        else:
+            self._elsewhere = f"The adapter with the best {self.monitor} so far ({best:.4g}) stays in {directory}."
+            rank_zero_info(f"{self._elsewhere} This run keeps the best of its own validations.")
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, directory: Path | None = None) -> None:
         """Write the present adapter. Default: to the directory of the best or last one."""

@@ -172,6 +172,30 @@ def test_a_resumed_run_knows_the_best_of_its_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(delta_in(tmp_path / "elsewhere" / "adapter"), elsewhere.deltas[-1])
 
 
+@pytest.mark.parametrize("in_the_same_directory", [True, False])
+def test_a_finished_run_that_is_started_again_keeps_the_best_adapter(
+    in_the_same_directory: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Scripted(3.0, 1.0, 2.0)
+    fit(module, tmp_path, AdapterCheckpoint(monitor="val/loss"), ModelCheckpoint(tmp_path, save_last=True))
+    again = tmp_path if in_the_same_directory else tmp_path / "version_1"
+    again.mkdir(exist_ok=True)
+    arguments: dict[str, Any] = {"ckpt_path": tmp_path / "last.ckpt", "max_epochs": 3}
+    fit(Scripted(3.0, 1.0, 2.0), again, AdapterCheckpoint(monitor="val/loss"), **arguments)
+    assert torch.equal(delta_in(tmp_path / "adapter"), module.deltas[1])
+    if not in_the_same_directory:
+        best = f"The adapter with the best val/loss so far (1) stays in {tmp_path / 'adapter'}."
+        assert f"Nothing was left to train. {best}" in caplog.messages
+        assert list(again.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mode", "value"), [("min", float("-inf")), ("max", float("inf"))])
+def test_an_infinite_metric_is_not_the_best(mode: Any, value: float, tmp_path: Path) -> None:
+    module = Scripted(1.0, value, 1.0)
+    fit(module, tmp_path, AdapterCheckpoint(monitor="val/loss", mode=mode))
+    assert torch.equal(delta_in(tmp_path / "adapter"), module.deltas[0])
+
+
 @pytest.mark.parametrize("config", [CONFIG, PaCAConfig(r=4, quantize="nf4", selection="activation_norm")])
 def test_a_checkpoint_becomes_an_adapter_by_fitting_nothing_more(config: PaCAConfig, tmp_path: Path) -> None:
     module = Scripted(1.0, 2.0)
