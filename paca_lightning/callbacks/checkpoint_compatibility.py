@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from paca_lightning.adapters.fingerprint import base_samples
+from paca_lightning.adapters.fingerprint import base_samples, check_base
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.select import waits_for_data
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import spawns_workers
 from paca_lightning.layers.base import paca_layers
 
 BASE = "paca_base"
@@ -37,6 +39,16 @@ def remember_base(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Put some values of a module's base columns into a checkpoint, unless they are sharded over ranks."""
     if (samples := base_samples(module)) is not None:
         checkpoint[BASE] = samples
+
+
+def check_restored_base(saved: dict[str, list[float]] | None, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Compare the base model with the values that a restored checkpoint holds, if it holds any.
+
+    Raises:
+        PaCAError: If it is another one.
+    """
+    if saved is not None:
+        check_base(saved, pl_module, hint=AFTER_SPAWN if spawns_workers(trainer) else "")
 
 
 def columns_are_chosen(module: nn.Module) -> bool:

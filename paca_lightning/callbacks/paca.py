@@ -1,26 +1,26 @@
 """PaCAStrategy: the callback that brings PaCA to any LightningModule."""
 
-from typing import Any
+from typing import Any, Literal
 
 import rich
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from paca_lightning.adapters.fingerprint import check_base
 from paca_lightning.adapters.state_dict import keep_everything
 from paca_lightning.callbacks.averaging import check_order, copies_without_asking, correct_averages
 from paca_lightning.callbacks.checkpoint_compatibility import (
-    AFTER_SPAWN,
     BASE,
+    check_restored_base,
     check_resumable,
     check_scalings,
     columns_are_chosen,
     remember_base,
     scalings,
 )
+from paca_lightning.callbacks.finite_steps import FiniteSteps
 from paca_lightning.callbacks.life_cycle import (
     choose_columns,
     config_beside_adapter,
@@ -48,7 +48,7 @@ from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.private.lightning import logged_step, should_log, spawns_workers
 
 
-class PaCAStrategy(Callback):
+class PaCAStrategy(FiniteSteps):
     """Train some input columns of each frozen weight instead of the whole model (PaCA, arXiv 2503.01905).
 
     Add it to a Trainer's callbacks, with any LightningModule whose optimizer takes
@@ -64,6 +64,7 @@ class PaCAStrategy(Callback):
             output head.
         adapter: Directory of a trained adapter to start from, or to evaluate.
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+        nonfinite: At NaN or Inf in the loss or a gradient, ``stop`` the run or ``skip`` the step.
 
     Attributes:
         report: What was converted, once a run has started.
@@ -73,16 +74,21 @@ class PaCAStrategy(Callback):
     """
 
     def __init__(
-        self, config: PaCAConfig | None = None, *, adapter: str | None = None, full_checkpoints: bool = False
+        self,
+        config: PaCAConfig | None = None,
+        *,
+        adapter: str | None = None,
+        full_checkpoints: bool = False,
+        nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
+        super().__init__(nonfinite)
         self.config = config_beside_adapter(config, adapter)
         self.adapter = adapter
         self.full_checkpoints = full_checkpoints
         self.report: ConversionReport | None = None
-        # Of the present run: what it hooked, and the base model of the checkpoint it restores.
         self._handles: list[RemovableHandle] = []
         self._hooks = MethodHooks()
-        self._saved_base: dict[str, list[float]] | None = None
+        self._saved_base: dict[str, list[float]] | None = None  # of the checkpoint that the run restores
         self._resumed = ResumedOptimizers()
         self._at_start: tuple[int, list[tuple[float, float]]] | None = None  # steps and delta_sums
 
@@ -94,7 +100,7 @@ class PaCAStrategy(Callback):
         if stage == "fit":
             check_outputs(trainer)
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
-        # All are covered by converting after configure_model; averaging callbacks call that one early themselves.
+        # Averaging callbacks call configure_model early themselves.
         self._hooks.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
         self._hooks.add(
             pl_module, "on_load_checkpoint", lambda checkpoint: self._note_checkpoint(checkpoint, trainer, pl_module)
@@ -102,6 +108,7 @@ class PaCAStrategy(Callback):
         if stage == "fit":
             # Not later: a learning rate finder trains before this callback's on_fit_start.
             self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
+            self._hooks.add(pl_module, "on_save_checkpoint", lambda _: self.check_finite(trainer, pl_module))
             if copies_without_asking(trainer):
                 pl_module.configure_model()
 
@@ -135,6 +142,7 @@ class PaCAStrategy(Callback):
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
+        self._forget_steps()
         self._hooks.remove()
         self._saved_base = self._at_start = None
         self._resumed = ResumedOptimizers()
@@ -151,21 +159,16 @@ class PaCAStrategy(Callback):
         """Do what the conversion could not do yet: weights may have come after it."""
         if trainer.state.fn == TrainerFn.FITTING:
             return
-        self._check_base(trainer, pl_module)
+        check_restored_base(self._saved_base, trainer, pl_module)
         if trainer.ckpt_path is None:
             load_waiting_adapter(pl_module, self.adapter)
         if settle_restored_columns(pl_module, self.config):
             keep_state(pl_module, self.full_checkpoints)
 
-    def _check_base(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._saved_base is not None:
-            spawned = AFTER_SPAWN if spawns_workers(trainer) else ""
-            check_base(self._saved_base, pl_module, hint=spawned)
-
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the base model with the checkpoint's, and load an adapter that had to wait."""
-        self._check_base(trainer, pl_module)
+        check_restored_base(self._saved_base, trainer, pl_module)
         load_waiting_adapter(pl_module, self.adapter)
         check_validation_interval(trainer)
         self._resumed.note_configured(trainer)
@@ -213,6 +216,7 @@ class PaCAStrategy(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that something was trained, and correct averaged models before they are taken over."""
+        super().on_train_end(trainer, pl_module)
         if self._at_start is not None and trainer.global_step > self._at_start[0]:
             check_deltas_moved(trainer, pl_module, self._at_start[1])
         correct_averages(trainer, pl_module)

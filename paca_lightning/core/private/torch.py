@@ -30,6 +30,14 @@ def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree_map_only(Tensor, fn, tree)
 
 
+def largest_values(tensors: Sequence[Tensor]) -> Tensor:
+    """Largest magnitude of each tensor (n,), NaN where one has NaN, in a few kernels for all of them.
+
+    ``nn.utils.get_total_norm`` is the public way to this operator, and returns one number for all tensors.
+    """
+    return torch.stack(torch._foreach_norm(list(tensors), float("inf")))
+
+
 def storage_id(storage: UntypedStorage) -> int:
     """Address of a storage: equal for all tensors that share it, as long as it lives.
 

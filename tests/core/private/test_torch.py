@@ -42,6 +42,14 @@ def test_trees() -> None:
     assert shapes == {"a": [(1,), ((2,), 3)], "b": None}
 
 
+@canary("torch.largest_values")
+def test_largest_values() -> None:
+    tensors = [torch.tensor([1.0, -3.0]), torch.tensor([float("nan"), 1.0]), torch.tensor([float("-inf")])]
+    assert torch.equal(private.largest_values(tensors)[[0, 2]], torch.tensor([3.0, float("inf")]))
+    assert private.largest_values(tensors)[1].isnan()
+    assert private.largest_values([torch.ones(2).bfloat16(), torch.ones(2).double()]).tolist() == [1, 1]
+
+
 @canary("torch.storage_id")
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_storage_id(device: str) -> None:
