@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from paca_lightning.conversion.bypassed import bypassed_linears
 from paca_lightning.conversion.heads import Heads, find_heads, is_base_model
 from paca_lightning.conversion.saved_modules import is_marked
 from paca_lightning.core.dtensor import local
@@ -121,6 +122,8 @@ def take_inventory(model: nn.Module) -> Inventory:
         if isinstance(module, nn.MultiheadAttention):
             reason = "nn.MultiheadAttention reads its weight without calling it"
             inventory.unreachable.update(dict.fromkeys(module.modules(), reason))
+        for child in bypassed_linears(module):
+            inventory.unreachable.setdefault(child, f"{type(module).__name__} reads its weight without calling it")
         if isinstance(module, tuner):
             reason = "part of a PEFT adapter (merge_and_unload() makes the model plain again)"
             inventory.unreachable.update(dict.fromkeys(module.modules(), reason))

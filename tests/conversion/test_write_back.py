@@ -2,12 +2,14 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, apply_paca, attach, merge, unload
 from tests.callbacks.test_paca import DATA, Module, in_step, loader, moved, network, trainer  # noqa: F401  (a fixture)
@@ -59,14 +61,15 @@ def test_a_learning_rate_finder_sees_the_weights_move(trainer: Any) -> None:  # 
 
 
 class ReadsAWeight(nn.Module):
-    """Multiplies by the second layer's weight without calling the layer."""
+    """Multiplies by the second layer's weight without calling the layer, which its source does not tell."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.first(x) @ self.second.weight.t()
+        second = self.second
+        return self.first(x) @ second.weight.t()
 
 
 def test_layers_that_never_train_are_told_once() -> None:
@@ -130,8 +133,48 @@ def test_an_optimizer_without_hooks_is_refused() -> None:
         attach(Own(list(model.parameters())), model)  # type: ignore[arg-type]
 
 
-def test_a_parametrization_after_the_conversion_is_refused() -> None:
+COMPUTED: dict[str, Callable[[nn.Module], Any]] = {
+    "spectral norm": nn.utils.parametrizations.spectral_norm,
+    "spectral norm by a hook": nn.utils.spectral_norm,
+    "pruning mask": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "parametrized bias": lambda layer: parametrize.register_parametrization(layer, "bias", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.parametrize("back", [merge, unload])
+def test_a_parametrization_after_the_conversion_is_refused(kind: str, back: Any) -> None:
     model, optimizer = trained_network()
-    nn.utils.parametrizations.spectral_norm(model[0])
+    COMPUTED[kind](model[0])
+    for action in (lambda: attach(optimizer, model), lambda: back(model)):
+        with pytest.raises(PaCAError, match=r"'0' was parametrized after its conversion \(spectral norm, "):
+            action()
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_parametrization_during_training_is_refused_at_the_next_step(kind: str) -> None:
+    model, optimizer = trained_network()
+    attach(optimizer, model)
+    COMPUTED[kind](model[0])
+    model(DATA).sum().backward()
     with pytest.raises(PaCAError, match="'0' was parametrized after its conversion"):
-        attach(optimizer, model)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["weight", "paca_base_columns"])
+def test_what_a_layer_keeps_frozen_cannot_be_trained(name: str) -> None:
+    model, _ = trained_network()
+    model[0].get_parameter(name).requires_grad_(True)
+    with pytest.raises(PaCAError, match=rf"'0\.{name}' was thawed .* PaCAConfig\(exclude_modules=\['0'\]\)"):
+        attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), model)
+
+
+def test_a_weight_that_is_thawed_during_training_is_refused_at_the_next_step() -> None:
+    model, optimizer = trained_network()
+    attach(optimizer, model)
+    before = model[0].weight.requires_grad_(True).clone()
+    optimizer.add_param_group({"params": [model[0].weight]})
+    model(DATA).sum().backward()
+    with pytest.raises(PaCAError, match=r"'0\.weight' was thawed"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)

@@ -201,9 +201,7 @@ MODELS: dict[str, Guest] = {
     "Falcon (linear layers with a forward of their own)": Guest(falcon, language_loss, HF, 8),
     "Gemma 2": Guest(gemma, language_loss, HF, 14),
     "Mixtral (fused experts stay frozen)": Guest(mixtral, language_loss, HF, 8),
-    "Mamba, without `dt_proj`, whose weight it reads without calling it": Guest(
-        mamba, language_loss, HF, 6, PaCAConfig(r=2, exclude_modules=["dt_proj"])
-    ),
+    "Mamba (`dt_proj`, whose weight it reads without calling it, stays frozen)": Guest(mamba, language_loss, HF, 6),
     "T5": Guest(t5, language_loss, HF, 32),
     "Whisper": Guest(whisper, speech_loss, HF, 16),
     "BERT, a new head trained whole": Guest(bert, class_loss, HF, 13, PaCAConfig(r=2, modules_to_save=["classifier"])),

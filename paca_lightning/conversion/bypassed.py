@@ -1,0 +1,61 @@
+"""Linear layers whose weight the module around them reads without calling them, found in its source.
+
+A layer that is not called has no tap in the graph: its delta would get no gradient. Mamba multiplies by
+``self.dt_proj.weight``; WavLM passes ``self.q_proj.weight`` to a function of PyTorch.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from torch import nn
+
+SETUP = ("__init__", "init", "_init", "reset")
+"""Beginnings of the names of methods that fill weights: what they read says nothing about the forward."""
+
+METADATA = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "data_ptr", "is_meta", "requires_grad"})
+OWN_TENSORS = frozenset({"weight", "bias", "in_features", "out_features"})
+
+
+def bypassed_linears(module: nn.Module) -> Iterator[nn.Module]:
+    """The linear layers, direct children of a module, whose weight its methods read and which they never call.
+
+    A layer that is called on one path and read on another one, such as for a fused kernel, is not among them.
+    """
+    linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    if linears:
+        yield from (linears[name] for name in _read_not_called(type(module)) & linears.keys())
+
+
+@functools.cache
+def _read_not_called(cls: type[nn.Module]) -> frozenset[str]:
+    """Names of the attributes of a class whose ``weight`` its methods read, and that they use in no other way."""
+    read, used = set[str](), set[str]()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for method in _methods(base):
+            parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+            for node in ast.walk(method):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                    outer = parents[node]
+                    if not (isinstance(outer, ast.Attribute) and outer.attr in OWN_TENSORS):
+                        used.add(node.attr)
+                    elif outer.attr == "weight" and not _is_metadata(parents[outer]):
+                        read.add(node.attr)
+    return frozenset(read - used)
+
+
+def _methods(cls: type) -> Iterator[ast.AST]:
+    """The methods of a class but for those that fill weights; none where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):  # built in, or typed at a prompt
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith(SETUP):
+            yield node
+
+
+def _is_metadata(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr in METADATA
