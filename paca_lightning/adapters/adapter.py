@@ -31,7 +31,7 @@ from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.select import quantize_layers
-from paca_lightning.conversion.state import config_of
+from paca_lightning.conversion.state import config_of, layers_left
 from paca_lightning.core.dtensor import copy_into, is_first_rank, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
@@ -82,7 +82,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         write_json(scratch / CONFIG, peft_config(inventory.base_model, config))
         ranks = {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()}
         ours = {"version": version("paca-lightning"), "config": config.to_dict(), "layers": ranks}
-        write_json(scratch / SETTINGS, ours | {"changed": list(changed), "fingerprint": samples})
+        ours |= {"left": layers_left(inventory), "changed": list(changed), "fingerprint": samples}
+        write_json(scratch / SETTINGS, ours)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ConversionReport:
@@ -105,7 +106,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
     with _directory_in_errors(directory), undone_on_error(inventory):
         known = config_of(model)
         # Whatever the selection, the columns are the adapter's: no data needs to follow.
-        report = convert(inventory, known or config, indices if known is None else None, data_follows=True)
+        left = () if settings is None else settings.left
+        report = convert(inventory, known or config, indices if known is None else None, data_follows=True, left=left)
         layers = inventory.named_layers()
         before = {path: layer.paca_indices.clone() for path, layer in layers.items()}
         _check_layers(layers, indices, deltas, settings)

@@ -127,6 +127,7 @@ class AdapterSettings:
     scalings: dict[str, float]
     fingerprint: dict[str, list[float]]
     changed: list[str]
+    left: list[str]
 
 
 def read_settings(directory: Path) -> AdapterSettings | None:
@@ -145,6 +146,7 @@ def read_settings(directory: Path) -> AdapterSettings | None:
             scalings={name: layer["alpha"] / layer["r"] for name, layer in content["layers"].items()},
             fingerprint={name: list(map(float, values)) for name, values in content["fingerprint"].items()},
             changed=[str(name) for name in content.get("changed", [])],  # not in files of version 0.1.0
+            left=[str(path) for path in content.get("left", [])],  # nor this
         )
     except PaCAError as error:
         raise PaCAError(f"{path}: {error}") from error
@@ -191,13 +193,14 @@ def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor],
     return found["paca_indices"], found["paca_delta"], others
 
 
-def adapter_indices(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The columns that an adapter trains, by layer path.
+def adapter_layers(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """The columns that an adapter trains, by layer path, and the layers that its training left frozen by hand.
 
     Raises:
-        PaCAError: If its tensors cannot be read.
+        PaCAError: If its files cannot be read.
     """
-    return read_tensors(Path(directory))[0]
+    settings = read_settings(Path(directory))
+    return read_tensors(Path(directory))[0], [] if settings is None else settings.left
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:

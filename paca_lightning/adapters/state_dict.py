@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from paca_lightning.conversion.changed_state import remember_thawed
 from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
@@ -32,6 +33,7 @@ def keep_trained_state(module: nn.Module) -> None:
     if HOOKED not in vars(module):
         vars(module)[HOOKED] = True
         module.register_state_dict_post_hook(_drop_frozen)
+        module.register_load_state_dict_pre_hook(_note_thawed)
         module.register_load_state_dict_post_hook(_check_loaded)
 
 
@@ -60,6 +62,20 @@ def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, loc
         # Some quantized layers keep their scales beside the weight, as "weight.absmax".
         if any(part in frozen for part in _with_parents(name)):
             del state_dict[key]
+
+
+def _note_thawed(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Keep the base model's values of parameters that are frozen here and that a checkpoint brings: a run thawed them.
+
+    Checkpoints and adapters hold them from now on. A checkpoint with the whole base model tells nothing of that kind.
+    """
+    conversion = conversion_of(module)
+    layers = [path for path, _ in paca_layers(module)]
+    if conversion is None or any(f"{prefix}{path}.weight" in state_dict for path in layers):
+        return
+    thawed = {id(p) for name, p in module.named_parameters() if f"{prefix}{name}" in state_dict and not p.requires_grad}
+    if thawed and any(f"{prefix}{path}.paca_delta" in state_dict for path in layers):
+        remember_thawed(module, thawed)
 
 
 def _with_parents(name: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 
 from paca_lightning.adapters.adapter import load_adapter
-from paca_lightning.adapters.files import adapter_config, adapter_indices
+from paca_lightning.adapters.files import adapter_config, adapter_layers
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
 from paca_lightning.callbacks.averaging import check_bases
 from paca_lightning.callbacks.column_selection import select_on_training_data
@@ -64,9 +64,9 @@ def convert_module(
         trainer.precision_plugin.convert_module(pl_module)
     inventory = take_inventory(pl_module)
     # Read before the conversion: a layer that is quantized on the way forgets what other columns started from.
-    indices = adapter_indices(adapter) if adapter is not None and not inventory.layers else None
+    indices, left = adapter_layers(adapter) if adapter is not None and not inventory.layers else (None, [])
     with undone_on_error(inventory):
-        report = convert(inventory, config, indices, data_follows=True)
+        report = convert(inventory, config, indices, data_follows=True, left=left)
     check_bases(trainer, pl_module)
     return report
 

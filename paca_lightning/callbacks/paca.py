@@ -34,6 +34,7 @@ from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.monitors import check_monitors
 from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, optimizer_names
 from paca_lightning.callbacks.run_checks import (
+    check_callbacks,
     check_deltas_moved,
     check_optimizers,
     check_outputs,
@@ -122,6 +123,7 @@ class PaCAStrategy(FiniteSteps):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers(trainer, pl_module)
+        check_callbacks(trainer, pl_module)
         self._resumed.check_classes(trainer)
         for optimizer in trainer.optimizers:
             if layers_stepped_by(optimizer, pl_module):

@@ -3,7 +3,7 @@
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 
@@ -11,6 +11,7 @@ from paca_lightning.conversion.write_back import layers_stepped_by
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable_if_local
+from paca_lightning.core.private.lightning import pruned_modules
 from paca_lightning.layers.base import paca_layers
 
 
@@ -63,6 +64,32 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
             "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
             "take optimizer: OptimizerCallable. List layers that must not train in exclude_modules."
         )
+
+
+def check_callbacks(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse callbacks that would replace or thaw the weights of PaCA layers, once these exist.
+
+    Raises:
+        PaCAError: If there is one.
+    """
+    layers = {layer: path for path, layer in paca_layers(pl_module)}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelPruning):
+            pruned = [layers[module] for module in pruned_modules(callback) if module in layers]
+            if pruned:
+                raise PaCAError(
+                    f"{type(callback).__name__} would put a mask on {pruned[0]!r} ({len(pruned)} such layers), whose "
+                    "columns PaCA writes into its weight: they would be lost. Prune the model before, or pass "
+                    "parameters_to_prune without the layers that PaCA trains."
+                )
+        if isinstance(callback, BackboneFinetuning):
+            thawed = [path for path, _ in paca_layers(pl_module.get_submodule("backbone"))]
+            if thawed:
+                raise PaCAError(
+                    f"{type(callback).__name__} thaws every weight of `backbone`, in which PaCA trains columns of "
+                    f"'backbone.{thawed[0]}' ({len(thawed)} such layers) and keeps frozen. Leave the callback out, "
+                    "or leave the backbone to it: PaCAConfig(exclude_modules=[...])."
+                )
 
 
 def check_validation_interval(trainer: Trainer) -> None:

@@ -14,7 +14,7 @@ from paca_lightning.conversion.saved_modules import is_marked, mark, original_st
 from paca_lightning.conversion.scores import BY_WEIGHT, weight_scores
 from paca_lightning.conversion.select import quantize_layers, select_columns
 from paca_lightning.conversion.state import Conversion, conversions_of, rooted_conversion
-from paca_lightning.conversion.targets import Target, in_features_of, resolve
+from paca_lightning.conversion.targets import FROZEN, Target, in_features_of, resolve
 from paca_lightning.core.config import CALIBRATED, PaCAConfig
 from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
@@ -64,6 +64,7 @@ def convert(
     *,
     data_follows: bool,
     weigh_errors: bool = False,
+    left: Iterable[str] = (),
 ) -> ConversionReport:
     """Convert like ``apply_paca``, but leave layers whose columns data chooses on random ones, marked as pending.
 
@@ -75,13 +76,16 @@ def convert(
         indices: As for ``apply_paca``.
         data_follows: Whether the caller goes on to ``select_columns``.
         weigh_errors: Whether ``quant_error`` waits for data, too.
+        left: Layers that were frozen by hand where the adapter to load was trained, by path from the base model.
 
     Raises:
         PaCAError: As for ``apply_paca``.
     """
     _refuse_other_config(inventory, config)
     conversion = rooted_conversion(inventory, config)
-    resolution = resolve(inventory, config, was_trainable=conversion.was_trainable, given=indices or ())
+    left = {*conversion.left, *left}
+    resolution = resolve(inventory, config, was_trainable=conversion.was_trainable, given=indices or (), left=left)
+    conversion.left = {path for path, reason in resolution.skipped.items() if reason == FROZEN}
     given = _given_columns(indices or {}, resolution.targets, inventory)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
     _refuse_sharded(inventory, fresh)

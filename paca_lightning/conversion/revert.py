@@ -21,6 +21,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private.torch import preserve_versions, version_of
 from paca_lightning.layers.base import PaCALayer, paca_layers
+from paca_lightning.layers.columns import check_not_parametrized
 
 
 @contextmanager
@@ -66,7 +67,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Turn PaCA layers into plain linear layers that hold the trained columns; returns the model.
 
     Raises:
-        PaCAError: If the model is sharded, or inside ``disable_paca``.
+        PaCAError: If the model is sharded, or inside ``disable_paca``, or a layer was parametrized since.
     """
     layers = _releasable_layers(model, "merge")
     for layer in layers:
@@ -139,6 +140,7 @@ def _releasable_layers(model: nn.Module, action: str) -> list[PaCALayer]:
     for path, layer in layers:
         if not layer.paca_enabled:
             raise PaCAError("merge and unload do not work inside disable_paca: leave that context first.")
+        check_not_parametrized(layer, layer.base, path)
         if is_sharded(layer.base):
             raise PaCAError(
                 f"{action}: {path!r} is sharded by FSDP2, which still counts on its delta. Write the result with "

@@ -26,6 +26,7 @@ class Conversion:
         originals: Copies, in host memory, of what may change beside deltas and modules trained whole: of persistent
             buffers as they were at the conversion, and of thawed parameters as they were before their first step.
         frozen: Names of the parameters that a checkpoint leaves out.
+        left: Paths of the linear layers that ``all-linear`` left alone, as they were frozen by hand.
         adapter: Directory of the adapter that was loaded. A later run with the same one goes on from it.
         full_checkpoints: Whether checkpoints keep the frozen parameters.
         columns_restored: Whether the columns that data was to choose came with a checkpoint.
@@ -35,6 +36,7 @@ class Conversion:
     was_trainable: dict[str, bool] = field(default_factory=dict)
     originals: dict[str, Tensor] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
     adapter: str | None = None
     full_checkpoints: bool = False
     columns_restored: bool = False
@@ -103,9 +105,17 @@ def _take_over(conversion: Conversion, before: Conversion, renamed: Callable[[st
     for name, value in before.originals.items():
         if (own_name := renamed(name)) is not None:
             conversion.originals[own_name] = value
+    conversion.left |= {own_path for path in before.left if (own_path := renamed(path)) is not None}
     conversion.adapter = conversion.adapter or before.adapter
     conversion.full_checkpoints |= before.full_checkpoints
     conversion.columns_restored |= before.columns_restored
+
+
+def layers_left(inventory: Inventory) -> list[str]:
+    """Linear layers that were left alone as they were frozen by hand, by path from the base model."""
+    to_root = root_names(inventory.root)
+    left = {path for conversion, _, _ in conversions_in(inventory.root) for path in conversion.left}
+    return [inventory.relative(paths[0]) for paths in inventory.paths.values() if to_root(paths[0]) in left]
 
 
 def root_names(model: nn.Module) -> Callable[[str], str | None]:

@@ -91,6 +91,7 @@ def resolve(
     *,
     was_trainable: Mapping[str, bool] | None = None,
     given: Container[str] = (),
+    left: Container[str] = (),
 ) -> Resolution:
     """Find the layers that a configuration names.
 
@@ -99,6 +100,7 @@ def resolve(
         config: The settings.
         was_trainable: Which parameters required a gradient before an earlier conversion froze them, by name.
         given: Layers to convert even if they are frozen, by path or by path from the base model.
+        left: Layers that ``all-linear`` leaves alone as if they were frozen, by either path.
 
     Returns:
         The layers to convert, the linear layers left alone with their reasons, and the modules trained whole.
@@ -116,6 +118,7 @@ def resolve(
     if config.target_modules == ALL_LINEAR and not config.include_frozen:
         convertible = [m for m in linears if obstacles[m] is None and m not in excluded and m not in inside_saved]
         frozen, result.thawed = frozen_by_hand(inventory, convertible, was_trainable or {})
+        frozen += [module for module in convertible if any(name in left for name in names[module])]
         obstacles |= {module: FROZEN for module in frozen if not any(name in given for name in names[module])}
     for module in linears:
         path, obstacle = inventory.paths[module][0], obstacles[module]
@@ -195,7 +198,8 @@ def _obstacle(module: nn.Module, inventory: Inventory) -> str | None:
     if isinstance(module, PaCALayer):
         return None
     if parametrize.is_parametrized(module) or weight is None:
-        return "its weight is parametrized"
+        masked = hasattr(module, "weight_mask")
+        return "its weight has a pruning mask" if masked else "its weight is parametrized"
     base_class = base_class_of(module)
     assert base_class is not None
     if "forward" in vars(module) or not computes_as_linear(module, base_class):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.conversion.changed_state import remember_thawed
@@ -22,6 +21,7 @@ from paca_lightning.conversion.optimizers import (
 from paca_lightning.core.dtensor import is_first_rank, is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer, paca_layers
+from paca_lightning.layers.columns import check_not_parametrized
 
 
 def write_columns(model: nn.Module) -> None:
@@ -124,6 +124,7 @@ class _ThawedParameters:
         self._known = {id(parameter) for parameter in _parameters(optimizer) if parameter.requires_grad}
         self._count = 0
         self._others: list[nn.Parameter] = []
+        _refuse_thawed_weights(model, self._known)
         remember_thawed(model, self._known)
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -131,10 +132,24 @@ class _ThawedParameters:
         if count != self._count:
             self._count = count
             self._others = [parameter for parameter in _parameters(optimizer) if id(parameter) not in self._known]
-        if thawed := {id(parameter) for parameter in self._others if parameter.grad is not None}:
+        # A closure computes the gradients after this, so that they cannot tell.
+        if thawed := {id(parameter) for parameter in self._others if parameter.requires_grad}:
             self._known |= thawed
             self._count = 0  # look at the others again
+            _refuse_thawed_weights(self._model, thawed)
             remember_thawed(self._model, thawed)
+
+
+def _refuse_thawed_weights(model: nn.Module, trained: set[int]) -> None:
+    """Raise if what a PaCA layer keeps frozen is trained: of the weight, columns would be trained twice."""
+    for path, layer in paca_layers(model):
+        for name in (layer.base_name, "paca_base_columns"):
+            if id(getattr(layer, name)) in trained:
+                raise PaCAError(
+                    f"'{path}.{name}' was thawed after the conversion and is in the optimizer. PaCA trains the layer "
+                    "by its paca_delta and keeps its weight frozen. Thaw other parameters, or leave the layer out: "
+                    f"PaCAConfig(exclude_modules=[{path.rpartition('.')[2]!r}])."
+                )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
@@ -152,12 +167,7 @@ def _check_layers(model: nn.Module, layers: dict[str, PaCALayer]) -> None:
             "use selection='random'."
         )
     for path, layer in layers.items():
-        if parametrize.is_parametrized(layer):
-            raise PaCAError(
-                f"{path!r} was parametrized after its conversion (spectral norm, weight norm, pruning): its weight is "
-                "computed anew for each forward, and columns written into it would be lost. Parametrize first, which "
-                "leaves the layer out of the conversion, or remove the parametrization."
-            )
+        check_not_parametrized(layer, layer.base, path)
         placements: tuple[Any, ...] = getattr(layer.base, "placements", ())
         if any(not (placement.is_shard(0) or placement.is_replicate()) for placement in placements):
             raise PaCAError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from paca_lightning.core.dtensor import local
 from paca_lightning.layers.autograd import tapped
 from paca_lightning.layers.casting import keeping_precision
-from paca_lightning.layers.columns import PendingSelection, check_loaded_columns
+from paca_lightning.layers.columns import PendingSelection, check_loaded_columns, check_not_parametrized
 from paca_lightning.layers.plain import inside_transform, is_replaced, on_jagged_rows
 from paca_lightning.layers.write_watch import check_written, is_written, note_written
 
@@ -123,6 +123,7 @@ class PaCALayer(nn.Module):
     def write_columns(self) -> None:
         """Write the trained columns into the weight. All are sharded alike, so there is no communication."""
         if self.paca_enabled:
+            check_not_parametrized(self, self.base, self.paca_path)
             self._reshard()
             self._put_columns(torch.add(local(self.paca_base_columns), local(self.paca_delta), alpha=self.scaling))
             note_written(self, self.paca_delta)

@@ -4,7 +4,8 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
@@ -78,6 +79,25 @@ def check_indices(indices: Tensor, in_features: int, r: int, *, path: str) -> No
 def is_expanded(weight: Tensor) -> bool:
     """Whether elements of a weight share memory, as those of an expanded view: writing one column changes others."""
     return any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))
+
+
+def check_not_parametrized(layer: nn.Module, weight: Tensor, path: str) -> None:
+    """Raise if a layer's weight or bias is computed from other tensors: a write to the weight would be lost.
+
+    Args:
+        layer: The layer.
+        weight: What it has as its weight.
+        path: Names it in the error.
+
+    Raises:
+        PaCAError: If so.
+    """
+    if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer):
+        raise PaCAError(
+            f"{path!r} was parametrized after its conversion (spectral norm, weight norm, pruning): its weight is "
+            "computed anew for each forward, and columns written into it would be lost. Parametrize first, which "
+            "leaves the layer out of the conversion, or remove the parametrization."
+        )
 
 
 def check_loaded_columns(

@@ -197,3 +197,30 @@ def test_a_frozen_parameter_in_the_optimizer_is_kept_once_it_is_trained() -> Non
     optimizer.step()
     model[1].bias.requires_grad_(False)
     assert set(model.state_dict()) == ADAPTER | BUFFERS | HEAD | {"1.bias"}
+
+
+def test_what_an_earlier_run_thawed_stays_in_checkpoints_and_goes_with_unload() -> None:
+    model = tuned()
+    model[1].weight.requires_grad_(True)
+    attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), model)
+    with torch.no_grad():
+        model[1].weight.add_(1.0)
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    resumed = fresh()
+    resumed.load_state_dict(saved)
+    found = resumed.state_dict()
+    assert found.keys() == saved.keys() == ADAPTER | BUFFERS | HEAD | {"1.weight"}
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    unload(resumed)
+    assert torch.equal(resumed[1].weight, network()[1].weight)
+
+
+def test_a_base_checkpoint_thaws_nothing() -> None:
+    model = fresh()
+    model.load_state_dict(network(seed=1).state_dict())
+    assert set(model.state_dict()) == ADAPTER | BUFFERS | HEAD
+    full = tuned()
+    keep_everything(full)
+    model.load_state_dict(full.state_dict())
+    assert set(model.state_dict()) == ADAPTER | BUFFERS | HEAD

@@ -1,8 +1,10 @@
 """What changes beside the deltas belongs to the adapter, and goes when PaCA goes."""
 
 import copy
+import functools
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,8 @@ def network() -> nn.Sequential:
         return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
 
 
-def trained(thaw: bool = True) -> nn.Sequential:
-    """A network after some steps, in which the norm's scale was thawed for a while."""
+def trained(thaw: bool = True, closure: bool = False) -> nn.Sequential:
+    """A network after some steps, in which the norm's scale was thawed for a while; gradients by closures if asked."""
     model = network()
     apply_paca(model, PaCAConfig(r=2))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -39,10 +41,20 @@ def trained(thaw: bool = True) -> nn.Sequential:
             optimizer.add_param_group({"params": [model[1].weight]})
         if step == 4:
             model[1].requires_grad_(False)
-        model(INPUT).square().mean().backward()
-        optimizer.step()
         optimizer.zero_grad()
+        evaluate = functools.partial(backward, model)
+        if closure:  # as Lightning does
+            optimizer.step(evaluate)
+        else:
+            evaluate()
+            optimizer.step()
     return model
+
+
+def backward(model: nn.Module) -> Tensor:
+    loss: Tensor = model(INPUT).square().mean()
+    loss.backward()
+    return loss.detach()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -80,8 +92,9 @@ def test_inside_disable_paca_all_is_the_base_model_and_comes_back() -> None:
     assert_same(state(model), before)
 
 
-def test_unload_gives_the_base_model_back() -> None:
-    model = trained()
+@pytest.mark.parametrize("closure", [False, True])
+def test_unload_gives_the_base_model_back(closure: bool) -> None:
+    model = trained(closure=closure)
     unload(model)
     assert_same(state(model), state(network()))
 

@@ -1,10 +1,12 @@
 """What the user froze stays frozen: a critic or a teacher beside a model that trains."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from paca_lightning import PaCAConfig, apply_paca, load_adapter, paca_layers, save_adapter
+from paca_lightning import PaCAConfig, apply_paca, load_adapter, paca_layers, save_adapter, unload
 from tests.tiny import tiny_llama
 
 CONFIG = PaCAConfig(r=2)
@@ -86,3 +88,23 @@ def test_an_adapter_goes_onto_layers_that_are_frozen_now(tmp_path: object) -> No
     other = actor_and_critic()
     load_adapter(other, f"{tmp_path}/adapter")
     assert converted(other) == {"actor.0", "critic.0"}
+
+
+def test_an_adapter_leaves_alone_what_its_training_left_alone(tmp_path: Path) -> None:
+    trained = actor_and_critic()
+    apply_paca(trained, CONFIG)
+    save_adapter(trained, tmp_path / "first")
+
+    model = actor_and_critic().requires_grad_(True)  # as for an evaluation: nobody freezes anything
+    report = load_adapter(model, tmp_path / "first")
+    assert converted(model) == {"actor.0"}
+    assert report.skipped == {"critic.0": REASON}
+    load_adapter(model, tmp_path / "first")  # into the converted model
+    save_adapter(nn.ModuleDict({"inner": model}), tmp_path / "second")
+    around = nn.ModuleDict({"inner": actor_and_critic().requires_grad_(True)})
+    load_adapter(around, tmp_path / "second")
+    assert converted(around) == {"inner.actor.0"}
+    unload(around)
+    assert all(parameter.requires_grad for parameter in around.parameters())
+    apply_paca(around, CONFIG)
+    assert converted(around) == {"inner.actor.0", "inner.critic.0"}

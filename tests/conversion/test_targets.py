@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers, unload
 from tests.tiny import tiny_llama
@@ -45,6 +45,7 @@ class Zoo(nn.Module):
         self.parametrized = parametrizations.orthogonal(nn.Linear(8, 8))
         with pytest.warns(FutureWarning, match="weight_norm"):
             self.weight_normed = nn.utils.weight_norm(nn.Linear(8, 8))
+        self.masked = prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5)
         self.head = nn.Linear(8, 8)
 
 
@@ -55,6 +56,7 @@ REASONS = {
     "patched": "Linear has a forward of its own",
     "parametrized": "its weight is parametrized",
     "weight_normed": "its weight is parametrized",
+    "masked": "its weight has a pruning mask",
 }
 
 

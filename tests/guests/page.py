@@ -34,6 +34,24 @@ STRATEGIES = [
     ("`hpu_ddp` on two simulated cards", "equal to one CPU", "test_two_cards_compute_what_one_cpu_computes"),
     ("every precision of Lightning on a CPU", "fit", "test_precisions"),
 ]
+OTHER_CALLBACKS = [
+    (
+        "BackboneFinetuning of a backbone that PaCA leaves alone",
+        "fit, resume bitwise, what it thaws is in checkpoints and adapters",
+        "test_a_backbone_that_is_thawed_later_is_saved_and_given_back",
+    ),
+    (
+        "BackboneFinetuning of layers that PaCA trains",
+        "refused before training",
+        "test_a_backbone_of_which_paca_trains_columns_is_not_thawed",
+    ),
+    ("ModelPruning of other layers", "fit", "test_pruning_another_layer_is_none_of_pacas_business"),
+    (
+        "ModelPruning of layers that PaCA trains",
+        "refused before training",
+        "test_pruning_a_layer_that_paca_trains_is_refused",
+    ),
+]
 OTHER_OPTIMIZERS = [
     ("SAM in manual optimization, through Lightning's wrapper", "test_sam_through_lightnings_wrapper"),
     ("a schedule-free optimizer in Fabric", "test_a_schedule_free_optimizer_in_fabric"),
@@ -70,7 +88,8 @@ def sections() -> Iterator[tuple[str, list[Row]]]:
     test = "test_a_trainer_fits_resumes_saves_and_merges"
     yield "Loops and trainers", [Row(name, library, ALL_FOUR, test) for name, (_, library) in TRAINERS.items()]
     test = "test_a_callback_beside_paca"
-    yield "Lightning's callbacks", [Row(name, "", "fit beside PaCAStrategy", test) for name in CALLBACKS]
+    rows = [Row(name, "", "fit beside PaCAStrategy", test) for name in CALLBACKS]
+    yield "Lightning's callbacks", rows + [Row(name, "", tried, test) for name, tried, test in OTHER_CALLBACKS]
     yield "Strategies and precisions", [Row(name, "", tried, test) for name, tried, test in STRATEGIES]
     test = "test_an_optimizer_trains_what_it_trains_in_the_reference"
     reference = "equal to weights that are a function of the deltas"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelPruning
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from torch.optim import Optimizer
 
@@ -56,6 +57,11 @@ def spawns_workers(trainer: "Trainer") -> bool:
 def averaged_model(callback: "Callback") -> nn.Module | None:
     """The averaged copy of the module that a ``WeightAveraging`` callback keeps, once it has one."""
     return getattr(callback, "_average_model", None)
+
+
+def pruned_modules(callback: "ModelPruning") -> "list[nn.Module]":
+    """The modules that a ``ModelPruning`` callback puts masks on, once it is set up; it hands them to nobody."""
+    return list(dict.fromkeys(module for module, _ in callback._parameters_to_prune))
 
 
 def set_device(model: nn.Module, device: torch.device) -> None:

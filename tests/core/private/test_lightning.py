@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -130,6 +130,14 @@ def test_averaged_model(tmp_path: Path) -> None:
     averaged = private.averaged_model(averaging)
     assert averaged is not None
     assert {tuple(parameter.shape) for parameter in averaged.parameters()} == {(2, 32), (2,)}
+
+
+@canary("lightning.pruned_modules")
+def test_pruned_modules(tmp_path: Path) -> None:
+    model, run = BoringModel(), trainer(tmp_path)
+    pruning = ModelPruning("l1_unstructured")
+    pruning.setup(run, model, "fit")
+    assert private.pruned_modules(pruning) == [model.layer]  # once, for its weight and its bias
 
 
 @canary("lightning.set_device")
