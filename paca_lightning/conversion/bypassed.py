@@ -30,7 +30,7 @@ def bypassed_linears(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @functools.cache
-def _read_not_called(cls: type[nn.Module]) -> frozenset[str]:
+def _read_not_called(cls: type) -> frozenset[str]:
     """Names of the attributes of a class whose ``weight`` its methods read, and that they use in no other way."""
     read, used = set[str](), set[str]()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
