@@ -9,6 +9,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -25,12 +26,13 @@ def bypassed_linears(module: nn.Module) -> Iterator[nn.Module]:
     A layer that is called on one path and read on another one, such as for a fused kernel, is not among them.
     """
     linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    cls: Any = type(module)
     if linears:
-        yield from (linears[name] for name in _read_not_called(type(module)) & linears.keys())
+        yield from (linears[name] for name in _read_not_called(cls) & linears.keys())
 
 
 @functools.cache
-def _read_not_called(cls: type) -> frozenset[str]:
+def _read_not_called(cls: type[nn.Module]) -> frozenset[str]:
     """Names of the attributes of a class whose ``weight`` its methods read, and that they use in no other way."""
     read, used = set[str](), set[str]()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
