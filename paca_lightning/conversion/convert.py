@@ -85,6 +85,7 @@ def convert(
     conversion = rooted_conversion(inventory, config)
     left = {*conversion.left, *left}
     resolution = resolve(inventory, config, was_trainable=conversion.was_trainable, given=indices or (), left=left)
+    inventory.count_from_base_of(target.path for target in resolution.targets)
     conversion.left = {path for path, reason in resolution.skipped.items() if reason == FROZEN}
     given = _given_columns(indices or {}, resolution.targets, inventory)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]

@@ -1,6 +1,7 @@
 """Inventory: the structure of a model as a conversion needs it, found in one pass over its modules."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ class Inventory:
         paths: Every path of each module without wrappers' segments, the root's own empty one included. The first
             path names the module.
         base_models: The outermost Hugging Face models by path.
+        base_path: Path of the one that names count from: the first that is trained, or the first of all.
         parameters: Each parameter once, by its first name.
         buffers: Each persistent buffer outside PaCA layers, by its first name.
         owners: The names of all places that hold a parameter; several if it is tied.
@@ -41,6 +43,7 @@ class Inventory:
     root: nn.Module
     paths: dict[nn.Module, list[str]] = field(default_factory=dict)
     base_models: dict[str, nn.Module] = field(default_factory=dict)
+    base_path: str = ""
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     owners: dict[nn.Parameter, list[str]] = field(default_factory=dict)
@@ -50,17 +53,16 @@ class Inventory:
 
     @property
     def base_model(self) -> nn.Module | None:
-        """The first Hugging Face model, or None."""
-        return next(iter(self.base_models.values()), None)
+        """The Hugging Face model that names count from, or None."""
+        return self.base_models.get(self.base_path)
 
     @property
     def prefix(self) -> str:
-        """Path of the first Hugging Face model with a dot behind it; empty if the root is one or there is none.
+        """``base_path`` with a dot behind it; empty if the root is the Hugging Face model or there is none.
 
         Column draws and adapter files count paths from there, so that a LightningModule and the bare model agree.
         """
-        path = next(iter(self.base_models), "")
-        return f"{path}." if path else ""
+        return f"{self.base_path}." if self.base_path else ""
 
     @property
     def layers(self) -> dict[str, PaCALayer]:
@@ -72,14 +74,21 @@ class Inventory:
         """The modules that are trained whole, by path."""
         return {paths[0]: module for module, paths in self.paths.items() if is_marked(module)}
 
+    def count_from_base_of(self, paths: Iterable[str]) -> None:
+        """From now on count names from the first Hugging Face model with one of some layers; the first if none has."""
+        layers = list(paths)
+        trained = (base for base in self.base_models if any(_lies_within(path, base) for path in layers))
+        self.base_path = next(trained, next(iter(self.base_models), ""))
+
     def relative(self, path: str) -> str:
         """A path counted from the base model, where it lies inside."""
         return path.removeprefix(self.prefix)
 
     def names(self, module: nn.Module) -> set[str]:
-        """All names of a module that a pattern may match: its paths from the root and from the base model."""
+        """All names of a module that a pattern may match: its paths from the root and from its Hugging Face model."""
         paths = self.paths[module]
-        return {*paths, *(self.relative(path) for path in paths)}
+        bases = [f"{base}." for base in self.base_models if base]
+        return {*paths, *(path.removeprefix(base) for path in paths for base in bases)}
 
     def named_layers(self) -> dict[str, PaCALayer]:
         """The PaCA layers by their path from the base model, as adapter files name them."""
@@ -129,6 +138,7 @@ def take_inventory(model: nn.Module) -> Inventory:
             inventory.unreachable.update(dict.fromkeys(module.modules(), reason))
         if inventory.fsdp1 is None and type(module).__name__ == "FullyShardedDataParallel":
             inventory.fsdp1 = path or type(module).__name__
+    inventory.count_from_base_of(inventory.layers)
     _note_overlaps(inventory)
     inventory.heads = find_heads({paths[0]: module for module, paths in inventory.paths.items()})
     return inventory

@@ -14,9 +14,21 @@ from peft import (
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, attach, export_lora, export_merged, merge, save_adapter
+from paca_lightning import (
+    PaCAConfig,
+    PaCAError,
+    apply_paca,
+    attach,
+    export_lora,
+    export_merged,
+    load_adapter,
+    merge,
+    paca_layers,
+    save_adapter,
+)
 from tests.adapters.test_export import trained
 from tests.tiny import tiny_llama
 
@@ -78,6 +90,65 @@ def test_the_model_of_the_path_is_written(tmp_path: Path) -> None:
     export_lora(pair, tmp_path / "lora", path="student")
     with_lora = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora")
     torch.testing.assert_close(output(with_lora), expected, rtol=1e-4, atol=1e-4)
+
+
+def other_order(teacher: Any, student: Any) -> nn.ModuleDict:
+    return nn.ModuleDict({"student": student, "teacher": teacher})
+
+
+def first_order(teacher: Any, student: Any) -> nn.ModuleDict:
+    return nn.ModuleDict({"teacher": teacher, "student": student})
+
+
+ORDERS = [first_order, other_order]
+
+
+def named(path: Path) -> set[str]:
+    """Layers that an adapter directory names, of either kind."""
+    names = load_file(path / "adapter_model.safetensors")
+    return {name.split(".paca_")[0].split(".lora_")[0] for name in names}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_names_count_from_the_model_that_is_trained(order: Callable[..., nn.ModuleDict], tmp_path: Path) -> None:
+    pair = order(tiny_llama(seed=1).requires_grad_(False), tiny_llama(seed=2))
+    pair["student"].config._name_or_path, pair["teacher"].config._name_or_path = "the-student", "the-teacher"
+    trained(pair, PaCAConfig(r=4))
+    expected = output(pair["student"])
+    save_adapter(pair, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "the-student"
+    )
+    save_adapter(pair["student"], tmp_path / "part")
+    export_lora(pair, tmp_path / "lora", path="student")
+    assert named(tmp_path / "adapter") == named(tmp_path / "part") == named(tmp_path / "lora")
+
+    bare = tiny_llama(seed=2)
+    load_adapter(bare, tmp_path / "adapter")
+    assert torch.equal(output(bare), expected)
+    for other in ORDERS:
+        again = other(tiny_llama(seed=1).requires_grad_(False), tiny_llama(seed=2))
+        load_adapter(again, tmp_path / "adapter")
+        assert torch.equal(output(again["student"]), expected)
+        assert not any(paca_layers(again["teacher"]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_student_draws_the_same_columns_beside_its_teacher(order: Callable[..., nn.ModuleDict]) -> None:
+    pair, bare = order(tiny_llama(seed=1).requires_grad_(False), tiny_llama(seed=2)), tiny_llama(seed=2)
+    for model in (pair, bare):
+        apply_paca(model, PaCAConfig(r=4))
+    drawn = {path: layer.paca_indices for path, layer in paca_layers(pair["student"])}
+    assert all(torch.equal(layer.paca_indices, drawn[path]) for path, layer in paca_layers(bare))
+
+
+def test_two_models_that_are_both_trained_make_one_adapter(tmp_path: Path) -> None:
+    pair = trained(nn.ModuleDict({"query": tiny_llama(seed=1), "passage": tiny_llama(seed=2)}), PaCAConfig(r=4))
+    save_adapter(pair, tmp_path / "adapter")
+    other = nn.ModuleDict({"query": tiny_llama(seed=1), "passage": tiny_llama(seed=2)})
+    load_adapter(other, tmp_path / "adapter")
+    for name in pair:
+        assert torch.equal(output(other[name]), output(pair[name]))
 
 
 # ---- models of other kinds
