@@ -34,11 +34,10 @@ from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.monitors import check_monitors
 from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, optimizer_names
 from paca_lightning.callbacks.run_checks import (
-    check_callbacks,
     check_deltas_moved,
-    check_optimizers,
     check_outputs,
     check_strategy,
+    check_trained_layers,
     check_validation_interval,
     delta_sums,
     learning_rate,
@@ -122,8 +121,7 @@ class PaCAStrategy(FiniteSteps):
         present_conversion(pl_module).columns_restored = own.get("selected", True)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_optimizers(trainer, pl_module)
-        check_callbacks(trainer, pl_module)
+        check_trained_layers(trainer, pl_module)
         self._resumed.check_classes(trainer)
         for optimizer in trainer.optimizers:
             if layers_stepped_by(optimizer, pl_module):

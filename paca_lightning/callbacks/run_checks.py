@@ -47,12 +47,17 @@ def check_outputs(trainer: Trainer) -> None:
             check_writable_if_local(callback.dirpath, "ModelCheckpoint(dirpath=...)")
 
 
-def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse optimizers that leave a delta out.
+def check_trained_layers(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse optimizers that leave a delta out, and callbacks that would replace or thaw the weights of PaCA layers.
 
     Raises:
-        PaCAError: If so.
+        PaCAError: If there is one.
     """
+    _check_optimizers(trainer, pl_module)
+    _check_callbacks(trainer, pl_module)
+
+
+def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
     covered = {path for optimizer in trainer.optimizers for path in layers_stepped_by(optimizer, pl_module)}
     everything = {path for path, _ in paca_layers(pl_module)}
     if not everything:
@@ -66,12 +71,7 @@ def check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-def check_callbacks(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse callbacks that would replace or thaw the weights of PaCA layers, once these exist.
-
-    Raises:
-        PaCAError: If there is one.
-    """
+def _check_callbacks(trainer: Trainer, pl_module: LightningModule) -> None:
     layers = {layer: path for path, layer in paca_layers(pl_module)}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelPruning):

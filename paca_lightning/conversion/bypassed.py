@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-SETUP = ("__init__", "init", "_init", "reset")
+SETUP = ("init", "reset")
 """Beginnings of the names of methods that fill weights: what they read says nothing about the forward."""
 
 METADATA = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "data_ptr", "is_meta", "requires_grad"})
@@ -55,7 +55,7 @@ def _methods(cls: type) -> Iterator[ast.AST]:
     except (OSError, TypeError, SyntaxError):  # built in, or typed at a prompt
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith(SETUP):
+        if isinstance(node, ast.FunctionDef) and not node.name.lstrip("_").startswith(SETUP):
             yield node
 
 
