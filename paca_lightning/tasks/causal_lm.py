@@ -49,7 +49,8 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
     Args:
         model: Hugging Face directory or hub id.
         dtype: Dtype of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ... Default: ``sdpa`` if the model has it, or
+            else ``eager``.
         activation_checkpointing: ``true`` keeps only the input of each decoder block and recomputes the block in the
             backward: least memory, about a third more time. ``selective`` also keeps the outputs of GEMMs and of
             attention: less of a saving, for a few percent more time.
@@ -77,7 +78,7 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         model: str,
         *,
         dtype: str = "auto",
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         activation_checkpointing: bool | Literal["selective"] = False,
         compile: bool = False,
         pretrained: bool = True,

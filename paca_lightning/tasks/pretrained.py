@@ -55,7 +55,7 @@ def build_causal_lm(
     model: str,
     *,
     dtype: str = "auto",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     pretrained: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -67,7 +67,8 @@ def build_causal_lm(
     Args:
         model: Directory with ``config.json`` and weights, or hub id.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ... Default: ``sdpa`` if the model has it, or
+            else ``eager``.
         pretrained: False gives random weights of the shape in ``config.json`` and reads no weight file.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run code that comes with the model.
@@ -98,10 +99,13 @@ def build_causal_lm(
     except PaCAError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise PaCAError(
-            f"The model {model!r} could not be loaded: {str(error).strip()}\nWithout network, give a local directory "
-            "that holds config.json, the weights (*.safetensors) and the tokenizer, as save_pretrained() writes it."
-        ) from error
+        hint = (
+            "Leave attn_implementation out to take what the model has."
+            if attn_implementation is not None and "attention" in str(error)
+            else "Without network, give a local directory that holds config.json, the weights (*.safetensors) and the "
+            "tokenizer, as save_pretrained() writes it."
+        )
+        raise PaCAError(f"The model {model!r} could not be loaded: {str(error).strip()}\n{hint}") from error
     return loaded.train()
 
 
