@@ -55,6 +55,7 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
             backward: least memory, about a third more time. ``selective`` also keeps the outputs of GEMMs and of
             attention: less of a saving, for a few percent more time.
         compile: Compile each decoder block with ``torch.compile``.
+        liger: Use Liger's kernels for norms, activations and rotary embeddings, on a GPU.
         pretrained: False starts from random weights of the shape in ``config.json``, for debugging.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run code that comes with the model.
@@ -81,6 +82,7 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         attn_implementation: str | None = None,
         activation_checkpointing: bool | Literal["selective"] = False,
         compile: bool = False,
+        liger: bool = False,
         pretrained: bool = True,
         revision: str | None = None,
         trust_remote_code: bool = False,

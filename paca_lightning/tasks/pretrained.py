@@ -23,6 +23,7 @@ def build_for_training(
     pretrained: bool = True,
     activation_checkpointing: bool | Literal["selective"] = False,
     compile: bool = False,
+    liger: bool = False,
     streamed: bool = False,
     **settings: Any,
 ) -> PreTrainedModel:
@@ -34,6 +35,7 @@ def build_for_training(
         pretrained: Whether to load weights.
         activation_checkpointing: See :func:`~paca_lightning.tasks.decoder_blocks.checkpoint_activations`.
         compile: Whether to compile each decoder block.
+        liger: See :func:`~paca_lightning.tasks.liger.use_liger`.
         streamed: Build on the meta device, and leave the path of the weights at ``model.checkpoint_directory``: the
             strategy loads them shard by shard, and no process ever holds all.
         **settings: Further settings of :func:`build_causal_lm`.
@@ -45,6 +47,10 @@ def build_for_training(
         built = build_causal_lm(model, revision=revision, pretrained=pretrained, **settings)
     if streamed:
         vars(built)["checkpoint_directory"] = checkpoint_directory(model, revision)
+    if liger:
+        from paca_lightning.tasks.liger import use_liger
+
+        use_liger(built)
     checkpoint_activations(built, activation_checkpointing)
     if compile:
         compile_blocks(built)

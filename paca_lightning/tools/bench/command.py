@@ -14,6 +14,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tools.bench.measure import WARM_UP, Timing, time_methods
 from paca_lightning.tools.bench.methods import Method, parse_methods
+from paca_lightning.tools.bench.paper import PAPER, NotEnoughMemoryError, compare_with_paper
 from paca_lightning.tools.bench.peak import check_budget, is_measurable, longest_sequence, peak_bytes
 from paca_lightning.tools.bench.processes import in_fresh_processes
 from paca_lightning.tools.bench.results import Row, open_output, print_table, write_results
@@ -35,6 +36,8 @@ def bench(
     accumulate: int = 1,
     checkpointing: bool | Literal["selective"] = False,
     compile: bool = False,
+    attention: str | None = None,
+    liger: bool = False,
     device: str = "auto",
     devices: int = 1,
     threads: int | None = None,
@@ -50,7 +53,9 @@ def bench(
 
     Args:
         model: Hugging Face model: a local directory or a hub id. Give this or --preset.
-        preset: A known shape with random weights: small, llama3-8b or llama3.1-70b.
+        preset: A known shape with random weights: small, llama3-8b or llama3.1-70b. paper: the paper's comparison on
+            Llama-3-8B, its figures beside ours (on a CPU with one layer, unless --layers says otherwise). It sets
+            --methods and --batch itself.
         layers: Use this many layers, the first ones. Default: all.
         methods: Names with commas between them: floor, paca, full, PEFT's lora and dora (no dropout, adapters in fp32
             as is PEFT's default), lora-narrow (adapters in --dtype). On an NF4 base: qfloor, qpaca and qlora. A name
@@ -65,6 +70,8 @@ def bench(
         checkpointing: Recompute each block in the backward, with every method. selective: keep the outputs of GEMMs
             and attention, recompute the rest.
         compile: Compile the blocks with torch.compile.
+        attention: Attention of all methods, as transformers names it: sdpa, flash_attention_2, eager, ...
+        liger: Give all methods Liger's kernels for norms and activations. It needs a GPU.
         device: cpu, cuda, ...; auto is the accelerator if there is one.
         devices: How many devices (on the CPU: processes) train together, with DDP. Figures are rank 0's; tokens per
             second are of all ranks.
@@ -81,19 +88,21 @@ def bench(
     """
     if threads is not None and threads >= 1:
         torch.set_num_threads(threads)
+    step: dict[str, Any] = {"tokens": tokens, "dtype": dtype, "checkpointing": checkpointing, "compile": compile}
+    step |= {"attention": attention, "liger": liger, "device": _find_device(device, devices)}
+    if preset == PAPER:
+        options = step | {"steps": steps, "devices": devices, "threads": threads}
+        directory = None if output is None else open_output(output)
+        return compare_with_paper(bench, options, model, layers, max_length, directory)
     workload = Workload(
         model=model,
         preset=preset,
         layers=layers,
-        dtype=dtype,
         batch=batch,
-        tokens=tokens,
         accumulate=accumulate,
-        checkpointing=checkpointing,
-        compile=compile,
-        device=_find_device(device, devices),
         ranks=devices,
         threads=torch.get_num_threads() if threads is None else threads,
+        **step,
     )
     if steps < 1:
         raise PaCAError(f"steps must be at least 1, not {steps}.")
@@ -142,7 +151,7 @@ def _peak(workload: Workload, method: Method, progress: Callable[[str], None]) -
     progress(f"{method.label}: peak memory in a fresh process")
     peak = peak_bytes(workload, method)
     if peak == float("inf"):
-        raise PaCAError(
+        raise NotEnoughMemoryError(
             f"{method.label} needs more memory than this machine has, at {workload.batch} x {workload.tokens} tokens. "
             "Leave it out, or use fewer --tokens, fewer --layers or --checkpointing."
         )
@@ -163,6 +172,8 @@ def _setup(workload: Workload, steps: int, max_length: str | None, rows: list[Ro
         f"{workload.accumulate} micro-batches" if workload.accumulate > 1 else "",
         {True: "checkpointing", "selective": "selective checkpointing"}.get(workload.checkpointing, ""),
         "compiled" if workload.compile else "",
+        workload.attention or "",
+        "liger" if workload.liger else "",
         f"{workload.ranks} ranks" if workload.ranks > 1 else "",
     ]
     return describe_environment() | {

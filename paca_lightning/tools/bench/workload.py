@@ -1,7 +1,7 @@
 """What is measured: a model, batches of random tokens, and how a training step runs."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.liger import check_liger, use_liger
 from paca_lightning.tools.presets import preset_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -29,6 +30,8 @@ class Workload:
         checkpointing: Recompute each block in the backward instead of saving its activations. selective: save the
             outputs of GEMMs and attention.
         compile: Compile each block with ``torch.compile``.
+        attention: Attention implementation of transformers, such as ``flash_attention_2``. Default: the model's.
+        liger: Use Liger's kernels for norms and activations.
         device: Type of device: cpu, cuda, ...
         ranks: Processes that train together with DDP, each on its own device.
         threads: CPU threads of each process.
@@ -47,6 +50,8 @@ class Workload:
     accumulate: int = 1
     checkpointing: bool | Literal["selective"] = False
     compile: bool = False
+    attention: str | None = None
+    liger: bool = False
     device: str = "cpu"
     ranks: int = 1
     threads: int = 1
@@ -61,6 +66,8 @@ class Workload:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PaCAError(f"{name} must be at least 1, not {value}.")
+        if self.liger:
+            check_liger()
         if self.tokens > self.longest:
             raise PaCAError(f"tokens={self.tokens} is more than the model's {self.longest} positions.")
 
@@ -90,14 +97,17 @@ class Workload:
     def build(self) -> nn.Module:
         """Build the model on the device, in train mode, with nothing frozen."""
         torch.manual_seed(self.seed)
-        config, dtype = self.config, DTYPES[self.dtype]
+        config = self.config
         if self.model is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = self._random(config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(self.model, config=config, dtype=dtype)
+            settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}
+            model = AutoModelForCausalLM.from_pretrained(self.model, config=config, **settings)
             for parameter in model.parameters():
                 # A copy, as the pages of the mapped file would count as this process' memory while one is in use.
                 parameter.data = parameter.data.clone()
+        if self.liger:
+            use_liger(model)
         if self.checkpointing:
             checkpoint_blocks(find_blocks(model), selective=self.checkpointing == "selective")
         return model.train().to(self.device)
@@ -105,7 +115,14 @@ class Workload:
     def skeleton(self) -> nn.Module:
         """The model without weights, on the meta device."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, dtype=DTYPES[self.dtype])
+            return self._random(self.config)
+
+    def _random(self, config: PretrainedConfig) -> Any:
+        try:
+            settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}
+            return AutoModelForCausalLM.from_config(config, **settings)
+        except (ImportError, ValueError) as error:
+            raise PaCAError(f"The model cannot use attention={self.attention!r}: {error}") from error
 
     def micro_batch(self, number: int) -> dict[str, Tensor]:
         """Random tokens of shape (batch, tokens), the same for a number in every method and run."""

@@ -111,6 +111,8 @@ def test_several_ranks_train_together(model: str) -> None:
         ({"devices": 0}, "ranks must be at least 1"),
         ({"device": "tpu"}, "device='tpu' is not available"),
         ({"max_length": "100kB"}, "below the model itself: its weights take"),
+        ({"attention": "flash"}, "cannot use attention='flash'"),
+        ({"liger": True}, "liger=True needs"),
         ({"max_length": "lots"}, "'lots' is not an amount of memory"),
         ({"max_length": "1GiB", "compile": True, "device": "cpu"}, "without --compile"),
         ({"output": "/proc/nothing"}, "--output: '/proc/nothing' cannot be written"),
