@@ -35,12 +35,12 @@ from paca_lightning.callbacks.monitors import check_monitors
 from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, optimizer_names
 from paca_lightning.callbacks.run_checks import (
     check_deltas_moved,
-    check_outputs,
     check_strategy,
     check_trained_layers,
     check_validation_interval,
     delta_sums,
     learning_rate,
+    prepare_outputs,
 )
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.write_back import attach, layers_stepped_by
@@ -98,7 +98,7 @@ class PaCAStrategy(FiniteSteps):
         check_strategy(trainer)
         check_order(trainer, self)
         if stage == "fit":
-            check_outputs(trainer)
+            prepare_outputs(trainer)
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # Averaging callbacks call configure_model early themselves.
         self._hooks.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))

@@ -2,6 +2,7 @@
 
 from typing import Any, NoReturn
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from lightning.pytorch.plugins import TransformerEnginePrecision
@@ -13,6 +14,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable_if_local
 from paca_lightning.core.private.lightning import pruned_modules
 from paca_lightning.layers.base import paca_layers
+from paca_lightning.strategies.checkpoint_io import LocalCheckpointIO
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -34,8 +36,10 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_outputs(trainer: Trainer) -> None:
-    """Refuse output directories that cannot be written.
+def prepare_outputs(trainer: Trainer) -> None:
+    """Refuse output directories that cannot be written, and let checkpoint files appear whole.
+
+    A ``CheckpointIO`` that the user has chosen stays.
 
     Raises:
         PaCAError: If there is one.
@@ -45,6 +49,8 @@ def check_outputs(trainer: Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             check_writable_if_local(callback.dirpath, "ModelCheckpoint(dirpath=...)")
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = LocalCheckpointIO()
 
 
 def check_trained_layers(trainer: Trainer, pl_module: LightningModule) -> None:

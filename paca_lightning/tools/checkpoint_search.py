@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.fsdp2.restoring import METADATA
+from paca_lightning.strategies.fsdp2.saving import replaced_checkpoints, restore_replaced
 
 WORDS = ("last", "best")
 MODEL_CHECKPOINT = ModelCheckpoint.__qualname__
@@ -43,6 +44,7 @@ def check_checkpoint(path: str) -> None:
     Raises:
         PaCAError: If nothing is there, or it is no checkpoint.
     """
+    restore_replaced(Path(path))
     if not Path(path).exists():
         raise PaCAError(f"There is no checkpoint {path!r} (--ckpt_path).")
     if Path(path, "adapter_config.json").exists():
@@ -71,6 +73,8 @@ def is_sound(path: Path) -> bool:
 
 def checkpoints_in(directory: Path) -> list[Path]:
     """Files and directories in a directory that are named as checkpoints."""
+    for place in replaced_checkpoints(directory):
+        restore_replaced(place)
     return [path for path in directory.glob(f"*{ModelCheckpoint.FILE_EXTENSION}") if not path.name.startswith(".")]
 
 

@@ -1,5 +1,7 @@
 """How every command reads a run's config: LightningCLI, for modules and data of any class."""
 
+import errno
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing_extensions import override
 from paca_lightning.callbacks.paca import PaCAStrategy
 from paca_lightning.callbacks.stop_signals import StopSignals
 from paca_lightning.core.errors import PaCAError, first_message, raised_by, users_mistake
-from paca_lightning.core.files import check_writable_if_local
+from paca_lightning.core.files import check_writable_if_local, disk_error, replacing
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
 from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint, is_checkpoint_directory
@@ -24,10 +26,25 @@ from paca_lightning.tools.short_errors import ShortErrors
 FOUND_BY_LIGHTNING = ("hpc", "registry")
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
 """What constructors raise for settings that they refuse, or for packages and devices that are not there."""
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunParser(ShortErrors, LightningArgumentParser):
-    """LightningCLI's parser with short errors."""
+    """LightningCLI's parser with short errors, which saves a config whole or not at all."""
+
+    @override
+    def save(self, namespace: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write a config.
+
+        Raises:
+            PaCAError: If the disk fails or is full.
+        """
+        refused = Path(path).exists() and not kwargs.get("overwrite")
+        if refused or "://" in str(path):
+            super().save(namespace, path, *args, **kwargs)
+            return
+        with replacing(Path(path)) as temporary:
+            super().save(namespace, temporary, *args, **kwargs)
 
 
 class RunCLI(LightningCLI):
@@ -132,6 +149,8 @@ class RunCLI(LightningCLI):
             return PaCAError("The checkpoint was saved by a run with PaCAStrategy, which this one lacks. Add it.")
         if isinstance(error, REFUSALS) and raised_by(error).startswith("lightning."):
             return PaCAError(str(error).strip())
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            return PaCAError(f"A file of the run could not be written: {disk_error(error)}. Free space and resume it.")
         return None
 
     def _end_other_ranks(self) -> None:

@@ -16,7 +16,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import tensors_in
 from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.restoring import METADATA, by_position, load_directory, load_file
-from paca_lightning.strategies.fsdp2.saving import save_directory
+from paca_lightning.strategies.fsdp2.saving import restore_replaced, save_directory
 
 
 class ShardedCheckpointStrategy(ModelParallelStrategy):
@@ -87,6 +87,8 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
             PaCAError: If there is no checkpoint, or if it belongs to another model.
         """
         location = Location.of(self.broadcast(checkpoint_path))
+        if location.is_local:
+            restore_replaced(Path(location.name))
         module = self.lightning_module
         assert module is not None
         if (location / METADATA).is_file():

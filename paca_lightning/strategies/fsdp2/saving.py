@@ -1,14 +1,22 @@
 """Saving a checkpoint as a directory to which every rank writes its rows."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import disk_error, told_if_the_disk_fails
 from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.restoring import METADATA
+
+REPLACED = ".replaced"
+"""End of a checkpoint's name while another one takes its place."""
 
 
 def save_directory(
@@ -16,14 +24,18 @@ def save_directory(
 ) -> None:
     """Write a sharded checkpoint. Collective: call it on every rank.
 
-    A local directory is written beside its destination and renamed, so that an interruption leaves the old checkpoint.
-    Elsewhere a rename would copy everything: there, the file without which nothing is restored is written last.
+    A local directory is written beside its destination and renamed. An old checkpoint is renamed before, and removed
+    after that, so that one of the two is there at every moment (see :func:`restore_replaced`). Elsewhere a rename would
+    copy everything: there, the file without which nothing is restored is written last.
 
     Args:
         checkpoint: Lightning's. Its state dict and optimizer states are sharded.
         location: The directory. What is there is replaced.
         is_first_rank: Whether this rank writes what is not sharded.
         barrier: Waits for all ranks.
+
+    Raises:
+        PaCAError: On all ranks, if one of them cannot write its part.
     """
     name = location.name.rpartition("/")[2]
     target = location.beside(f".{name}.partial") if location.is_local else location
@@ -32,11 +44,55 @@ def save_directory(
     barrier()
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     optimizers = {f"optimizer_{index}": state for index, state in enumerate(checkpoint.get("optimizer_states", []))}
-    save({"state_dict": checkpoint["state_dict"], **optimizers}, checkpoint_id=target.name)
+    try:
+        save({"state_dict": checkpoint["state_dict"], **optimizers}, checkpoint_id=target.name)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = disk_error(cause) or str(cause)
+        raise PaCAError(f"{location.name!r} could not be written by rank {rank}: {reason}. It is unchanged.") from error
     if is_first_rank:
-        with (target / METADATA).open("wb") as file:
-            torch.save(rest, file)
-        if target is not location:
-            location.remove()
-            Path(target.name).rename(location.name)
+        with told_if_the_disk_fails(location.name):
+            with (target / METADATA).open("wb") as file:
+                torch.save(rest, file)
+            if target is not location:
+                _take_the_place(Path(target.name), Path(location.name))
     barrier()
+
+
+def _take_the_place(new: Path, place: Path) -> None:
+    """Rename a directory to a name that another one, or a file, may have."""
+    old = _replaced(place)
+    if place.exists():
+        remove(old)
+        place.rename(old)
+    new.rename(place)
+    remove(old)
+
+
+def restore_replaced(place: Path) -> None:
+    """Give a checkpoint its name back, if a process was killed when it had renamed it and had not yet put the new one.
+
+    Args:
+        place: Where a checkpoint should be.
+    """
+    if not place.exists() and _replaced(place).exists():
+        with suppress(FileNotFoundError):  # another rank was faster
+            _replaced(place).rename(place)
+
+
+def replaced_checkpoints(directory: Path) -> Iterator[Path]:
+    """Places in a directory whose checkpoint has another name at the moment."""
+    for found in directory.glob(f".*{REPLACED}"):
+        yield found.with_name(found.name.removeprefix(".").removesuffix(REPLACED))
+
+
+def _replaced(place: Path) -> Path:
+    return place.with_name(f".{place.name}{REPLACED}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

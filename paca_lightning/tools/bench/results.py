@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from paca_lightning.core.files import check_writable
+from paca_lightning.core.files import check_writable, written_aside
 from paca_lightning.tools.units import format_bytes
 
 Row = dict[str, Any]
@@ -93,12 +93,14 @@ def write_results(rows: list[Row], setup: dict[str, Any], directory: Path) -> li
         The paths of the three files.
     """
     paths = [directory / f"bench.{suffix}" for suffix in ("json", "csv", "png")]
-    paths[0].write_text(json.dumps({"rows": rows, "setup": setup}, indent=2) + "\n", encoding="utf-8")
-    with paths[1].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, setup["title"], paths[2])
+    with written_aside(directory) as scratch:
+        aside = [scratch / path.name for path in paths]
+        aside[0].write_text(json.dumps({"rows": rows, "setup": setup}, indent=2) + "\n", encoding="utf-8")
+        with aside[1].open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(rows, setup["title"], aside[2])
     return paths
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.files import replacing
 from paca_lightning.tools.memory.baselines import FULL, LORA, NARROW_LORA, PACA
 from paca_lightning.tools.memory.report import GRANULARITY, Row, describe_setup, method_row, print_report
 from paca_lightning.tools.memory.search import largest_fitting
@@ -56,7 +57,8 @@ def estimate(
     setup = describe_setup(run, config, budget, time.perf_counter() - start) | ({"model": name} if name else {})
     print_report(rows, setup, console or Console())
     if json_file:
-        Path(json_file).write_text(json.dumps({"rows": rows, "setup": setup}, indent=2) + "\n", encoding="utf-8")
+        with replacing(Path(json_file)) as temporary:
+            temporary.write_text(json.dumps({"rows": rows, "setup": setup}, indent=2) + "\n", encoding="utf-8")
     return bool(rows[0].get("fits", True))
 
 
