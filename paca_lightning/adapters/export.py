@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paca_lightning.adapters.exported import (
     check_lora_can_hold,
+    check_quantized_base,
     hugging_face_model,
     named_paca_layers,
     part_of,
@@ -101,7 +102,8 @@ def export_lora(
 
     The change of the selected columns, ``scaling * D``, is the product ``B A`` of ``B = D`` and a matrix ``A`` whose
     rows select the columns. Servers that only know LoRA can run it. The adapter of an NF4 base belongs on the
-    full-precision model, from whose columns the training started.
+    full-precision model, from whose columns the training started; a warning says by how much the two bases differ.
+    Modules trained whole are written whole, and with them those that share a weight, such as tied embeddings.
 
     For a sharded model the call is collective: make it on every rank. The first rank writes.
 
@@ -113,12 +115,13 @@ def export_lora(
 
     Raises:
         PaCAError: If the model has no PaCA layers, several Hugging Face models and no path, or trained what a LoRA
-            adapter cannot hold or PEFT refuses.
+            adapter cannot hold, or what PEFT refuses or would read as something else.
     """
     model = part_of(model, path)
     check_lora_can_hold(model)
     inventory = take_inventory(model)
     layers = inventory.named_layers()
+    check_quantized_base(layers)
     config = config_of(model)
     assert config is not None
     alphas = {layer.scaling * layer.r for layer in layers.values()}
@@ -135,8 +138,8 @@ def export_lora(
     base_entries = base_model_entries(inventory.base_model)
     whole = whole_modules(inventory, base_entries["task_type"])
     for name, module in whole.items():
-        for own_name, parameter in module.named_parameters():
-            tensors[f"{PREFIX}{name}.{own_name}"] = whole_tensor(parameter).contiguous()
+        for own_name, tensor in module.state_dict().items():  # copies, as several names may be of one memory
+            tensors[f"{PREFIX}{name}.{own_name}"] = whole_tensor(tensor).clone(memory_format=torch.contiguous_format)
     settings = {
         "peft_type": "LORA",
         **base_entries,

@@ -1,17 +1,25 @@
 """What an export is of: the model in question among several, and what the program that will load it refuses."""
 
+import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from paca_lightning.conversion.changed_state import changed_state
 from paca_lightning.conversion.inventory import Inventory, take_inventory
+from paca_lightning.core.dtensor import is_first_rank, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.nf4 import dequantize_rows
+from paca_lightning.layers.nf4_linear import QPaCALinear
 
 MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 MAMBA_REFUSED = frozenset({"conv1d", "out_proj"})
 """Layers of Mamba models that PEFT refuses to adapt (0.21): fast kernels read their weights without calling them."""
+
+MEASURED = 8
+"""In how many layers the difference of an NF4 base is measured."""
 
 HEADS_BY_TASK = {
     "SEQ_CLS": {"classifier", "score"},
@@ -74,23 +82,49 @@ def named_paca_layers(model: nn.Module) -> dict[str, PaCALayer]:
 
 
 def whole_modules(inventory: Inventory, task: str | None) -> dict[str, nn.Module]:
-    """Modules that a LoRA adapter holds whole: those trained whole, and the head that PEFT expects for the task.
+    """Modules that a LoRA adapter holds whole, by each of their names.
+
+    They are those trained whole, the head that PEFT expects for the task, and those that share a parameter with one of
+    them: PEFT makes a copy of each that it is told of, and the others would keep the base weight.
 
     Raises:
-        PaCAError: If columns of that head were trained, which PEFT cannot load beside a whole head.
+        PaCAError: If columns of that head were trained, which PEFT cannot load beside a whole head, or PEFT would read
+            a name as that of another module, too.
     """
-    found = inventory.named_saved()
+    found = list(inventory.saved.values())
     for module, paths in inventory.paths.items():
         name = inventory.relative(paths[0])
-        if name.rpartition(".")[2] not in HEADS_BY_TASK.get(task or "", set()) or name in found:
+        if name.rpartition(".")[2] not in HEADS_BY_TASK.get(task or "", set()) or module in found:
             continue
         if any(isinstance(part, PaCALayer) for part in module.modules()):
             raise PaCAError(
                 f"PEFT loads {name!r} of a model for {task} as a whole, and some of its columns were trained. List it "
                 "in modules_to_save instead, or use export_merged."
             )
-        found[name] = module
-    return found
+        found.append(module)
+    inside = {part for module in found for part in module.modules() if part is not module}
+    outermost = [module for module in found if module not in inside]
+    owners = {id(p): names for p, names in inventory.owners.items()}
+    by_path = {path: module for module, paths in inventory.paths.items() for path in paths}
+    tied = (name.rpartition(".")[0] for module in outermost for p in module.parameters() for name in owners[id(p)])
+    outermost += [by_path[path] for path in dict.fromkeys(tied) if by_path[path] not in {*outermost, *inside}]
+    result = {inventory.relative(path): module for module in outermost for path in inventory.paths[module]}
+    for name, module in result.items():
+        _check_name(name, module, inventory)
+    return result
+
+
+def _check_name(name: str, module: nn.Module, inventory: Inventory) -> None:
+    """Refuse a module that PEFT cannot hold whole, or whose name it would find in another one's."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise PaCAError(f"PEFT refuses {name!r}, a {type(module).__name__}, in modules_to_save. Use export_merged.")
+    for other, paths in inventory.paths.items():
+        clash = next((path for path in map(inventory.relative, paths) if path.endswith(name)), None)
+        if other is not module and clash is not None:
+            raise PaCAError(
+                f"PEFT takes every module whose path ends with {name!r} for that one, here also {clash!r} (0.21), so a "
+                "LoRA adapter cannot hold it. Use export_merged."
+            )
 
 
 def check_lora_can_hold(model: nn.Module) -> None:
@@ -107,8 +141,44 @@ def check_lora_can_hold(model: nn.Module) -> None:
             f"PEFT refuses a LoRA adapter on {refused[0]!r} of a Mamba model ({len(refused)} such layers). Use "
             "export_merged, or train with exclude_modules=['out_proj']."
         )
+    inventory = take_inventory(model)
+    outside = [path for path in (*inventory.layers, *inventory.saved) if not path.startswith(inventory.prefix)]
+    if outside:
+        raise PaCAError(
+            f"A LoRA adapter of {type(base).__name__} cannot hold {outside[0]!r} ({len(outside)} such modules), which "
+            f"is trained beside it. Use save_adapter, or path={inventory.base_path!r} for the model alone."
+        )
     if changed := sorted(changed_state(model)):
         raise PaCAError(
             f"A LoRA adapter cannot hold {changed[0]!r} ({len(changed)} such tensors), which changed beside the "
             "columns. Use export_merged, or train the module whole: modules_to_save."
         )
+
+
+def check_quantized_base(layers: dict[str, PaCALayer]) -> None:
+    """Warn that a LoRA adapter meets another base than an NF4 run was trained on, and by how much it differs.
+
+    The difference is measured on the trained columns, of which both values are known, in some layers.
+    """
+    quantized = [layer for layer in layers.values() if isinstance(layer, QPaCALinear)]
+    if not quantized or not is_first_rank():
+        return
+    errors, sizes = [], []
+    for layer in quantized[:: -(-len(quantized) // MEASURED)]:
+        exact = local(layer.paca_base_columns).float()
+        scales = tuple(map(local, layer.scales))
+        weight = dequantize_rows(local(layer.packed), scales, layer.in_features, torch.float32)
+        errors.append(float((weight.index_select(1, layer.paca_indices) - exact).square().sum()))
+        sizes.append(float(exact.square().sum()))
+    error = (sum(errors) / sum(sizes)) ** 0.5
+    which = (
+        f"all but the trained columns differ from those in training by {error:.1%} (root mean square, measured on the "
+        "trained columns)"
+        if error
+        else "all columns differ from those in training, about 9% (root mean square): the trained ones began quantized"
+    )
+    warnings.warn(
+        f"{len(quantized)} layers were trained on an NF4 base, and the LoRA adapter is for the full-precision model: "
+        f"there {which}, and outputs differ with them. export_merged writes the model that was trained.",
+        stacklevel=3,
+    )

@@ -17,6 +17,8 @@ from tests.distributed_launch import launch
 from tests.peak_memory import peak_bytes
 from tests.tiny import tiny_llama
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*were trained on an NF4 base")
+
 CONFIGS = {
     "dense": PaCAConfig(r=4, alpha=6, modules_to_save=["norm"]),
     "NF4": PaCAConfig(r=4, quantize="nf4"),
