@@ -200,13 +200,25 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIEL
 
 @pytest.mark.parametrize(
     "settings",
-    [{CHECKPOINTING: True}, {"bf16": True}, {"gradient_accumulation_steps": 2}, {"optim": "adafactor"}],
+    [
+        {CHECKPOINTING: True},
+        {"bf16": True},
+        {"fp16": True},
+        {"bf16_full_eval": True},
+        {"fp16_full_eval": True},
+        {"gradient_accumulation_steps": 2},
+        {"optim": "adafactor"},
+    ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_settings_of_the_trainer(settings: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, max_steps=2, **settings)
     trainer.train()
-    assert all(delta.any() for delta in deltas(trainer.model).values())
+    trained = deltas(trainer.model)
+    assert all(delta.any() for delta in trained.values())
+    assert in_step(trainer.model)
+    assert trainer.evaluate()["eval_loss"] > 0  # with full_eval, casts the model
+    assert same(deltas(trainer.model), trained)
     assert in_step(trainer.model)
 
 

@@ -22,6 +22,18 @@ tried; on GPUs nothing here was.
 """
 
 # Tests elsewhere whose rows belong here.
+OTHER_TRAINERS = [
+    (
+        "Hugging Face's Trainer on two processes (DDP)",
+        "equal to one process",
+        "test_two_ranks_train_alike_and_as_one_process",
+    ),
+    (
+        "Hugging Face's Trainer: bf16, fp16, evaluation in both, accumulation, activation checkpointing",
+        "fit, evaluation",
+        "test_settings_of_the_trainer",
+    ),
+]
 STRATEGIES = [
     (
         "`ddp` on two processes",
@@ -86,7 +98,9 @@ def sections() -> Iterator[tuple[str, list[Row]]]:
     test = "test_a_model_is_fitted_resumed_saved_and_merged"
     yield "Models, in a LightningModule", [Row(name, g.library, ALL_FOUR, test) for name, g in MODELS.items()]
     test = "test_a_trainer_fits_resumes_saves_and_merges"
-    yield "Loops and trainers", [Row(name, library, ALL_FOUR, test) for name, (_, library) in TRAINERS.items()]
+    rows = [Row(name, library, ALL_FOUR, test) for name, (_, library) in TRAINERS.items()]
+    other = [Row(name, "transformers", tried, test) for name, tried, test in OTHER_TRAINERS]
+    yield "Loops and trainers", rows + other
     test = "test_a_callback_beside_paca"
     rows = [Row(name, "", "fit beside PaCAStrategy", test) for name in CALLBACKS]
     yield "Lightning's callbacks", rows + [Row(name, "", tried, test) for name, tried, test in OTHER_CALLBACKS]
