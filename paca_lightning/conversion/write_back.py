@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.conversion.changed_state import remember_thawed
 from paca_lightning.conversion.heads import names_to_save
-from paca_lightning.conversion.inventory import take_inventory
+from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.optimizers import (
     ClosureFollower,
     follow_moves,
@@ -61,9 +61,10 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
             f"{type(optimizers[0]).__name__} has none of the model's paca_delta parameters, so nothing would be "
             "trained. Build it after apply_paca."
         )
-    _check_layers(model, layers)
+    inventory = take_inventory(model)
+    _check_layers(model, layers, inventory)
     warn_of_small_steps(optimizers[0], {id(layer.paca_delta) for layer in layers.values()})
-    _warn_of_frozen_heads(model, {id(p) for p in _parameters(optimizers[0]) if p.requires_grad})
+    _warn_of_frozen_heads(inventory, {id(p) for p in _parameters(optimizers[0]) if p.requires_grad})
     handles = [optimizers[0].register_step_pre_hook(_ThawedParameters(optimizers[0], model))]
     write_back = _WriteBack(layers)
     for each in optimizers:
@@ -156,7 +157,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _check_layers(model: nn.Module, layers: dict[str, PaCALayer]) -> None:
+def _check_layers(model: nn.Module, layers: dict[str, PaCALayer], inventory: Inventory) -> None:
     waiting = [
         path for path, layer in paca_layers(model) if layer.paca_pending is not None and not layer.paca_pending.by_data
     ]
@@ -174,11 +175,17 @@ def _check_layers(model: nn.Module, layers: dict[str, PaCALayer]) -> None:
                 f"{path!r} is split by columns (tensor parallelism), which PaCA does not support: the delta is split "
                 "by rows. Leave the layer whole, or shard it with fully_shard."
             )
+    for path, layer in inventory.layers.items():
+        own_name = f"{path}.{layer.base_name}"
+        if others := [name for name in inventory.owners[layer.get_parameter(layer.base_name)] if name != own_name]:
+            raise PaCAError(
+                f"{own_name!r} shares its memory with {others[0]!r} since the conversion: columns written into one "
+                "would change the other. Tie weights before the conversion, which leaves them frozen."
+            )
 
 
-def _warn_of_frozen_heads(model: nn.Module, trained: set[int]) -> None:
+def _warn_of_frozen_heads(inventory: Inventory, trained: set[int]) -> None:
     """Name heads over classes of which nothing is trained: a new one stays random."""
-    inventory = take_inventory(model)
     frozen = {
         head
         for head in inventory.heads.over_classes

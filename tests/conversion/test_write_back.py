@@ -178,3 +178,21 @@ def test_a_weight_that_is_thawed_during_training_is_refused_at_the_next_step() -
     with pytest.raises(PaCAError, match=r"'0\.weight' was thawed"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
+
+
+def share_parameter(model: nn.Sequential) -> None:
+    model[2].weight = model[0].weight
+
+
+def share_storage(model: nn.Sequential) -> None:
+    model[2].weight = nn.Parameter(model[0].weight.detach(), requires_grad=False)
+
+
+@pytest.mark.parametrize("share", [share_parameter, share_storage])
+def test_weights_that_are_tied_after_the_conversion_are_refused(share: Callable[[nn.Sequential], None]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    apply_paca(model, PaCAConfig(r=2))
+    share(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(PaCAError, match=r"'0\.weight' shares its memory with '2\.weight' since the conversion"):
+        attach(optimizer, model)

@@ -64,6 +64,55 @@ OTHER_CALLBACKS = [
         "test_pruning_a_layer_that_paca_trains_is_refused",
     ),
 ]
+TRANSFORMS = [
+    (
+        "`torch.func.functional_call` with other deltas",
+        "equal to plain torch, to second order",
+        "test_another_delta_is_differentiated_to_second_order",
+    ),
+    ("`torch.func.vmap` over deltas", "equal to plain torch", "test_several_deltas_at_once"),
+    ("`torch.func.grad`, gradients per sample", "equal to plain torch", "test_gradients_per_sample"),
+    ("`jvp`, `jacrev`, forward-mode AD", "equal to plain torch", "test_maps_and_jacobians_of_the_input"),
+    ("`torch.jit.trace`, with gradients", "equal to the layer", "test_a_traced_layer_trains"),
+    ("`torch.compile(fullgraph=True)`", "equal to a plain layer", "test_parity_with_the_default_compiler"),
+    ("jagged inputs", "equal to the layer on the values", "test_jagged_gradients"),
+    (
+        "a backward with `create_graph=True` through a layer that trains",
+        "refused in that backward; `functional_call` has it",
+        "test_a_second_derivative_of_a_layer_that_trains_is_refused",
+    ),
+    ("`call_for_per_sample_grads` (ExpandedWeight)", "refused in the forward", "test_expanded_weights_are_refused"),
+    (
+        "`functional_call` with another `nn.Parameter` for the delta, whose weight does not fit",
+        "refused in the forward",
+        "test_another_parameter_is_refused_without_its_weight",
+    ),
+    (
+        "two Parameters on one storage",
+        "left frozen, and named",
+        "test_two_parameters_on_one_memory_are_tied",
+    ),
+    (
+        "weights that are tied after the conversion",
+        "refused before training",
+        "test_weights_that_are_tied_after_the_conversion_are_refused",
+    ),
+    (
+        "parametrizations and pruning masks before the conversion",
+        "left frozen, and named",
+        "test_all_linear_leaves_alone_what_it_must_and_says_why",
+    ),
+    (
+        "the same after the conversion",
+        "refused before training, or at the next step",
+        "test_a_parametrization_after_the_conversion_is_refused",
+    ),
+    (
+        "layers whose weight is read without a call",
+        "left frozen, and named",
+        "test_layers_that_are_read_and_never_called_are_left_alone",
+    ),
+]
 OTHER_OPTIMIZERS = [
     ("SAM in manual optimization, through Lightning's wrapper", "test_sam_through_lightnings_wrapper"),
     ("a schedule-free optimizer in Fabric", "test_a_schedule_free_optimizer_in_fabric"),
@@ -108,7 +157,12 @@ def sections() -> Iterator[tuple[str, list[Row]]]:
     test = "test_an_optimizer_trains_what_it_trains_in_the_reference"
     reference = "equal to weights that are a function of the deltas"
     rows = [Row(name, "", reference, test) for name in KINDS]
-    yield "Optimizers", rows + [Row(name, "", "weights follow the deltas", test) for name, test in OTHER_OPTIMIZERS]
+    other = [Row(name, "", "weights follow the deltas", test) for name, test in OTHER_OPTIMIZERS]
+    yield "Optimizers", rows + other
+    yield (
+        "Transforms of PyTorch, and weights of other kinds",
+        [Row(name, "", tried, test) for name, tried, test in TRANSFORMS],
+    )
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
