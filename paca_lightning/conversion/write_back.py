@@ -22,6 +22,7 @@ from paca_lightning.core.dtensor import is_first_rank, is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer, paca_layers
 from paca_lightning.layers.columns import check_not_parametrized
+from paca_lightning.layers.fused_write import ColumnWriter
 
 
 def write_columns(model: nn.Module) -> None:
@@ -92,6 +93,7 @@ class _WriteBack:
 
     def __init__(self, layers: dict[str, PaCALayer]) -> None:
         self._layers, self._first = layers, True
+        self._writer = ColumnWriter(list(layers.values()))
 
     def __call__(self, *_: Any) -> None:
         self.write()
@@ -107,7 +109,7 @@ class _WriteBack:
                     f"{path!r} is a plain layer again (merge or unload), and the optimizer still trains its delta. "
                     "Remove the handle that attach() returned, or build a new optimizer."
                 )
-            layer.write_columns()
+        self._writer.write()
 
     def deltas(self) -> Sequence[Tensor]:
         """This rank's rows of the deltas."""

@@ -36,23 +36,31 @@ def scaling_argument(scaling: float, like: Tensor) -> float | Tensor:
     return like.new_full((), scaling, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def column_product(grad_output: Tensor, selected: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad_output.T @ selected``: the gradient of the selected columns. In fp16 it does not overflow.
+def column_product(grad_output: Tensor, selected: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """``scaling * grad_output.T @ selected``: the gradient of the delta. In fp16 it does not overflow.
+
+    On CUDA it is one kernel: the GEMM scales its result, and writes fp32 from 16 bits without rounding to 16 bits.
 
     Args:
         grad_output: dY_TO, shape (tokens, out_features).
         selected: x_TR, shape (tokens, r), of the same dtype.
         dtype: Of the result.
+        scaling: ``alpha / r``.
 
     Returns:
         Shape (out_features, r).
     """
-    if dtype == torch.float32 and grad_output.dtype in HALF_DTYPES:
-        if grad_output.is_cuda and torch.version.hip is None:
-            return torch.mm(grad_output.t(), selected, out_dtype=dtype)  # one GEMM, and no rounding to 16 bits
-        if grad_output.dtype == torch.float16:
-            return grad_output.t().float() @ selected.float()
-    return (grad_output.t() @ selected).to(dtype)
+    if grad_output.is_cuda and torch.version.hip is None:
+        unread = grad_output.new_empty(1, dtype=dtype)  # with beta=0
+        if dtype == torch.float32 and grad_output.dtype in HALF_DTYPES:
+            return torch.addmm(unread, grad_output.t(), selected, out_dtype=dtype, beta=0, alpha=scaling)
+        if dtype == grad_output.dtype:
+            return torch.addmm(unread, grad_output.t(), selected, beta=0, alpha=scaling)
+    if dtype == torch.float32 and grad_output.dtype == torch.float16:
+        grad = grad_output.t().float() @ selected.float()
+    else:
+        grad = (grad_output.t() @ selected).to(dtype)
+    return grad if scaling == 1.0 else grad * scaling
 
 
 class _ColumnGradient(torch.autograd.Function):
@@ -83,11 +91,9 @@ class _ColumnGradient(torch.autograd.Function):
                 "deltas to torch.func.functional_call, which makes them part of the graph, or freeze them."
             )
         selected, *scale = ctx.saved_tensors
-        grad = column_product(grad_output, selected, ctx.delta_dtype)  # dD_OR
+        grad = column_product(grad_output, selected, ctx.delta_dtype, 1.0 if scale else ctx.scaling)  # dD_OR
         if scale:
             grad = grad * scale[0]
-        elif ctx.scaling != 1.0:
-            grad = grad * ctx.scaling
         return grad_output, None, grad, None, None
 
 

@@ -28,8 +28,7 @@ class PaCALayer(nn.Module):
         r: Rank.
         scaling: ``alpha / r``.
         paca_pending: The selection that will choose the columns. None once they are chosen.
-        paca_conversion: What the converted model knows of its conversion; its layers share it. None for a layer of its
-            own.
+        paca_conversion: What the converted model knows of its conversion; its layers share it. None without a model.
         paca_path: Path of the layer in the module that was converted.
         paca_reshard: Frees gathered parameters before a write, which has to reach the shards. None if none are kept.
     """
@@ -49,7 +48,7 @@ class PaCALayer(nn.Module):
     paca_pending: PendingSelection | None = None
     paca_conversion: Any = None
     paca_path: str = ""
-    paca_written: tuple[int, int] | None = None  # the delta that the weight has, by id and version; None: not known
+    paca_written: tuple[int, int] | None = None  # the delta that the weight has, by id and version; None: unknown
     paca_written_at: int = -1  # the step of an optimizer after which it was written
     paca_reshard: Callable[[], None] | None = None
 
@@ -99,9 +98,8 @@ class PaCALayer(nn.Module):
             self.restore_columns()
         del self.paca_delta, self.paca_base_columns, self.paca_indices
         base_class = self.paca_base_class
-        added = ("r", "scaling", "paca_enabled", "paca_base_class", "paca_pending", "paca_conversion", "paca_path")
-        for name in (*added, "paca_reshard", "paca_written", "paca_written_at"):
-            vars(self).pop(name, None)
+        for name in [name for name in vars(self) if name in ("r", "scaling") or name.startswith("paca_")]:
+            del vars(self)[name]
         self.__class__ = base_class  # type: ignore[assignment]
 
     def _reshard(self) -> None:
@@ -109,15 +107,17 @@ class PaCALayer(nn.Module):
         if self.paca_reshard is not None:
             self.paca_reshard()
 
+    def _rows(self) -> Tensor:
+        """A view of this rank's rows of the weight, shape (rows, in_features)."""
+        return local(self.weight).detach()
+
     def _read_columns(self) -> Tensor:
         """Selected columns of this rank's rows of the weight, shape (rows, r)."""
-        weight = local(self.weight).detach()
-        return weight.index_select(1, self.paca_indices.to(weight.device))
+        return self._rows().index_select(1, self.paca_indices.to(self.base.device))
 
     def _put_columns(self, columns: Tensor) -> None:
         """Overwrite the selected columns of this rank's rows of the weight, shape (rows, r)."""
-        weight = local(self.weight)
-        weight.index_copy_(1, self.paca_indices.to(weight.device), columns.to(weight.dtype))
+        self._rows().index_copy_(1, self.paca_indices.to(self.base.device), columns.to(self.base.dtype))
 
     @torch.no_grad()
     def write_columns(self) -> None:

@@ -106,12 +106,12 @@ class PaCAConv1D(PaCALayer):
     def _plain_forward(self, input: Tensor) -> Tensor:
         return input @ with_columns(self.weight, *self._columns(), transposed=True) + self.bias
 
-    def _read_columns(self) -> Tensor:
-        return self.weight.detach().index_select(0, self.paca_indices.to(self.weight.device)).t().contiguous()
+    def _rows(self) -> Tensor:
+        """A view of the weight, transposed: shape (out_features, in_features)."""
+        return self.weight.detach().t()
 
-    def _put_columns(self, columns: Tensor) -> None:
-        weight = self.weight
-        weight.index_copy_(0, self.paca_indices.to(weight.device), columns.t().to(weight.dtype))
+    def _read_columns(self) -> Tensor:  # rows of the weight, which are faster to read
+        return self.weight.detach().index_select(0, self.paca_indices.to(self.weight.device)).t().contiguous()
 
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""

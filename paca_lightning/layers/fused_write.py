@@ -1,0 +1,176 @@
+"""Writing the columns of many layers with one kernel launch for each kind of layer, on a GPU.
+
+Layer by layer, a write-back is three launches a layer: sum, cast, copy. Its data are small, so on a GPU hundreds of
+launches of a few microseconds are most of what it costs.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paca_lightning.core.dtensor import local
+from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.write_watch import note_written
+
+
+@dataclass(frozen=True)
+class ColumnWrite:
+    """What the write of one layer reads and writes.
+
+    Attributes:
+        weight: Shape (rows, in_features), of any strides.
+        base: Base columns, shape (rows, r), contiguous.
+        delta: Shape (rows, r), contiguous, fp32 or fp64.
+        indices: Columns of the weight, shape (r,), int64.
+        scaling: What the delta is multiplied by.
+    """
+
+    weight: Tensor
+    base: Tensor
+    delta: Tensor
+    indices: Tensor
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: PaCALayer) -> "ColumnWrite":
+        """The write of a layer, on this rank's rows."""
+        base, delta = local(layer.paca_base_columns).detach(), local(layer.paca_delta).detach()
+        return cls(layer._rows(), base, delta, layer.paca_indices, layer.scaling)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Layers of one kind are written by one launch: device, dtypes, and the rank, rounded up to a power of two."""
+        width = 1 << (self.indices.numel() - 1).bit_length()
+        return self.weight.device, self.weight.dtype, self.base.dtype, self.delta.dtype, width
+
+    def expected(self) -> Tensor:
+        """The trained columns in plain operators, shape (rows, r): the reference of the kernel."""
+        return torch.add(self.base, self.delta, alpha=self.scaling).to(self.weight.dtype)
+
+
+class FusedWrite:
+    """Writes the columns of layers of one kind with one launch.
+
+    The addresses are kept on the device, so a launch copies nothing to it and does not wait.
+
+    Args:
+        writes: All of one :attr:`ColumnWrite.kind`.
+    """
+
+    def __init__(self, writes: Sequence[ColumnWrite]) -> None:
+        from paca_lightning.layers.column_kernel import ROWS
+
+        self._writes = list(writes)
+        device, *_, self._width = writes[0].kind
+        table = [
+            [tensor.data_ptr() for tensor in (w.weight, w.base, w.delta, w.indices)]
+            + [w.weight.shape[0], w.indices.numel(), *w.weight.stride()]
+            for w in writes
+        ]
+        tiles = [(layer, row) for layer, w in enumerate(writes) for row in range(0, w.weight.shape[0], ROWS)]
+        scalings = torch.tensor([w.scaling for w in writes], dtype=writes[0].delta.dtype)
+        self._arguments = (torch.tensor(table).to(device), torch.tensor(tiles).to(device), scalings.to(device))
+
+    def launch(self) -> None:
+        """Write all columns."""
+        import triton.language as tl
+
+        from paca_lightning.layers.column_kernel import ENTRY, ROWS, write_tiles
+
+        first = self._writes[0]
+        types = [
+            getattr(tl, str(each.dtype).removeprefix("torch.")) for each in (first.weight, first.base, first.delta)
+        ]
+        write_tiles[(len(self._arguments[1]),)](*self._arguments, ENTRY, ROWS, self._width, *types)
+        # The kernel writes behind PyTorch's back. A backward that saved an older weight must notice.
+        torch.autograd.graph.increment_version([write.weight for write in self._writes])
+
+    def agrees(self) -> bool:
+        """Whether the weights have what plain operators compute, to one rounding. It waits for the device.
+
+        A compiler may round a product before it is added, or not.
+        """
+        for write in self._writes:
+            written, expected = write.weight.index_select(1, write.indices).double(), write.expected().double()
+            size = write.base.double().abs() + (write.scaling * write.delta).double().abs()
+            limit = torch.finfo(write.weight.dtype).eps * size + torch.finfo(write.weight.dtype).tiny
+            if bool(((written - expected).abs() > limit).any()):
+                return False
+        return True
+
+
+def addresses_of(layer: PaCALayer) -> tuple[int, ...]:
+    """Where the tensors are that the write of a layer needs."""
+    tensors = (layer.base, layer.paca_base_columns, layer.paca_delta, layer.paca_indices)
+    return tuple(local(tensor).data_ptr() for tensor in tensors)
+
+
+@cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether the kernel runs on a device: CUDA or ROCm, with Triton installed."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+class ColumnWriter:
+    """Writes the columns of many layers: with :class:`FusedWrite` on a GPU, elsewhere layer by layer.
+
+    The first fused write is compared with the plain one. If it differs, or its kernel cannot be compiled, a warning
+    says so, and the layers are written one by one from then on.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Sequence[PaCALayer]) -> None:
+        self._layers = list(layers)
+        self._trusted = True
+        self._addresses: list[tuple[int, ...]] = []
+        self._fused: list[FusedWrite] = []
+
+    def write(self) -> None:
+        """Write all columns."""
+        together = [
+            layer for layer in self._layers if layer.keeps_weight and layer.paca_enabled and can_fuse(layer.base.device)
+        ]
+        if not together:
+            self._fused, self._addresses = [], []  # a model that left the GPU must not stay there
+        written = set(together) if together and self._trusted and self._write_together(together) else set()
+        for layer in self._layers:
+            if layer not in written:
+                layer.write_columns()
+
+    @torch.no_grad()
+    def _write_together(self, layers: list[PaCALayer]) -> bool:
+        """Write layers with one launch for each kind. Returns whether that can be trusted."""
+        for layer in layers:
+            layer._reshard()
+        addresses = [addresses_of(layer) for layer in layers]
+        moved = addresses != self._addresses
+        try:
+            if moved:
+                ordered = sorted(map(ColumnWrite.of, layers), key=lambda write: str(write.kind))
+                self._fused = [FusedWrite(list(group)) for _, group in groupby(ordered, key=lambda write: write.kind)]
+                self._addresses = addresses
+            for fused in self._fused:
+                fused.launch()
+            problem = "" if not moved or all(fused.agrees() for fused in self._fused) else "it writes other values"
+        except Exception as error:  # of whichever compiler Triton has for the device
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            self._trusted = False
+            warnings.warn(
+                f"The fused write-back does not work on {layers[0].base.device} ({problem}). Layers are written one by "
+                "one, which costs a few milliseconds a step. Please report it.",
+                stacklevel=2,
+            )
+            return False
+        for layer in layers:
+            note_written(layer, layer.paca_delta)
+        return True
