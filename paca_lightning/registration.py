@@ -22,10 +22,16 @@ def register_with_lightning() -> None:
 
 
 def _register() -> None:
-    """Import the modules that register names, and the callbacks: LightningCLI finds classes that are defined."""
+    """Import the modules that register names, and the callbacks: LightningCLI finds classes that are defined.
+
+    And let modules check what they load: ``load_from_checkpoint`` runs no callback.
+    """
     import paca_lightning.callbacks.adapter_checkpoint
     import paca_lightning.callbacks.paca
     import paca_lightning.strategies  # noqa: F401
+    from paca_lightning.callbacks.plain_modules import check_plain_modules
+
+    check_plain_modules()
 
 
 class _RegisterAfterImport(MetaPathFinder):
