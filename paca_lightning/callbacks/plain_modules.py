@@ -48,9 +48,9 @@ def without_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping
     weights = {key: value for key, value in state_dict.items() if not key.rpartition(".")[2].startswith("paca_")}
     if module.state_dict().keys() - weights.keys():
         raise PaCAError(
-            f"The checkpoint holds a PaCA adapter ({trained[0]!r} is one of {len(trained)} layers) and no base "
-            f"weights, and {type(module).__name__} is not converted: load_from_checkpoint, and a Trainer without PaCAStrategy, "
-            "convert nothing. Build the module, and pass the file as ckpt_path to a Trainer with "
+            f"The checkpoint holds a PaCA adapter ({trained[0]!r} is one of {len(trained)} layers), no base weights, "
+            f"and {type(module).__name__} is not converted: neither load_from_checkpoint nor a Trainer without "
+            "PaCAStrategy does that. Build the module, and pass the file as ckpt_path to a Trainer with "
             "callbacks=[PaCAStrategy(config)], or load the directory that AdapterCheckpoint wrote: "
             "load_adapter(module, directory). Checkpoints of PaCAStrategy(full_checkpoints=True) load without PaCA."
         )
