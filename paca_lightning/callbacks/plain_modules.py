@@ -29,7 +29,7 @@ def check_plain_modules() -> None:
         return load(self, without_adapter(self, state_dict), *args, **kwargs)
 
     setattr(load_state_dict, CHECKS, True)
-    LightningModule.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    LightningModule.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
 
 
 def without_adapter(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
