@@ -10,8 +10,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from paca_lightning.core.dtypes import long_dtype
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
+
+NOT_LOADED = "could not be loaded"
+"""What the error for a model says whose files cannot be read, or are not there."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -83,6 +87,7 @@ def build_causal_lm(
         PaCAError: If the directory is missing or holds no model, the hub cannot be reached, or the model refuses a
             setting.
     """
+    dtype = long_dtype(dtype)
     if dtype not in DTYPES:
         raise PaCAError(f"dtype={dtype!r} is unknown. Choose one of {list(DTYPES)}.")
     _check_directory(model)
@@ -111,7 +116,7 @@ def build_causal_lm(
             else "Without network, give a local directory that holds config.json, the weights (*.safetensors) and the "
             "tokenizer, as save_pretrained() writes it."
         )
-        raise PaCAError(f"The model {model!r} could not be loaded: {str(error).strip()}\n{hint}") from error
+        raise PaCAError(f"The model {model!r} {NOT_LOADED}: {str(error).strip()}\n{hint}") from error
     return loaded.train()
 
 

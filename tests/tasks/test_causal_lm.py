@@ -263,7 +263,7 @@ def test_checkpoints_hold_primitive_settings_and_load_without_pickle(directory, 
     [
         ({"model": "/nowhere/at/all"}, "directory '/nowhere/at/all' does not exist"),
         ({"model": "./nowhere"}, "does not exist"),
-        ({"dtype": "bf16"}, "dtype='bf16' is unknown"),
+        ({"dtype": "bf8"}, "dtype='bf8' is unknown"),
         ({"attn_implementation": "magic"}, "could not be loaded"),
         ({"loss_chunk_size": 0}, "loss_chunk_size"),
         ({"activation_checkpointing": "Selective"}, "activation_checkpointing='Selective' is unknown"),

@@ -28,6 +28,14 @@ def test_random_weights_need_no_weight_file(tmp_path):
     assert {p.device.type for p in shape.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("name", ["bf16", "bfloat16"])
+def test_a_dtype_has_two_names(directory: Path, name: str) -> None:
+    module = CausalLMModule(str(directory), dtype=name)
+    module.configure_model()
+    assert module.model is not None
+    assert module.model.dtype == torch.bfloat16
+
+
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 LLAMA = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from paca_lightning.core.dtypes import short_dtype
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tools.bench.measure import WARM_UP, Timing, time_methods
@@ -64,7 +65,7 @@ def bench(
         match: What LoRA and DoRA share with PaCA: rank, parameters (about as many trained ones), or both, in two rows.
         batch: Sequences in a micro-batch.
         tokens: Length of a sequence.
-        dtype: Of weights and computation: bf16, fp16 or fp32.
+        dtype: Of weights and computation: bf16, fp16 or fp32, or PyTorch's names of these.
         steps: Timed steps of each method, after a warm-up.
         accumulate: Micro-batches in an optimizer step.
         checkpointing: Recompute each block in the backward, with every method. selective: keep the outputs of GEMMs
@@ -88,7 +89,12 @@ def bench(
     """
     if threads is not None and threads >= 1:
         torch.set_num_threads(threads)
-    step: dict[str, Any] = {"tokens": tokens, "dtype": dtype, "checkpointing": checkpointing, "compile": compile}
+    step: dict[str, Any] = {
+        "tokens": tokens,
+        "dtype": short_dtype(dtype),
+        "checkpointing": checkpointing,
+        "compile": compile,
+    }
     step |= {"attention": attention, "liger": liger, "device": _find_device(device, devices)}
     if preset == PAPER:
         options = step | {"steps": steps, "devices": devices, "threads": threads}

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.pretrained import NOT_LOADED
 from paca_lightning.tools.memory.estimate import estimate
 from paca_lightning.tools.memory.from_config import read_config, run_to_trace
 from paca_lightning.tools.presets import PRESETS
@@ -34,10 +35,16 @@ def main(arguments: list[str]) -> int:
         parse_bytes(known.budget)
     if known.json_file and not Path(known.json_file).parent.is_dir():
         raise PaCAError(f"--json {known.json_file!r}: there is no directory {str(Path(known.json_file).parent)!r}.")
-    module, datamodule, trainer = read_config(others, known.preset)
-    run, config = run_to_trace(module, datamodule, trainer, known.tokens, known.batch)
-    with Console(stderr=True).status("tracing the run, and others beside it"):
-        fits = estimate(run, config, budget=known.budget, json_file=known.json_file, name=known.preset)
+    try:
+        module, datamodule, trainer = read_config(others, known.preset)
+        run, config = run_to_trace(module, datamodule, trainer, known.tokens, known.batch)
+        with Console(stderr=True).status("tracing the run, and others beside it"):
+            fits = estimate(run, config, budget=known.budget, json_file=known.json_file, name=known.preset)
+    except PaCAError as error:
+        if known.preset is None and NOT_LOADED in str(error):
+            shapes = ", ".join(PRESETS)
+            raise PaCAError(f"{error}\nA known shape needs no files: --preset NAME, one of {shapes}.") from error
+        raise
     return 0 if fits else 1
 
 

@@ -56,6 +56,14 @@ def test_mistakes_are_named(arguments: list[str], message: str) -> None:
         main([*DEBUG, *arguments])
 
 
+def test_without_a_network_a_known_shape_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        PaCAError, match=r"could not be loaded(?s:.*)needs no files: --preset NAME, one of small, llama3-8b"
+    ):
+        main([*DEBUG, "--model.init_args.model", "nobody/no-such-model"])
+
+
 @pytest.mark.parametrize("arguments", [[], ["--budget", "24GiB"]])
 def test_without_a_config_the_way_to_give_one_is_shown(arguments: list[str]) -> None:
     with pytest.raises(PaCAError, match="paca-lightning estimate --config FILE"):
