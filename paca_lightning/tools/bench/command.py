@@ -89,13 +89,8 @@ def bench(
     """
     if threads is not None and threads >= 1:
         torch.set_num_threads(threads)
-    step: dict[str, Any] = {
-        "tokens": tokens,
-        "dtype": short_dtype(dtype),
-        "checkpointing": checkpointing,
-        "compile": compile,
-    }
-    step |= {"attention": attention, "liger": liger, "device": _find_device(device, devices)}
+    step: dict[str, Any] = {"tokens": tokens, "dtype": short_dtype(dtype), "checkpointing": checkpointing}
+    step |= {"compile": compile, "attention": attention, "liger": liger, "device": _find_device(device, devices)}
     if preset == PAPER:
         options = step | {"steps": steps, "devices": devices, "threads": threads}
         directory = None if output is None else open_output(output)
