@@ -14,7 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from paca_lightning.core.private.lightning import is_accumulating, requeue_signal
+from paca_lightning.core.private.lightning import (
+    is_accumulating,
+    remember_saved_step,
+    requeue_signal,
+    validation_is_due,
+)
 
 FILE_NAME = "interrupted.ckpt"
 STOPPED = (KeyboardInterrupt, SIGTERMException)
@@ -31,6 +36,9 @@ class StopSignals(Callback):
     Several processes agree after each batch, so that all stop at the same one, whichever got the signal.
     SLURM's requeue signal waits for the end of the step too; then Lightning's own handler saves and requeues the job.
 
+    A run that is resumed from a checkpoint between a step and its validation validates first: Lightning would leave
+    that validation out, and with it perhaps the best adapter.
+
     The command line adds this callback, as the last one.
     """
 
@@ -39,13 +47,14 @@ class StopSignals(Callback):
         self._waits = False  # whether a signal waits for the end of a step, as it does during training
         self._accumulating = False  # whether gradients wait for further batches, perhaps during a validation
         self._consistent = False
+        self._unvalidated = False  # whether a validation that is due after this batch is still to come
         self._requeue: tuple[int, Callable[[int, FrameType | None], Any]] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the signals of an earlier run."""
         self._received, self._requeue = 0, None
-        self._waits = self._accumulating = self._consistent = False
+        self._waits = self._accumulating = self._consistent = self._unvalidated = False
 
     def _install(self, trainer: Trainer) -> None:
         """Take the place of Lightning's handlers, which it has just set, and which its teardown takes away."""
@@ -75,14 +84,20 @@ class StopSignals(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers, if there was no sanity check."""
+        """Install the handlers, if there was no sanity check, and let a resumed run not save its first step again.
+
+        ModelCheckpoint would do so in the middle of the accumulation of the next step, and lose its gradients.
+        """
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and trainer.global_step > 0:
+                remember_saved_step(callback, trainer.global_step)
         if not self._is_installed():
             self._install(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let signals act at once, and install the handlers outside ``fit``."""
-        self._waits = self._accumulating
+        self._waits, self._unvalidated = self._accumulating, False
         if trainer.state.fn != TrainerFn.FITTING:
             self._install(trainer)
 
@@ -101,6 +116,7 @@ class StopSignals(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Act on a signal, unless gradients of an incomplete step would be lost."""
         self._accumulating = is_accumulating(trainer)
+        self._unvalidated = validation_is_due(trainer)
         self._act(trainer)
 
     @override
@@ -164,8 +180,8 @@ class StopSignals(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """In a validation that was stopped, note that it has to begin anew: its metrics are not in the checkpoint."""
-        if self._consistent and trainer.validating:
+        """Note that a validation that is due or was stopped has to begin anew: no checkpoint holds its metrics."""
+        if self._unvalidated or (self._consistent and trainer.validating):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             for part in ("total", "current"):  # as in the first batch: Lightning goes back into the validation
                 progress[part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}

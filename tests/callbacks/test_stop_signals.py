@@ -206,6 +206,25 @@ def test_all_ranks_stop_at_the_same_step(strategy: str, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "interrupted.ckpt").exists()
 
 
+def test_a_validation_that_a_checkpoint_was_saved_before_is_made_up_for(tmp_path: Path) -> None:
+    whole, resumed = Validated(), Validated()
+    fit(tmp_path / "whole", whole, ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1))
+    fit(tmp_path / "resumed", resumed, ckpt_path=tmp_path / "epoch=0-step=4.ckpt")
+    assert [step for step, _ in whole.losses] == [4, 8]
+    assert resumed.losses == whole.losses
+
+
+def test_a_resumed_run_saves_no_gradients_away(tmp_path: Path) -> None:
+    """The step that it starts from is saved already; saved again while the next one accumulates, it would lose some."""
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2}
+    saving = {"every_n_train_steps": 2, "save_top_k": -1}
+    fit(tmp_path / "whole", ModelCheckpoint(tmp_path / "one", **saving), **settings)
+    first = tmp_path / "one" / "epoch=0-step=2.ckpt"
+    fit(tmp_path / "resumed", ModelCheckpoint(tmp_path / "two", **saving), ckpt_path=first, **settings)
+    steps = [int(path.stem.partition("step=")[2]) for path in (tmp_path / "two").iterdir()]
+    assert sorted(steps) == [4, 6, 8]
+
+
 class Failing(L.Callback):
     """Fails in the forward of the third step."""
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelPruning
+    from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from torch.optim import Optimizer
 
@@ -32,6 +32,17 @@ def logged_step(trainer: "Trainer") -> int:
 def is_accumulating(trainer: "Trainer") -> bool:
     """Whether the present batch leaves its gradients for a later one: known before the batch ends by the loop alone."""
     return trainer.fit_loop._should_accumulate()
+
+
+def validation_is_due(trainer: "Trainer") -> bool:
+    """Whether a validation follows the present batch. Only the loop knows, from the fetcher of its batches."""
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    return fetcher is not None and loop._should_check_val_fx(fetcher)
+
+
+def remember_saved_step(callback: "ModelCheckpoint", step: int) -> None:
+    """Tell a ModelCheckpoint that a step is saved: its state does not hold this, so that a resumed run saves again."""
+    callback._last_global_step_saved = step
 
 
 def before_batch_transfer(module: "LightningModule", batch: Any) -> Any:

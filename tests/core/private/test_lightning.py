@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, WeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -32,6 +32,7 @@ class Watcher(Callback):
         self.logging: list[bool] = []
         self.steps: list[int] = []
         self.accumulating: list[bool] = []
+        self.validation_due: list[bool] = []
         self.attached: Trainer | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -41,6 +42,26 @@ class Watcher(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.accumulating.append(private.is_accumulating(trainer))
+        self.validation_due.append(private.validation_is_due(trainer))
+
+
+@canary("lightning.remember_saved_step")
+def test_remember_saved_step(tmp_path: Path) -> None:
+    class Saved(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            private.remember_saved_step(saving, 1)
+
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, callbacks=[Saved(), saving], limit_train_batches=3, enable_checkpointing=True).fit(BoringModel())
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["epoch=0-step=2.ckpt", "epoch=0-step=3.ckpt"]
+
+
+@canary("lightning.validation_is_due")
+def test_validation_is_due(tmp_path: Path) -> None:
+    watcher = Watcher()
+    settings: dict[str, Any] = {"limit_train_batches": 5, "limit_val_batches": 1, "val_check_interval": 2}
+    trainer(tmp_path, callbacks=[watcher], **settings).fit(BoringModel())
+    assert watcher.validation_due == [False, True, False, True, False]
 
 
 @canary("lightning.should_log", "lightning.logged_step", "lightning.is_accumulating", "lightning.trainer_of")
