@@ -118,11 +118,11 @@ def resolve(
     if config.target_modules == ALL_LINEAR and not config.include_frozen:
         convertible = [m for m in linears if obstacles[m] is None and m not in excluded and m not in inside_saved]
         frozen, result.thawed = frozen_by_hand(inventory, convertible, was_trainable or {})
-        frozen += [module for module in convertible if any(name in left for name in names[module])]
+        stay = {module for module in convertible if any(name in left for name in names[module])}
         # Of two Hugging Face models, of which one is frozen, layers may have the same name: it means the other one's.
-        free = {name for module in convertible if module not in frozen for name in names[module]}
-        asked = {m for m in frozen if any(name in given and name not in free for name in names[m])}
-        obstacles |= {module: FROZEN for module in frozen if module not in asked}
+        free = {name for module in convertible if module not in {*frozen, *stay} for name in names[module]}
+        asked = {m for m in frozen if m not in stay and any(name in given and name not in free for name in names[m])}
+        obstacles |= {module: FROZEN for module in (*frozen, *stay) if module not in asked}
     for module in linears:
         path, obstacle = inventory.paths[module][0], obstacles[module]
         if module in excluded:

@@ -131,6 +131,11 @@ def test_names_count_from_the_model_that_is_trained(order: Callable[..., nn.Modu
         load_adapter(again, tmp_path / "adapter")
         assert torch.equal(output(again["student"]), expected)
         assert not any(paca_layers(again["teacher"]))
+    for flag in (True, False):  # nobody freezes the teacher, or everything is frozen
+        again = order(tiny_llama(seed=1), tiny_llama(seed=2)).requires_grad_(flag)
+        load_adapter(again, tmp_path / "adapter")
+        assert torch.equal(output(again["student"]), expected)
+        assert not any(paca_layers(again["teacher"]))
 
 
 @pytest.mark.parametrize("order", ORDERS)
