@@ -10,7 +10,11 @@ Row = dict[str, Any]
 
 def is_empty(value: object) -> bool:
     """Whether a field holds nothing: null, NaN (as pandas writes null), or an empty text, list or object."""
-    return value is None or value != value or (isinstance(value, str | list | dict) and not value)
+    return value is None or _is_nan(value) or (isinstance(value, str | list | dict) and not value)
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and value != value
 
 
 def kind(value: object) -> str:
@@ -49,7 +53,7 @@ class Fields:
             has = ", ".join(map(repr, self.values)) or "no fields"
             raise PaCAError(f"the field '{self.where}{name}' is missing; the row has {has}")
         value = self._left.pop(name, None)
-        if value != value:
+        if _is_nan(value):
             value = None
         return checked_text(value, f"{self.where}{name}")
 
@@ -84,6 +88,21 @@ def checked_text(value: object, name: str) -> str:
     return value
 
 
+def checked_json(value: Any, name: str) -> Any:
+    """A value that must be one of JSON: Parquet also has dates, decimals and bytes.
+
+    Raises:
+        PaCAError: It holds something else, a text that cannot be encoded as UTF-8, or too many levels.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PaCAError(f"the field '{name}' holds half of a surrogate pair, which is no valid text") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PaCAError(f"the field '{name}' holds what is not JSON ({error})") from error
+    return value
+
+
 def parsed_json(text: str, name: str) -> Any:
     """The value of a text that must be JSON.
 
@@ -92,5 +111,5 @@ def parsed_json(text: str, name: str) -> Any:
     """
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise PaCAError(f"the field '{name}' is a text that is not valid JSON ({error})") from error

@@ -26,6 +26,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.conversation import Conversation, check_turns
 from paca_lightning.tasks.data.converters import GUANACO_MARK, LIST_FIELDS, TreePaths, converter, from_messages
 from paca_lightning.tasks.data.fields import Row
+from paca_lightning.tasks.data.oasst import identity
 from paca_lightning.tasks.data.other_tasks import refuse_other_tasks
 
 Format = Literal[
@@ -62,7 +63,10 @@ def conversations(
             except PaCAError as error:
                 raise broken or error from error
         if format == "oasst_messages":
-            trees.setdefault(row.get("message_tree_id"), []).append((number, row))
+            try:
+                trees.setdefault(identity(row, "message_tree_id"), []).append((number, row))
+            except PaCAError as error:
+                yield number, PaCAError(f"{where}: {error} (format {format!r})")
             continue
         convert = convert or converter(format, text_column, tree_paths)
         yield from ((number, found) for found in _checked(convert, row, where, format))
@@ -85,6 +89,8 @@ def _checked(
             yield replace(conversation, format=format)
     except PaCAError as error:
         yield PaCAError(f"{where}: {error} (format {format!r})")
+    except RecursionError:
+        yield PaCAError(f"{where}: is nested too deeply to be read (format {format!r})")
 
 
 def detect(row: Row, where: str, text_column: str = "text") -> Format:

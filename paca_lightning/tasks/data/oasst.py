@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.data.fields import kind
 
 Node = dict[str, Any]
 
@@ -25,7 +26,7 @@ def role(node: Node) -> str:
         PaCAError: The node's role is neither prompter nor assistant.
     """
     found = node.get("role")
-    if found not in _ROLES:
+    if not isinstance(found, str) or found not in _ROLES:
         raise PaCAError(f"the field 'role' of {_name(node)} is {found!r}, expected 'prompter' or 'assistant'")
     return _ROLES[found]
 
@@ -53,12 +54,17 @@ def assemble(rows: list[tuple[int, Node]]) -> Node:
     """Build a tree from its messages, given as (row number, message), and return its first prompt.
 
     Raises:
-        PaCAError: A parent is not among the messages, or there is not exactly one first prompt.
+        PaCAError: A parent is not among the messages, two have one id, or there is not exactly one first prompt.
     """
-    nodes: dict[Any, Node] = {message.get("message_id"): {**message, "replies": []} for _, message in rows}
+    nodes: dict[Any, Node] = {}
+    for number, message in rows:
+        found = identity(message, "message_id")
+        if found in nodes:
+            raise PaCAError(f"the field 'message_id' of row {number} is {found!r}, as that of an earlier row")
+        nodes[found] = {**message, "replies": []}
     roots = []
     for number, message in rows:
-        node, parent = nodes[message.get("message_id")], message.get("parent_id")
+        node, parent = nodes[message.get("message_id")], identity(message, "parent_id")
         if parent is None:
             roots.append(node)
         elif parent in nodes:
@@ -71,6 +77,18 @@ def assemble(rows: list[tuple[int, Node]]) -> Node:
     if len(roots) != 1:
         raise PaCAError(f"the tree has {len(roots)} messages without a 'parent_id', expected one")
     return roots[0]
+
+
+def identity(message: Node, field: str) -> str | int | None:
+    """The field of a message that identifies it, its parent or its tree.
+
+    Raises:
+        PaCAError: It is neither a text nor a number.
+    """
+    found = message.get(field)
+    if found is not None and not isinstance(found, str | int):
+        raise PaCAError(f"the field '{field}' is {kind(found)}, expected a text or a number")
+    return found
 
 
 def _replies(node: Node) -> list[Node]:

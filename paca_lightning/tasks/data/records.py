@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Source:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
             raise PaCAError(f"{self.location}: cannot be read ({error}). Is the file complete?") from error
 
     def _dataset(self) -> datasets.Dataset:

@@ -4,7 +4,7 @@ from typing import Any
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.conversation import Message
-from paca_lightning.tasks.data.fields import Fields, Row, kind, parsed_json
+from paca_lightning.tasks.data.fields import Fields, Row, checked_json, kind, parsed_json
 
 MASKS = ("weight", "train", "loss", "loss_weight")
 """Fields of a message that say whether it is trained: true or false, 1 or 0."""
@@ -106,7 +106,7 @@ def tool_calls(value: Any, name: str) -> list[dict[str, Any]]:
     Raises:
         PaCAError: A call has no name, or is not an object.
     """
-    calls = value if isinstance(value, list) else [value]
+    calls = checked_json(value if isinstance(value, list) else [value], name)
     result = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -164,16 +164,16 @@ def template_arguments(fields: Fields) -> dict[str, Any]:
         if (value := fields.parsed(name)) is not None:
             if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
                 raise PaCAError(f"the field '{name}' is {kind(value)}, expected a list of objects")
-            arguments[name] = value
+            arguments[name] = checked_json(value, name)
     if "tools" in arguments:
         arguments["tools"] = [_tool(tool) for tool in arguments["tools"]]
     for name in ("enable_thinking", "reasoning_effort"):
         if (value := fields.take(name)) is not None:
-            arguments[name] = value
+            arguments[name] = checked_json(value, name)
     extra = fields.parsed("chat_template_kwargs")
     if extra is not None and not isinstance(extra, dict):
         raise PaCAError(f"the field 'chat_template_kwargs' is {kind(extra)}, expected an object")
-    return arguments | (extra or {})
+    return arguments | checked_json(extra or {}, "chat_template_kwargs")
 
 
 def _tool(tool: Row) -> Row:

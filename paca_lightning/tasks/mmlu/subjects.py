@@ -108,7 +108,7 @@ def check_subject(name: object, where: str) -> None:
     Raises:
         PaCAError: If the name is unknown.
     """
-    if name not in CATEGORY_OF:
+    if not isinstance(name, str) or name not in CATEGORY_OF:
         close = get_close_matches(str(name), SUBJECTS, n=3) or list(SUBJECTS[:3])
         raise PaCAError(
             f"{where}: {name!r} is none of the 57 MMLU subjects. Did you mean {' or '.join(map(repr, close))}?"
