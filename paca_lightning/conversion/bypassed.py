@@ -33,10 +33,14 @@ def bypassed_linears(module: nn.Module) -> Iterator[nn.Module]:
 
 @functools.cache
 def _read_not_called(cls: type[nn.Module]) -> frozenset[str]:
-    """Names of the attributes of a class whose ``weight`` its methods read, and that they use in no other way."""
-    read, used = set[str](), set[str]()
+    """Names of the attributes of a class whose ``weight`` its methods read, and that they use in no other way.
+
+    Of a layer that one of several paths calls, transformers' own decorator tells whether the usual one does not.
+    """
+    read, used, declared = set[str](), set[str](), set[str]()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for method in _methods(base):
+            declared.update(_declared(method))
             parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
             for node in ast.walk(method):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
@@ -45,10 +49,17 @@ def _read_not_called(cls: type[nn.Module]) -> frozenset[str]:
                         used.add(node.attr)
                     elif outer.attr == "weight" and not _is_metadata(parents[outer]):
                         read.add(node.attr)
-    return frozenset(read - used)
+    return frozenset(read - used | declared)
 
 
-def _methods(cls: type) -> Iterator[ast.AST]:
+def _declared(method: ast.FunctionDef) -> Iterator[str]:
+    """Children that a method of transformers declares to use without calling them, as ``accelerate`` has to know."""
+    for decorator in method.decorator_list:
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith("force_accelerate_hooks"):
+            yield from (node.value for node in ast.walk(decorator) if isinstance(node, ast.Constant))
+
+
+def _methods(cls: type) -> Iterator[ast.FunctionDef]:
     """The methods of a class but for those that fill weights; none where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))

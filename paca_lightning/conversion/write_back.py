@@ -216,6 +216,6 @@ def _warn_of_idle(paths: list[str]) -> None:
         warnings.warn(
             f"{len(paths)} PaCA layers had no gradient in the first step ({paths[0]!r} is one). Experts that saw no "
             "token are like that; a layer whose weight the model reads without calling it never trains: list it in "
-            "exclude_modules.",
+            f"exclude_modules={sorted({path.rpartition('.')[2] for path in paths})!r}.",
             stacklevel=2,
         )

@@ -1,8 +1,11 @@
 """Layers whose weight is read without a call are left alone and named: their deltas would never train."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from torch import Tensor, nn
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
@@ -44,6 +47,22 @@ def test_layers_that_are_read_and_never_called_are_left_alone(cls: type[nn.Modul
     reason = f"{cls.__name__} reads its weight without calling it"
     assert report.skipped == {"0.multiplied": reason, "0.passed": reason}
     model(torch.ones(3, 8)).sum().backward()
+    assert all(layer.paca_delta.grad is not None for _, layer in paca_layers(model))
+
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+MIXERS = {
+    "MambaMixer": mamba,
+    "FalconMambaMixer": lambda: hf.FalconMambaForCausalLM(hf.FalconMambaConfig(**SIZES, state_size=4)),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_whose_step_is_read(name: str) -> None:
+    model = MIXERS[name]()
+    report = apply_paca(model, PaCAConfig(r=2))
+    assert report.skipped["backbone.layers.0.mixer.dt_proj"] == f"{name} reads its weight without calling it"
+    model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
     assert all(layer.paca_delta.grad is not None for _, layer in paca_layers(model))
 
 
