@@ -56,7 +56,7 @@ def _declared(method: ast.FunctionDef) -> Iterator[str]:
     """Children that a method of transformers declares to use without calling them, as ``accelerate`` has to know."""
     for decorator in method.decorator_list:
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith("force_accelerate_hooks"):
-            yield from (node.value for node in ast.walk(decorator) if isinstance(node, ast.Constant))
+            yield from (str(node.value) for node in ast.walk(decorator) if isinstance(node, ast.Constant))
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:
