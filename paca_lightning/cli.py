@@ -42,6 +42,7 @@ RUNS = {
 LOOKS = {
     "data": "Show what a config trains on: samples with the trained tokens marked, and length statistics.",
     "estimate": "Predict the memory of a config's run, without its weights and its devices.",
+    "compare": "Train methods on a config's run, each at its best learning rate, and compare what they learn.",
 }
 TOOLS = {
     "generate": Tool(
@@ -125,6 +126,10 @@ def _run(arguments: list[str]) -> None:
 
         if (code := run_estimate(arguments[1:])) != 0:
             sys.exit(code)
+    elif command == "compare":
+        from paca_lightning.tools.compare.command import main as run_compare
+
+        run_compare(arguments[1:])
     elif command in RUNS:
         from paca_lightning.tools.run_config import lightning_cli
 

@@ -2,17 +2,20 @@
 
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, UntypedStorage
 
-from paca_lightning.tools.bench.methods import Method
+from paca_lightning.tools.bench.methods import Measured
 from paca_lightning.tools.bench.step_runner import StepRunner, StepTime
 from paca_lightning.tools.bench.workload import Workload
 from paca_lightning.tools.memory.timeline import Kind
 from paca_lightning.tools.memory.tracing import MemoryTracer
+
+M = TypeVar("M", bound=Measured)
 
 WARM_UP = 2
 NOISY_SPREAD = 0.05
@@ -53,8 +56,8 @@ class Timing:
 
 
 def time_methods(
-    workload: Workload, methods: list[Method], steps: int, progress: Callable[[str], None] = lambda text: None
-) -> dict[Method, Timing]:
+    workload: Workload, methods: Sequence[M], steps: int, progress: Callable[[str], None] = lambda text: None
+) -> dict[M, Timing]:
     """Time methods in turns, step by step, so that whatever slows the machine down slows all of them down.
 
     Args:
@@ -94,8 +97,8 @@ def time_methods(
         gc.enable()
     totals = {method.title: [time.total for time in own] for method, own in zip(methods, times, strict=True)}
     return {
-        runner.method: _summary(runner, own, totals[runner.method.floor], held, workload)
-        for runner, own, held in zip(runners, times, saved, strict=True)
+        method: _summary(runner, own, totals[method.floor], held, workload)
+        for method, runner, own, held in zip(methods, runners, times, saved, strict=True)
     }
 
 

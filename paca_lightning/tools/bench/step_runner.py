@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.conversion.write_back import attach
 from paca_lightning.layers.base import paca_layers
-from paca_lightning.tools.bench.methods import Method
+from paca_lightning.tools.bench.methods import Measured
 from paca_lightning.tools.bench.workload import Workload
 
 
@@ -44,7 +44,7 @@ class StepRunner:
         compiled: Whether the blocks are compiled.
     """
 
-    def __init__(self, method: Method, base: nn.Module, workload: Workload) -> None:
+    def __init__(self, method: Measured, base: nn.Module, workload: Workload) -> None:
         self.method = method
         model = method.apply(base)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -22,6 +22,7 @@ class Workload:
     Args:
         model: Hub id or local directory of a causal language model. Give this or ``preset``.
         preset: Name of a known shape, with random weights.
+        pretrained: Whether to read the model's weights; otherwise they are random.
         layers: Use this many layers, the first ones. Default: all.
         dtype: Of weights and computation: bf16, fp16 or fp32.
         batch: Sequences in a micro-batch, on each rank.
@@ -43,6 +44,7 @@ class Workload:
 
     model: str | None = None
     preset: str | None = None
+    pretrained: bool = True
     layers: int | None = None
     dtype: str = "bf16"
     batch: int = 1
@@ -98,7 +100,7 @@ class Workload:
         """Build the model on the device, in train mode, with nothing frozen."""
         torch.manual_seed(self.seed)
         config = self.config
-        if self.model is None:
+        if self.model is None or not self.pretrained:
             model = self._random(config)
         else:
             settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}

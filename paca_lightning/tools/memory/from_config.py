@@ -30,10 +30,11 @@ NOT_ESTIMATED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 """Subclasses of :data:`ESTIMATED` that hold the model in other ways."""
 
 
-class _Config(LightningCLI):
+class SettingsCLI(LightningCLI):
     """LightningCLI that builds no trainer: its settings may name devices that this machine lacks."""
 
     def instantiate_trainer(self, **_: Any) -> Any:
+        """The trainer's settings."""
         return self.config_init.get("trainer")
 
 
@@ -52,7 +53,7 @@ def read_config(arguments: list[str], preset: str | None = None) -> tuple[Lightn
         atexit.register(directory.cleanup)  # the module reads it when it is built
         preset_config(preset).save_pretrained(directory.name)
         arguments = [*arguments, "--model.init_args.model", directory.name]
-    cli = lightning_cli(arguments, run=False, cli_class=_Config, prog="paca-lightning estimate")
+    cli = lightning_cli(arguments, run=False, cli_class=SettingsCLI, prog="paca-lightning estimate")
     return cli.model, cli.datamodule, cli.trainer
 
 
