@@ -34,7 +34,7 @@ class Tool(NamedTuple):
 
 
 RUNS = {
-    "fit": "Train a model as a config says (LightningCLI).",
+    "fit": "Train a model as a config says; --lr auto searches the learning rate first (LightningCLI).",
     "validate": "Evaluate on the validation split (LightningCLI).",
     "test": "Evaluate on the test split (LightningCLI).",
     "predict": "Run a model over a data set (LightningCLI).",
@@ -131,9 +131,12 @@ def _run(arguments: list[str]) -> None:
 
         run_compare(arguments[1:])
     elif command in RUNS:
+        from paca_lightning.tools.compare.auto import HELP, asks_for_search, with_learning_rate
         from paca_lightning.tools.run_config import lightning_cli
 
-        lightning_cli(arguments, run=True)
+        if command == "fit" and asks_for_search(arguments):
+            arguments = [command, *with_learning_rate(arguments[1:])]
+        lightning_cli(arguments, run=True, fit_help=HELP)
     else:
         similar = difflib.get_close_matches(command, PURPOSES, n=1)
         meant = f" Did you mean {similar[0]!r}?" if similar else ""

@@ -31,6 +31,7 @@ TOGETHER = (
     "tests/strategies/fsdp2/test_streaming.py",
     "tests/strategies/hpu/",
     "tests/test_callback_fragments.py",
+    "tests/tools/compare/test_command.py",
 )
 
 

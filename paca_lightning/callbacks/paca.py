@@ -40,6 +40,7 @@ from paca_lightning.callbacks.run_checks import (
     check_validation_interval,
     delta_sums,
     learning_rate,
+    note_learning_rate,
     prepare_outputs,
 )
 from paca_lightning.conversion.report import ConversionReport
@@ -246,5 +247,5 @@ class PaCAStrategy(FiniteSteps):
         """Print the summary once a run, with the learning rate that will be used."""
         assert self.report is not None
         if self._resumed.warn_of_ignored(trainer):
-            self.report.learning_rate = learning_rate(trainer, "initial_lr")
+            note_learning_rate(self.report, trainer)
             rich.print(self.report)

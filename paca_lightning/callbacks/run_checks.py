@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, Mod
 from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 
+from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.write_back import layers_stepped_by
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
@@ -150,6 +151,12 @@ def learning_rate(trainer: Trainer, name: str) -> float | None:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     rates = [group.get(name, group["lr"]) for group in groups if deltas & {id(p) for p in group["params"]}]
     return max((float(rate) for rate in rates if rate is not None), default=None)  # Adafactor may choose its own
+
+
+def note_learning_rate(report: ConversionReport, trainer: Trainer) -> None:
+    """Let a report show the learning rate of the deltas, and say whether an Adam takes it."""
+    report.learning_rate = learning_rate(trainer, "initial_lr")
+    report.adam = all("adam" in type(optimizer).__name__.lower() for optimizer in trainer.optimizers)
 
 
 def refuse_as_strategy(**_: Any) -> NoReturn:

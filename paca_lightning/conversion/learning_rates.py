@@ -24,6 +24,6 @@ def remark_on(step: float, parameters: int) -> str | None:
     if middle / FAR <= step <= middle * FAR:
         return None
     return (
-        f"scaling * lr is {step:.3g}, far {'below' if step < middle else 'above'} what suits PaCA with Adam on a model "
-        f"of this size (about {middle:g}). paca-lightning fit --lr auto searches one."
+        f"This is far {'below' if step < middle else 'above'} what suits PaCA with Adam on a model of this size, about "
+        f"{middle:g}: `paca-lightning fit --lr auto` searches one."
     )

@@ -9,6 +9,7 @@ from torch import nn
 
 from paca_lightning.conversion.frozen import FrozenGroup, frozen_groups
 from paca_lightning.conversion.inventory import Inventory
+from paca_lightning.conversion.learning_rates import remark_on
 from paca_lightning.conversion.targets import Resolution
 from paca_lightning.core.config import PaCAConfig
 
@@ -48,6 +49,7 @@ class ConversionReport:
         trainable_parameters: Of the deltas and the modules trained whole.
         total_parameters: Of the base model and the deltas.
         learning_rate: Once known, the optimizer's; ``scaling * learning_rate`` is Adam's step on a column.
+        adam: Whether the optimizer is an Adam, for which there is a suitable ``scaling * learning_rate``.
         optimizer_bytes: Of Adam's state, two fp32 values a trained parameter.
     """
 
@@ -60,6 +62,7 @@ class ConversionReport:
     trainable_parameters: int = 0
     total_parameters: int = 0
     learning_rate: float | None = None
+    adam: bool = False
 
     @property
     def delta_bytes(self) -> int:
@@ -96,6 +99,8 @@ class ConversionReport:
             scalings = sorted({layer.scaling for layer in self.layers})
             steps = ", ".join(f"{scaling * self.learning_rate:.3g}" for scaling in scalings)
             notes.append(f"Adam's step on a column, scaling * lr: {steps}.")
+            if self.adam and (remark := remark_on(scalings[-1] * self.learning_rate, self.total_parameters)):
+                notes.append(remark)
         if self.saved:
             notes.append(f"Trained whole: {', '.join(self.saved)}.")
         if self.thawed:

@@ -186,7 +186,12 @@ def checkpoint_last(arguments: list[str]) -> list[str]:
 
 
 def lightning_cli(
-    arguments: list[str], *, run: bool, cli_class: type[LightningCLI] = RunCLI, prog: str = "paca-lightning"
+    arguments: list[str],
+    *,
+    run: bool,
+    cli_class: type[LightningCLI] = RunCLI,
+    prog: str = "paca-lightning",
+    fit_help: str | None = None,
 ) -> LightningCLI:
     """Parse arguments and build what they name.
 
@@ -195,6 +200,7 @@ def lightning_cli(
         run: Whether it begins with a subcommand (``fit``, ...), which has run when this returns.
         cli_class: Builds the trainer, the module and the data module.
         prog: The command, for messages.
+        fit_help: What the help of ``fit`` says at its end.
 
     Raises:
         PaCAError: If an option is unknown or has a value that it does not take, or the run cannot be built.
@@ -208,6 +214,6 @@ def lightning_cli(
         auto_configure_optimizers=False,
         seed_everything_default=0,
         parser_class=RunParser,
-        parser_kwargs={"prog": prog},
+        parser_kwargs={"prog": prog, "fit": {"epilog": fit_help}},
         run=run,
     )

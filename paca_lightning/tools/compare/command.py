@@ -42,7 +42,9 @@ def main(arguments: Sequence[str]) -> bool:
     command = shlex.join([PROG, *arguments])
     known, overrides = options().parse_known_args(arguments)
     plan = _plan(known)
-    tasks = [read_task(config, overrides, known.lr_key, PROG) for config in known.config]
+    tasks = [
+        read_task([f"--config={config}", *overrides], Path(config).stem, known.lr_key, PROG) for config in known.config
+    ]
     if twice := {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}:
         raise PaCAError(f"Two configs are called {sorted(twice)[0]!r}: their results would share a directory.")
     directory = Path(known.output)
@@ -93,7 +95,7 @@ def _announce(runs: Mapping[str, Sequence[MethodRuns]], plan: Plan) -> None:
                 trained = f"{one.method.count(task):,} parameters, lr {one.space}"
                 trials = f", {plan.trials} trials" if one.search is not None else ""
                 console.print(f"{name}: {one.method.label}: {trained}{trials}", highlight=False, soft_wrap=True)
-        present = [short_name(entry) for entry in task.settings["trainer"]["callbacks"] or []]
+        present = [short_name(entry) for entry in task.settings["trainer"]["callbacks"]]
         if left_out := [callback for callback in present if callback in LEFT_OUT]:
             console.print(f"{name}: left out of the runs: {', '.join(left_out)}.", highlight=False, soft_wrap=True)
         seeds = ", ".join(".".join(key) for key in task.seed_keys)

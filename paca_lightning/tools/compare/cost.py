@@ -102,6 +102,7 @@ def workload_of(task: Task, batch_shape: Sequence[int], threads: int) -> Workloa
         model=settings["model"],
         pretrained=settings.get("pretrained", True),
         dtype=dtype,
+        attention=settings.get("attn_implementation"),
         batch=batch_shape[0],
         tokens=batch_shape[1],
         checkpointing=settings.get("activation_checkpointing", False),

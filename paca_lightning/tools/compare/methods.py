@@ -69,7 +69,10 @@ class Method:
 
     def count(self, task: Task) -> int:
         """How many parameters it trains in a task's model."""
-        model = self.apply(copy.deepcopy(task.model), task.paca)
+        try:
+            model = self.apply(copy.deepcopy(task.model), task.paca)
+        except NotImplementedError:  # some methods look at values, which the meta device has not
+            model = self.apply(copy.deepcopy(task.model).to_empty(device="cpu"), task.paca)
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 

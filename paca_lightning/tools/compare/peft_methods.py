@@ -86,7 +86,7 @@ class PEFTMethod(Method):
 
         try:
             changed: nn.Module = peft.get_peft_model(model, self._class(**self.config(model, paca)))
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, TypeError) as error:
             raise PaCAError(f"Method {self.label!r}: PEFT refuses it: {error}") from error
         return changed
 

@@ -120,8 +120,8 @@ class LearningRateSearch:
     @property
     def remaining(self) -> int:
         """Trials that are not finished, without those beyond an edge."""
-        inside = [one for one in self.tried if self.space.low <= one.lr <= self.space.high]
-        return max(len(self._running), self._trials - len(inside))
+        tried = [one.lr for one in self.tried]
+        return max(len(self._running), self._allowed(tried) - len(tried))
 
     @property
     def finished(self) -> bool:
@@ -168,11 +168,15 @@ class LearningRateSearch:
         best = self.best
         if self._widen and (further := self._beyond(best)) is not None:
             return None if self._running else further
-        beyond = [rate for rate in taken if not self.space.low <= rate <= self.space.high]
-        if best is None or len(taken) - len(beyond) >= self._trials:
+        if best is None or len(taken) >= self._allowed(taken):
             return None
         low, high = max((gap for gap in pairwise(taken) if best.lr in gap), key=lambda gap: gap[1] / gap[0])
         return between(low, high, 0.5)
+
+    def _allowed(self, taken: list[float]) -> int:
+        """How many trials there may be: one more for each widening."""
+        beyond = [rate for rate in taken if not self.space.low <= rate <= self.space.high]
+        return self._trials + min(len(beyond), MOST_WIDENINGS)
 
     def _beyond(self, best: Tried | None) -> float | None:
         """A learning rate beyond the edge at which the best one lies, unless that is too far."""

@@ -22,7 +22,7 @@ def default_space(method: Method, task: Task) -> Space:
 
 
 def _factor(method: Method, task: Task) -> float:
-    callbacks = {short_name(entry) for entry in task.settings["trainer"]["callbacks"] or []}
+    callbacks = {short_name(entry) for entry in task.settings["trainer"]["callbacks"]}
     if isinstance(method, PaCAMethod) or (isinstance(method, AsConfigured) and PACA in callbacks):
         config = method.config(task.paca) if isinstance(method, PaCAMethod) else task.paca
         return config.r / config.alpha_of(None, config.r)

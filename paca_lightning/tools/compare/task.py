@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,12 +51,12 @@ class Task:
         return next(inside, self.module)
 
 
-def read_task(config: str, overrides: Sequence[str], lr_key: str | None, prog: str) -> Task:
-    """The task of a config.
+def read_task(arguments: Sequence[str], name: str, lr_key: str | None, prog: str) -> Task:
+    """The task that the arguments of ``fit`` describe.
 
     Args:
-        config: File.
-        overrides: Options of ``fit`` that change it.
+        arguments: ``--config FILE``, and what overrides it.
+        name: Of the task, in messages and directories.
         lr_key: Where its learning rate is, with dots. Default: the only number named ``lr`` or ``learning_rate`` among
             the module's settings.
         prog: The command, for messages.
@@ -65,19 +64,21 @@ def read_task(config: str, overrides: Sequence[str], lr_key: str | None, prog: s
     Raises:
         PaCAError: If the config cannot be read, or has no learning rate or several.
     """
-    cli = lightning_cli([f"--config={config}", *overrides], run=False, cli_class=SettingsCLI, prog=prog)
+    cli = lightning_cli(list(arguments), run=False, cli_class=SettingsCLI, prog=prog)
     settings: Settings = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
+    callbacks = settings["trainer"]["callbacks"] or []
+    callbacks = settings["trainer"]["callbacks"] = callbacks if isinstance(callbacks, list) else [callbacks]
     with torch.device("meta"):
         cli.model.configure_model()
-    paca = [entry for entry in settings["trainer"]["callbacks"] or [] if short_name(entry) == PACA]
+    paca = [entry for entry in callbacks if short_name(entry) == PACA]
     if paca and paca[0]["init_args"].get("adapter"):
         raise PaCAError(
-            f"{config}: PaCAStrategy starts from a trained adapter. Methods are compared from the base model."
+            f"{name}: PaCAStrategy starts from a trained adapter. Methods are compared from the base model."
         )
     return Task(
-        name=Path(config).stem,
+        name=name,
         settings=settings,
-        lr_key=tuple(lr_key.split(".")) if lr_key else find_learning_rate(settings, config),
+        lr_key=tuple(lr_key.split(".")) if lr_key else find_learning_rate(settings, name),
         seed_keys=seed_keys(settings),
         module=cli.model.to("meta"),
         data=cli.datamodule,
@@ -90,7 +91,7 @@ def short_name(entry: Settings) -> str:
     return str(entry["class_path"]).rpartition(".")[2]
 
 
-def find_learning_rate(settings: Settings, config: str) -> Key:
+def find_learning_rate(settings: Settings, name: str) -> Key:
     """Where the learning rate is among the module's settings.
 
     Raises:
@@ -100,7 +101,7 @@ def find_learning_rate(settings: Settings, config: str) -> Key:
     if len(found) != 1:
         names = ", ".join(".".join(key) for key in found) or "none"
         raise PaCAError(
-            f"{config}: the learning rate to search must be one number named lr or learning_rate among the settings of "
+            f"{name}: the learning rate to search must be one number named lr or learning_rate among the settings of "
             f"the module. Found: {names}. Say where it is with --lr-key, such as --lr-key model.init_args.lr."
         )
     return found[0]

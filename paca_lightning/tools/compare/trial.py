@@ -102,7 +102,7 @@ def make_trial(
         settings = replaced(settings, key, seed)
     callbacks = [
         entry
-        for entry in settings["trainer"]["callbacks"] or []
+        for entry in settings["trainer"]["callbacks"]
         if short_name(entry) not in (*LEFT_OUT, *(METHODS if method.replaces else ()))
     ]
     if searching and not metric.startswith("mmlu/"):
