@@ -185,7 +185,7 @@ def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         elif arguments[0].startswith("scripts/"):
             assert (ROOT / arguments[0]).is_file()
     elif arguments[0] in RUNS:
-        check_run(arguments)
+        check_run(without(arguments, {"--lr"}))  # --lr auto is fit's own, before LightningCLI
     elif not arguments[0].startswith("-"):
         own = options_in_help(arguments[0], capsys)
         given = {word.partition("=")[0] for word in arguments[1:] if word.startswith("--")}

@@ -43,6 +43,7 @@ FENCES: dict[str, set[str]] = {  # library: where it may be imported
     "datasets": {"tasks", "tools"},
     "bitsandbytes": {"layers.bitsandbytes", "layers.linear4bit", "core.private"},
     "habana_frameworks": {"strategies.hpu"},
+    "optuna": {"tools.compare"},
 }
 NO_DISTRIBUTED_AT_IMPORT = {"core", "layers", "conversion", "adapters"}
 

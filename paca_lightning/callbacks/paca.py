@@ -40,8 +40,8 @@ from paca_lightning.callbacks.run_checks import (
     check_validation_interval,
     delta_sums,
     learning_rate,
-    note_learning_rate,
     prepare_outputs,
+    with_learning_rate,
 )
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.write_back import attach, layers_stepped_by
@@ -247,5 +247,4 @@ class PaCAStrategy(FiniteSteps):
         """Print the summary once a run, with the learning rate that will be used."""
         assert self.report is not None
         if self._resumed.warn_of_ignored(trainer):
-            note_learning_rate(self.report, trainer)
-            rich.print(self.report)
+            rich.print(with_learning_rate(self.report, trainer))

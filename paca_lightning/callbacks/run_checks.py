@@ -153,10 +153,11 @@ def learning_rate(trainer: Trainer, name: str) -> float | None:
     return max((float(rate) for rate in rates if rate is not None), default=None)  # Adafactor may choose its own
 
 
-def note_learning_rate(report: ConversionReport, trainer: Trainer) -> None:
-    """Let a report show the learning rate of the deltas, and say whether an Adam takes it."""
+def with_learning_rate(report: ConversionReport, trainer: Trainer) -> ConversionReport:
+    """A report that shows the learning rate of the deltas, and knows whether an Adam takes it."""
     report.learning_rate = learning_rate(trainer, "initial_lr")
     report.adam = all("adam" in type(optimizer).__name__.lower() for optimizer in trainer.optimizers)
+    return report
 
 
 def refuse_as_strategy(**_: Any) -> NoReturn:

@@ -9,8 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, UntypedStorage
 
-from paca_lightning.tools.bench.methods import Measured
-from paca_lightning.tools.bench.step_runner import StepRunner, StepTime
+from paca_lightning.tools.bench.step_runner import Measured, StepRunner, StepTime
 from paca_lightning.tools.bench.workload import Workload
 from paca_lightning.tools.memory.timeline import Kind
 from paca_lightning.tools.memory.tracing import MemoryTracer

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,29 +25,6 @@ QUANTIZED = (QFLOOR, "qpaca", "qlora")
 
 RECOMPUTATIONS = ("selective", "blocks")
 """What a method's own checkpointing recomputes: all but GEMMs and attention, or whole blocks."""
-
-
-class Measured(Protocol):
-    """What the measurement of a step needs to know of a method."""
-
-    @property
-    def title(self) -> str:
-        """Its name, unique among those that are measured together."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """Its name for people."""
-        ...
-
-    @property
-    def floor(self) -> str:
-        """Title of the method whose step it is compared with."""
-        ...
-
-    def apply(self, base: nn.Module) -> nn.Module:
-        """A model for this method, made from a base model that is left as it is."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,30 @@ from torch.nn.parallel import DistributedDataParallel
 from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.conversion.write_back import attach
 from paca_lightning.layers.base import paca_layers
-from paca_lightning.tools.bench.methods import Measured
 from paca_lightning.tools.bench.workload import Workload
+
+
+class Measured(Protocol):
+    """What the measurement of a step needs to know of a method."""
+
+    @property
+    def title(self) -> str:
+        """Its name, unique among those that are measured together."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        ...
+
+    @property
+    def floor(self) -> str:
+        """Title of the method whose step it is compared with."""
+        ...
+
+    def apply(self, base: nn.Module) -> nn.Module:
+        """A model for this method, made from a base model that is left as it is."""
+        ...
 
 
 class StepTime(NamedTuple):

@@ -54,9 +54,7 @@ def with_learning_rate(arguments: list[str]) -> list[str]:
     directory = Path(task.settings["trainer"]["default_root_dir"] or ".") / "lr-search"
     runs = MethodRuns(task, AsConfigured("run"), plan, directory)
     if runs.search is None:
-        raise PaCAError(
-            f"{OPTION} {known.lr} is one learning rate, so there is nothing to search. Give LOW:HIGH or auto."
-        )
+        raise PaCAError(f"{OPTION} {known.lr} is one learning rate: there is nothing to search. Give LOW:HIGH or auto.")
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print(f"Searching the learning rate: {runs.space}, {plan.trials} runs of {steps} steps.")
     run_all([runs], known.lr_jobs, plan.metric)

@@ -52,18 +52,23 @@ class TrialRecorder(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is validation."""
-        if not trainer.enable_validation:
-            raise PaCAError(
-                "A comparison needs validation, and this run has none: give the data module a validation split, the "
-                "module a validation_step, and do not set limit_val_batches=0."
-            )
+        """Forget an earlier run."""
         self._record = {"before": None, "curve": []}
         self._seconds, self._shapes, self._checksum = [], [], 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what is trained, and how many steps the run will take."""
+        """Check that there is validation, and note what is trained and how many steps the run will take.
+
+        Raises:
+            PaCAError: If there is none.
+        """
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if not sum(trainer.num_val_batches):
+            raise PaCAError(
+                "A comparison needs validation, and this run has none: give the data module a validation split, the "
+                "module a validation_step, and do not set limit_val_batches=0."
+            )
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         self._record["trained_parameters"] = sum(parameter.numel() for parameter in trained)
         self._last_step = trainer.estimated_stepping_batches

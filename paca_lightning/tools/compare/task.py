@@ -130,6 +130,6 @@ def replaced(settings: Settings, key: Key, value: Any) -> Settings:
         PaCAError: If there is no such place.
     """
     name, *rest = key
-    if not isinstance(settings, dict) or name not in settings:
+    if name not in settings or (rest and not isinstance(settings[name], dict)):
         raise PaCAError(f"The config has no setting {'.'.join(key)!r} where the learning rate should be (--lr-key).")
     return settings | {name: replaced(settings[name], tuple(rest), value) if rest else value}
