@@ -1,18 +1,18 @@
 """The files of an adapter directory: PEFT's PaCA layout in safetensors and JSON, and one file of our own."""
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
+from paca_lightning.core.checksums import settings_checksum
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.reading import read_json_file
 
 CONFIG, TENSORS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", "paca_lightning.json"
 PREFIX = "base_model.model."
@@ -31,13 +31,15 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
     if ours is not None:
         for name, value in shared_settings(ours.config).items():
             here = peft.get(name)
-            if here != value and not (isinstance(here, list) and isinstance(value, list) and set(here) == set(value)):
+            if not _same_setting(here, value):
                 raise PaCAError(
                     f"{directory}: {CONFIG} says {name}={here!r} and {SETTINGS} says {value!r}. Undo the change, "
                     "or save the adapter again."
                 )
         return ours.config
     try:
+        if peft["paca_alpha"] is None:
+            raise PaCAError("paca_alpha is null, and the deltas mean nothing without it")
         return PaCAConfig(
             r=peft["r"],
             alpha=peft["paca_alpha"],
@@ -48,6 +50,16 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
         )
     except KeyError as error:
         raise PaCAError(f"{Path(directory) / CONFIG} has no {error}.") from error
+    except PaCAError as error:
+        raise PaCAError(f"{Path(directory) / CONFIG}: {error}") from error
+
+
+def _same_setting(here: Any, value: Any) -> bool:
+    """Whether two values are equal, up to the order of a list of names."""
+    lists = isinstance(here, list) and isinstance(value, list)
+    if lists and all(isinstance(name, str) for name in here):
+        return sorted(set(here)) == sorted(set(value))
+    return bool(here == value) and isinstance(here, bool) == isinstance(value, bool)
 
 
 def peft_config(base_model: nn.Module | None, config: PaCAConfig) -> dict[str, Any]:
@@ -110,8 +122,8 @@ def shared_settings(config: PaCAConfig) -> dict[str, Any]:
     }
 
 
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value or []
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -121,13 +133,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What our own file holds: PEFT's layout has no place for it."""
+    """What our own file holds: PEFT's layout has no place for it.
+
+    Attributes:
+        config: The settings.
+        scalings: Of each layer, by path.
+        fingerprint: Samples of each layer's base columns, by path.
+        changed: Names of what else had changed.
+        left: Paths of layers that were frozen by hand.
+        checksums: Of each tensor, by name; None in files of version 0.1.0.
+    """
 
     config: PaCAConfig
     scalings: dict[str, float]
     fingerprint: dict[str, list[float]]
     changed: list[str]
     left: list[str]
+    checksums: dict[str, str] | None
 
 
 def read_settings(directory: Path) -> AdapterSettings | None:
@@ -137,21 +159,41 @@ def read_settings(directory: Path) -> AdapterSettings | None:
         PaCAError: If it is damaged.
     """
     path = directory / SETTINGS
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     content = read_json(path)
     try:
-        return AdapterSettings(
+        sums = content.get("checksums")
+        settings = AdapterSettings(
             config=PaCAConfig.from_dict(content["config"]),
-            scalings={name: layer["alpha"] / layer["r"] for name, layer in content["layers"].items()},
-            fingerprint={name: list(map(float, values)) for name, values in content["fingerprint"].items()},
+            scalings={name: _finite(layer["alpha"]) / layer["r"] for name, layer in content["layers"].items()},
+            fingerprint={name: list(map(_finite, values)) for name, values in content["fingerprint"].items()},
             changed=[str(name) for name in content.get("changed", [])],  # not in files of version 0.1.0
             left=[str(path) for path in content.get("left", [])],  # nor this
+            checksums=None if sums is None else {str(name): str(value) for name, value in sums.items()},
         )
     except PaCAError as error:
         raise PaCAError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise PaCAError(f"{path} is damaged ({type(error).__name__}: {error}). Save the adapter again.") from error
+    sealed = content.pop("checksum", None)
+    if (sealed is None) != (sums is None) or (sealed is not None and sealed != settings_checksum(content)):
+        raise PaCAError(
+            f"{path} is not what was saved: its checksum differs, so it was damaged or changed since. Copy the adapter "
+            "again, or save it again."
+        )
+    return settings
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of our own file with its checksum."""
+    return {**content, "checksum": settings_checksum(content)}
+
+
+def _finite(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -161,61 +203,13 @@ def read_json(path: Path) -> dict[str, Any]:
         PaCAError: If it is missing, damaged or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = read_json_file(path)
     except FileNotFoundError as error:
         raise PaCAError(f"{path} is missing: {str(path.parent)!r} is not a complete adapter directory.") from error
+    except PaCAError:
+        raise
     except (OSError, ValueError) as error:
         raise PaCAError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise PaCAError(f"{path} holds {type(content).__name__}, not an object.")
     return content
-
-
-def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Indices and deltas of an adapter by layer path, and its other tensors by name.
-
-    Raises:
-        PaCAError: If the file is missing or damaged, or a tensor is missing or has NaN or Inf.
-    """
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in _load_tensors(directory).items()}
-    found: dict[str, dict[str, Tensor]] = {"paca_indices": {}, "paca_delta": {}}
-    others = {}
-    for name, tensor in tensors.items():
-        path, _, kind = name.rpartition(".")
-        if kind in found:
-            found[kind][path] = tensor
-        else:
-            others[name] = tensor
-    for path in found["paca_indices"].keys() ^ found["paca_delta"].keys():
-        raise PaCAError(f"{directory / TENSORS} lacks the indices or the delta of {path!r}.")
-    if (broken := not_finite(tensors)) is not None:
-        raise PaCAError(f"{directory / TENSORS}: {broken!r} has NaN or Inf.")
-    return found["paca_indices"], found["paca_delta"], others
-
-
-def adapter_layers(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The columns that an adapter trains, by layer path, and the layers that its training left frozen by hand.
-
-    Raises:
-        PaCAError: If its files cannot be read.
-    """
-    settings = read_settings(Path(directory))
-    return read_tensors(Path(directory))[0], [] if settings is None else settings.left
-
-
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor with NaN or Inf."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name.removeprefix(PREFIX)
-    return None
-
-
-def _load_tensors(directory: Path) -> dict[str, Tensor]:
-    path = directory / TENSORS
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise PaCAError(f"{path} is missing: {str(directory)!r} is not a complete adapter directory.") from error
-    except (OSError, SafetensorError) as error:
-        raise PaCAError(f"{path} is damaged or truncated: {error}") from error

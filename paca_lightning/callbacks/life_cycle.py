@@ -5,8 +5,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 
 from paca_lightning.adapters.adapter import load_adapter
-from paca_lightning.adapters.files import adapter_config, adapter_layers
+from paca_lightning.adapters.files import adapter_config
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
+from paca_lightning.adapters.tensors import adapter_layers
 from paca_lightning.callbacks.averaging import check_bases
 from paca_lightning.callbacks.column_selection import select_on_training_data
 from paca_lightning.conversion.convert import convert

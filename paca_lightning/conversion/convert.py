@@ -65,6 +65,7 @@ def convert(
     data_follows: bool,
     weigh_errors: bool = False,
     left: Iterable[str] = (),
+    quantize: bool = True,
 ) -> ConversionReport:
     """Convert like ``apply_paca``, but leave layers whose columns data chooses on random ones, marked as pending.
 
@@ -77,6 +78,8 @@ def convert(
         data_follows: Whether the caller goes on to ``select_columns``.
         weigh_errors: Whether ``quant_error`` waits for data, too.
         left: Layers that were frozen by hand where the adapter to load was trained, by path from the base model.
+        quantize: Whether to quantize, if the settings say so. It cannot be undone: a caller that may still refuse the
+            model does it after its checks.
 
     Raises:
         PaCAError: As for ``apply_paca``.
@@ -103,7 +106,8 @@ def convert(
     for target in fresh:
         _convert(target, conversion, given.get(target.path), by_data, inventory)
     layers = inventory.layers
-    quantize_layers(layers, config)
+    if quantize:
+        quantize_layers(layers, config)
     for layer in layers.values():
         layer.paca_delta.requires_grad_(True)
     for path, module in resolution.saved.items():

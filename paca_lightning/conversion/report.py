@@ -126,10 +126,9 @@ class ConversionReport:
         return capture.get().rstrip()
 
 
-def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
-    """The report of a model that has just been converted."""
-    layers = inventory.layers
-    records = [
+def layer_records(inventory: Inventory) -> list[LayerRecord]:
+    """A record of each PaCA layer as it is now."""
+    return [
         LayerRecord(
             path=path,
             kind=path.rpartition(".")[2] if not path.rpartition(".")[2].isdigit() else type(layer).__name__,
@@ -139,14 +138,19 @@ def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) 
             scaling=layer.scaling,
             delta_bytes=layer.paca_delta.numel() * layer.paca_delta.element_size(),
         )
-        for path, layer in layers.items()
+        for path, layer in inventory.layers.items()
     ]
+
+
+def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) -> ConversionReport:
+    """The report of a model that has just been converted."""
+    layers = inventory.layers
     base = dict(_base_parameters(inventory))
     deltas = sum(layer.paca_delta.numel() for layer in layers.values() if layer.paca_delta.requires_grad)
     beside = sum(parameter.numel() for parameter in base.values() if parameter.requires_grad)
     return ConversionReport(
         config=config,
-        layers=records,
+        layers=layer_records(inventory),
         skipped=resolution.skipped,
         thawed=resolution.thawed,
         frozen=frozen_groups(inventory, {name: p for name, p in base.items() if not p.requires_grad}),

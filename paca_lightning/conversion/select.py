@@ -12,6 +12,7 @@ from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
+from paca_lightning.layers.nf4 import check_finite
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
 
@@ -74,17 +75,30 @@ def quantize_layers(layers: Mapping[str, PaCALayer], config: PaCAConfig) -> None
     Raises:
         PaCAError: If a weight is not finite, or is sharded already.
     """
+    ready = {path: layer for path, layer in layers.items() if not waits_for_data(layer)}
+    check_quantizable(ready, config)
+    for path, layer in ready.items() if config.quantize is not None else ():
+        if not isinstance(layer, QPaCALinear):
+            QPaCALinear.quantize(layer, path)
+
+
+def check_quantizable(layers: Mapping[str, PaCALayer], config: PaCAConfig) -> None:
+    """Raise if a layer cannot be quantized, before the first one is, which cannot be undone.
+
+    Raises:
+        PaCAError: If the configuration quantizes, and a weight is not finite, or is sharded already.
+    """
     if config.quantize is None:
         return
     for path, layer in layers.items():
-        if isinstance(layer, QPaCALinear) or waits_for_data(layer):
+        if isinstance(layer, QPaCALinear):
             continue
         if is_sharded(layer.weight):
             raise PaCAError(
                 f"{path!r} is sharded, so it cannot be quantized any more. With selection={config.selection!r}, call "
                 "apply_paca(model, config, calibration=batches) before the model is sharded."
             )
-        QPaCALinear.quantize(layer, path)
+        check_finite(layer.weight, path)
 
 
 def _check_scores(scores: dict[str, Tensor], selection: str) -> None:

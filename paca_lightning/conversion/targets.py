@@ -1,6 +1,5 @@
 """Which modules a configuration means: names to layers, and why the others are left alone."""
 
-import re
 import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.mismatch import no_match, nothing_matched
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import matches
+from paca_lightning.core.paths import matches, matches_wholly
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import is_expanded
 from paca_lightning.layers.linear import PaCAConv1D, PaCALinear
@@ -150,7 +149,7 @@ def _chosen(config: PaCAConfig, linears: dict[nn.Module, set[str]], inventory: I
     if patterns == ALL_LINEAR:
         return set(linears)
     if isinstance(patterns, str):
-        return {module for module, names in linears.items() if any(re.fullmatch(patterns, name) for name in names)}
+        return {module for module, names in linears.items() if any(matches_wholly(patterns, name) for name in names)}
     return _matched_by(patterns, linears, "target_modules", inventory)
 
 

@@ -12,6 +12,7 @@ ALL_LINEAR = "all-linear"
 SELECTIONS = ("random", "weight_norm", "activation_norm", "gradient_norm", "quant_error")
 CALIBRATED = ("activation_norm", "gradient_norm")
 QUANTIZATIONS = ("nf4",)
+LARGEST_ALPHA = 1e9  # beyond it, and below its inverse, fp32 loses the columns or the deltas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,8 @@ class PaCAConfig:
                 raise PaCAError(f"{name} must be a list of names, such as [{value!r}].")
             if not isinstance(value, (list, tuple)):
                 raise PaCAError(f"{name} must be a list of names, not {value!r}.")
+        if not isinstance(self.include_frozen, bool):
+            raise PaCAError(f"include_frozen must be true or false, not {self.include_frozen!r}.")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise PaCAError(f"{name} must map names to values, not {getattr(self, name)!r}.")
@@ -141,8 +144,10 @@ def _check_rank(name: str, value: object) -> None:
 
 def _check_alpha(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
+    if not number or not 0 < value < math.inf:  # type: ignore[operator]
         raise PaCAError(f"{name} must be a positive number, not {value!r}.")
+    if not 1 / LARGEST_ALPHA <= value <= LARGEST_ALPHA:  # type: ignore[operator]
+        raise PaCAError(f"{name} must lie between {1 / LARGEST_ALPHA:g} and {LARGEST_ALPHA:g}, not {value!r}.")
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -156,5 +161,5 @@ def _check_patterns(name: str, patterns: Iterable[str]) -> None:
             raise PaCAError(f"{name} holds {pattern!r}, which is not a module name.")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise PaCAError(f"{name}={pattern!r} is not a regular expression: {error}.") from error

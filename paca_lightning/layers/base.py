@@ -111,9 +111,9 @@ class PaCALayer(nn.Module):
         """A view of this rank's rows of the weight, shape (rows, in_features)."""
         return local(self.weight).detach()
 
-    def _read_columns(self) -> Tensor:
-        """Selected columns of this rank's rows of the weight, shape (rows, r)."""
-        return self._rows().index_select(1, self.paca_indices.to(self.base.device))
+    def _read_columns(self, indices: Tensor | None = None) -> Tensor:
+        """Columns of this rank's rows of the weight, shape (rows, r). Default: the selected ones."""
+        return self._rows().index_select(1, (self.paca_indices if indices is None else indices).to(self.base.device))
 
     def _put_columns(self, columns: Tensor) -> None:
         """Overwrite the selected columns of this rank's rows of the weight, shape (rows, r)."""

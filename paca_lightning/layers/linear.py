@@ -110,8 +110,9 @@ class PaCAConv1D(PaCALayer):
         """A view of the weight, transposed: shape (out_features, in_features)."""
         return self.weight.detach().t()
 
-    def _read_columns(self) -> Tensor:  # rows of the weight, which are faster to read
-        return self.weight.detach().index_select(0, self.paca_indices.to(self.weight.device)).t().contiguous()
+    def _read_columns(self, indices: Tensor | None = None) -> Tensor:  # rows of the weight, which are faster to read
+        indices = self.paca_indices if indices is None else indices
+        return self.weight.detach().index_select(0, indices.to(self.weight.device)).t().contiguous()
 
     def extra_repr(self) -> str:
         """Shape, rank and scaling."""

@@ -58,7 +58,7 @@ def quantize_rows(weight: Tensor, path: str = "") -> tuple[Tensor, Tensor]:
     if weight.is_meta or weight.numel() == 0:
         return packed, absmax
     load_operators(weight.device)
-    _check_finite(weight, path)
+    check_finite(weight, path)
     padding = 2 * packed.shape[1] - weight.shape[1]
     for chunk in _row_chunks(weight):
         rows = weight[chunk]
@@ -131,7 +131,12 @@ def _nested_absmax(absmax: Tensor, scale: Tensor, phase: Tensor, code: Tensor, o
     return code[absmax.long()] * scale.gather(1, run) + offset
 
 
-def _check_finite(weight: Tensor, path: str) -> None:
+def check_finite(weight: Tensor, path: str) -> None:
+    """Raise unless all values of a weight are finite.
+
+    Raises:
+        PaCAError: Naming the layer.
+    """
     low, high = weight.aminmax()  # NaN if there is one, and no temporary
     if not (bool(low.isfinite()) and bool(high.isfinite())):
         where = f" of {path!r}" if path else ""

@@ -145,12 +145,12 @@ class QPaCALinear(BuiltLikeLinear):
         weight = weight if isinstance(self, nn.Linear) else weight.t()
         self.register_parameter("weight", nn.Parameter(weight.contiguous(), requires_grad=False))
 
-    def _read_columns(self) -> Tensor:
-        """Quantized values of the selected columns of this rank's rows, shape (rows, r)."""
+    def _read_columns(self, indices: Tensor | None = None) -> Tensor:
+        """Quantized values of columns of this rank's rows. Default: the selected ones. Shape (rows, r)."""
         if self.packed.is_meta:
             return torch.empty(self.out_features, self.r, device="meta")
         weight = dequantize_rows(local(self.packed), tuple(map(local, self.scales)), self.in_features, torch.float32)
-        return weight.index_select(1, self.paca_indices)
+        return weight.index_select(1, self.paca_indices if indices is None else indices)
 
     def write_columns(self) -> None:
         """Free a gathered copy of an older delta. There is nothing to write: every forward reads the delta."""
@@ -172,10 +172,14 @@ class QPaCALinear(BuiltLikeLinear):
         """
         if torch.equal(indices, self.paca_indices):
             return
-        if not self._starts_quantized():
-            raise PaCAError(_other_columns(repr(self)))
+        self.check_movable()
         self.paca_indices.copy_(indices)
         local(self.paca_base_columns).copy_(self._read_columns())
+
+    def check_movable(self) -> None:
+        """Raise unless the layer can train other columns, as ``move_to_columns``."""
+        if not self._starts_quantized():
+            raise PaCAError(_other_columns(repr(self)))
 
     def _starts_quantized(self) -> bool:
         """Whether the base columns are the quantized values."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, paca_layers, save_adapter, write_columns
 from paca_lightning.adapters.adapter import adapter_config
+from paca_lightning.adapters.files import PREFIX, sealed
 from paca_lightning.adapters.fingerprint import sample_columns
+from paca_lightning.core.checksums import tensor_checksums
 from tests.tiny import tiny_llama
 
 UP = "model.layers.0.mlp.up_proj"
@@ -216,14 +218,26 @@ def edit_tensors(**changes: Callable[[Tensor], Tensor | None]) -> Callable[[Path
             if value is not None:
                 tensors[f"base_model.model.{UP}.paca_{kind}"] = value
         save_file(tensors, adapter / "adapter_model.safetensors")
+        seal(adapter)
 
     return damage
+
+
+def seal(adapter: Path) -> None:
+    """Give changed files the right checksums, so that the checks behind them are tried."""
+    if (adapter / "paca_lightning.json").exists():
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        content = json.loads((adapter / "paca_lightning.json").read_text())
+        content["checksums"] = tensor_checksums({name.removeprefix(PREFIX): t for name, t in tensors.items()})
+        content.pop("checksum", None)
+        (adapter / "paca_lightning.json").write_text(json.dumps(sealed(content)))
 
 
 def edit_json(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(adapter: Path) -> None:
         content = json.loads((adapter / file).read_text())
         (adapter / file).write_text(json.dumps(change(content)))
+        seal(adapter)
 
     return damage
 
@@ -239,6 +253,7 @@ def truncate(file: str, size: int) -> Callable[[Path], None]:
 def rename_layer(adapter: Path) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file({name.replace("up_proj", "upp"): t for name, t in tensors.items()}, adapter / "adapter_model.safetensors")
+    seal(adapter)
 
 
 def put(tensor: Tensor, position: int, value: float) -> Tensor:

@@ -28,7 +28,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
-from paca_lightning.adapters.files import TENSORS, adapter_config, read_tensors
+from paca_lightning.adapters.files import TENSORS, adapter_config
+from paca_lightning.adapters.tensors import adapter_layers
 from paca_lightning.strategies.fsdp2.restoring import METADATA
 from tests.processes import HANG, kill_group, lead_group
 
@@ -240,7 +241,7 @@ def check_whole(directory: Path) -> int:
     for adapter in (directory / "adapter", directory / "last"):
         if adapter.exists():
             adapter_config(adapter)
-            read_tensors(adapter)
+            adapter_layers(adapter)
     for saved in directory.rglob("config.yaml"):
         assert "trainer" in yaml.safe_load(saved.read_text())
     return steps
