@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paca_lightning.core.dtensor import local
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.columns import check_not_parametrized
 from paca_lightning.layers.write_watch import note_written
 
 
@@ -153,6 +154,8 @@ class ColumnWriter:
             layer._reshard()
         addresses = [addresses_of(layer) for layer in layers]
         moved = addresses != self._addresses
+        for layer in layers if moved else ():
+            check_not_parametrized(layer, layer.base, layer.paca_path)
         try:
             if moved:
                 ordered = sorted(map(ColumnWrite.of, layers), key=lambda write: str(write.kind))

@@ -151,8 +151,13 @@ def test_a_parametrization_after_the_conversion_is_refused(kind: str, back: Any)
             action()
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "as on a GPU"])
 @pytest.mark.parametrize("kind", COMPUTED)
-def test_a_parametrization_during_training_is_refused_at_the_next_step(kind: str) -> None:
+def test_a_parametrization_during_training_is_refused_at_the_next_step(
+    kind: str, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if together:  # refused before anything is launched
+        monkeypatch.setattr("paca_lightning.layers.fused_write.can_fuse", lambda device: True)
     model, optimizer = trained_network()
     attach(optimizer, model)
     COMPUTED[kind](model[0])
