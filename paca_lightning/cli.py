@@ -1,6 +1,5 @@
 """The command line: LightningCLI for training, plain functions for the tools."""
 
-import argparse
 import difflib
 import importlib
 import signal
@@ -156,8 +155,9 @@ def _run_tool(command: str, arguments: list[str]) -> None:
 def _show_data(arguments: list[str]) -> None:
     from paca_lightning.tools.data import data
     from paca_lightning.tools.run_config import lightning_cli
+    from paca_lightning.tools.short_errors import PlainShortErrors
 
-    options = argparse.ArgumentParser(
+    options = PlainShortErrors(
         prog="paca-lightning data",
         usage="%(prog)s --config FILE [--samples N] [whatever fit takes to override the config]",
         description=f"{LOOKS['data']} No model is loaded.",

@@ -239,6 +239,17 @@ def test_runs_that_start_at_once_get_versions_of_their_own(tmp_path: Path) -> No
         (["fit", *DEBUG, "--model.init_args.dtypo=3"], "Option 'dtypo' is not accepted", "fit"),
         (["validate", "--config=nowhere.yaml"], "File does not exist: ", "validate"),
         (["data", *DEBUG, "--datta.x=1"], "unrecognized arguments: --datta.x=1", "data"),
+        (["data", *DEBUG, "--samples=few"], "argument --samples: invalid int value: 'few'", "data"),
+        (["estimate", *DEBUG, "--tokens=many"], "argument --tokens: invalid int value: 'many'", "estimate"),
+        (["estimate", *DEBUG, "--datta.x=1"], "unrecognized arguments: --datta.x=1", "estimate"),
+        (["generate", "--model=x", "--frob=1"], "unrecognized arguments: --frob=1", "generate"),
+        (
+            ["generate", "--model=x", "--seed=few"],
+            "Expected a <class 'int'> or <class 'NoneType'>. Got value: few",
+            "generate",
+        ),
+        (["export", "--model=x", "--adapter=y"], "output", "export"),
+        (["bench", "--steps=few"], "Expected a <class 'int'>. Got value: few", "bench"),
     ],
 )
 def test_a_mistyped_option_is_answered_by_its_message_and_one_line_of_help(

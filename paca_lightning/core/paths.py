@@ -1,12 +1,16 @@
-"""Paths of modules: without the segments that wrappers add, and how patterns match them."""
+"""Paths of modules, without the segments that wrappers add; and which names are paths of this machine."""
 
 import re
+from pathlib import Path
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import WRAPPER_SEGMENTS
 
 MATCH_SECONDS = 0.5
 """Of CPU time for one pattern on one path, which takes microseconds unless the pattern backtracks without end."""
+
+LOCAL_FOLDERS = ("adapters", "checkpoints", "configs", "data", "datasets", "models", "output", "outputs", "runs")
+"""Folders of projects, as ours has them: ``models/tiny`` is a path, though it is spelled as the hub's owner/name."""
 
 
 def clean_path(path: str) -> str:
@@ -42,3 +46,15 @@ def matches_wholly(pattern: str, path: str) -> bool:
         ) from error
     except (regex.error, RecursionError) as error:
         raise PaCAError(f"{pattern!r} is not a regular expression: {error}.") from error
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name means a path of this machine, there or not, and no ``owner/name`` of the Hugging Face hub."""
+    first, *others = name.split("/")
+    return name.startswith((".", "~", "/")) or len(others) > 1 or (bool(others) and first in LOCAL_FOLDERS)
+
+
+def where_it_was_sought(name: str) -> str:
+    """For messages: the absolute path of a name that is not there. A relative one depends on where a run starts."""
+    path = Path(name).expanduser()
+    return f"looked for {path.absolute()}" + ("" if path.is_absolute() else "; start where the path begins")

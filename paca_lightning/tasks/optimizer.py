@@ -26,7 +26,7 @@ def configured(
     if not parameters:
         raise PaCAError(
             "Every parameter is frozen: there is nothing to train. Add a callback that makes some trainable, such "
-            "as PaCAStrategy, or leave the model unfrozen."
+            "as PaCAStrategy, or leave the model unfrozen. After merge() nothing is left to train."
         )
     try:
         built = optimizer(parameters)

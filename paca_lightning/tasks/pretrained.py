@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from paca_lightning.core.dtypes import long_dtype
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import looks_local, where_it_was_sought
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 
 NOT_LOADED = "could not be loaded"
@@ -152,9 +153,11 @@ def _check_weights(model: str, missing: Iterable[str]) -> None:
 
 def _check_directory(model: str) -> None:
     path = Path(model).expanduser()
-    looks_local = path.is_absolute() or model.startswith(("~", ".")) or model.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise PaCAError(f"The model directory {model!r} does not exist. Correct `model`, or give a hub id: owner/name.")
+    if looks_local(model) and not path.is_dir():
+        raise PaCAError(
+            f"The model directory {model!r} does not exist ({where_it_was_sought(model)}). Correct `model`, or give a "
+            "hub id: owner/name."
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise PaCAError(
             f"The directory {model!r} has no config.json, so it is not a Hugging Face model. It holds: "

@@ -4,11 +4,13 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import auto_cli
 from typing_extensions import override
 
+from paca_lightning.tools.short_errors import ShortErrors
 
-class SwitchParser(ArgumentParser):
+
+class SwitchParser(ShortErrors):
     """jsonargparse's parser, in which a boolean option needs no value: ``--compile`` means ``--compile true``."""
 
     @override
@@ -29,7 +31,8 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], *, prog
         example: A complete command line, shown at the end of the help.
 
     Raises:
-        SystemExit: With 2 if an option is unknown, missing or of another type, and with 0 after ``--help``.
+        PaCAError: If an option is unknown, missing or of another type.
+        SystemExit: With 0 after ``--help``.
     """
     auto_cli(
         function,

@@ -1,11 +1,19 @@
 """Parsers whose errors are a message and one line of help, without the list of all options."""
 
+import argparse
+import re
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 from typing_extensions import override
 
 from paca_lightning.core.errors import PaCAError
+
+UNION = re.compile(
+    r"  Does not validate against any of the Union subtypes\n  Subtypes: .*\n  Errors:\n"
+    r"((?:    - Expected an? .*\n)+)  Given value type: .*\n  Given value: (.*)"
+)
+"""jsonargparse's list of plain types that a value has none of."""
 
 
 class ShortErrors(ArgumentParser):
@@ -22,4 +30,26 @@ class ShortErrors(ArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
-        raise PaCAError(f"{message.strip()}\n{command} --help lists the options.") from ex
+        raise _mistake(message, command) from ex
+
+
+class PlainShortErrors(argparse.ArgumentParser):
+    """The same for the parser of the standard library."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        """Raise the message, and which command tells more.
+
+        Raises:
+            PaCAError: Always.
+        """
+        raise _mistake(message, self.prog)
+
+
+def _mistake(message: str, command: str) -> PaCAError:
+    return PaCAError(f"{UNION.sub(_in_one_line, message.strip())}\n{command} --help lists the options.")
+
+
+def _in_one_line(found: re.Match[str]) -> str:
+    expected = [line.partition("Expected a")[2].lstrip("n ") for line in found[1].splitlines()]
+    return f"  Expected a {' or '.join(expected)}. Got value: {found[2]}"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.pretrained import build_causal_lm
 from tests.tiny import tiny_model_directory
 
 
@@ -99,3 +100,9 @@ def test_weights_that_are_missing_or_cut_off_are_named(directory, tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(PaCAError, match="could not be loaded"):
         CausalLMModule(str(tmp_path)).configure_model()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp32", None)])
+def test_dtypes_have_short_names_too(name: str, dtype: torch.dtype | None) -> None:
+    built = build_causal_lm("configs/tiny-llama", pretrained=False, dtype=name)
+    assert built.dtype == (dtype or torch.float32)

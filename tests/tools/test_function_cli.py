@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import pytest
 
+from paca_lightning import PaCAError
 from paca_lightning.tools.function_cli import full_names, run_function
 
 CALLS: list[dict[str, Any]] = []
@@ -73,13 +74,11 @@ def test_options_are_taken_as_people_type_them(arguments: list[str], expected: d
         (["--lenght", "8"], "--lenght"),
     ],
 )
-def test_mistakes_end_with_2_and_name_the_option(
-    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
+def test_mistakes_name_the_option_and_the_help(arguments: list[str], complaint: str) -> None:
+    with pytest.raises(PaCAError) as error:
         called(*arguments)
-    assert stop.value.code == 2
-    assert complaint in capsys.readouterr().err
+    assert complaint in str(error.value)
+    assert str(error.value).endswith("\ntool --help lists the options.")
 
 
 def test_help_shows_the_docstring_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:

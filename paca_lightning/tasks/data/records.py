@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import looks_local, where_it_was_sought
 from paca_lightning.core.private.datasets import fingerprint_of
 from paca_lightning.tasks.data.fields import Row
 from paca_lightning.tasks.data.json_rows import read_rows
@@ -126,8 +127,8 @@ class Source:
             loaded = self._saved_dataset()
         elif "://" in self.location:
             raise PaCAError(f"{self.location}: is a URL, which is not read. Download the file and give its path.")
-        elif self.path.suffix in DATA_SUFFIXES or self.path.is_absolute() or self.location.count("/") != 1:
-            raise PaCAError(f"{self.location}: no such file (looked for {self.path.absolute()}).")
+        elif self.path.suffix in DATA_SUFFIXES or looks_local(self.location) or "/" not in self.location:
+            raise PaCAError(f"{self.location}: no such file ({where_it_was_sought(self.location)}).")
         else:
             loaded = self._hub_dataset()
         if isinstance(loaded, datasets.DatasetDict):

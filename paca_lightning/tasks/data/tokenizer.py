@@ -6,6 +6,7 @@ from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import looks_local, where_it_was_sought
 
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -37,6 +38,11 @@ def load_tokenizer(
     Raises:
         PaCAError: There is no such tokenizer, or it has neither a chat template nor an end-of-sequence token.
     """
+    if looks_local(name) and not Path(name).expanduser().exists():
+        raise PaCAError(
+            f"tokenizer {name!r}: does not exist ({where_it_was_sought(name)}). Correct it, or give a hub id: "
+            "owner/name."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -8,6 +8,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import looks_local, where_it_was_sought
 from paca_lightning.tasks.mmlu.files import Row, read_rows
 from paca_lightning.tasks.mmlu.questions import Question, check_question
 
@@ -101,8 +102,11 @@ def _parts(root: Path, split: str) -> list[tuple[Path, str | None]]:
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise PaCAError(f"The directory {source} does not exist. Known layouts: {_LAYOUTS}; or a hub id (cais/mmlu).")
+    if looks_local(source) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        where = where_it_was_sought(source)
+        raise PaCAError(
+            f"The directory {source} does not exist ({where}). Known layouts: {_LAYOUTS}; or a hub id (cais/mmlu)."
+        )
     try:
         rows = datasets.load_dataset(source, "all", split=split)
     except (OSError, ValueError, DatasetsError) as error:

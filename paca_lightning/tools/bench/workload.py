@@ -1,6 +1,7 @@
 """What is measured: a model, batches of random tokens, and how a training step runs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import looks_local, where_it_was_sought
 from paca_lightning.tasks.liger import check_liger, use_liger
 from paca_lightning.tools.presets import preset_config
 
@@ -135,6 +137,8 @@ class Workload:
 
 
 def _read_config(model: str) -> PretrainedConfig:
+    if looks_local(model) and not Path(model).expanduser().is_dir():
+        raise PaCAError(f"The model directory {model!r} does not exist ({where_it_was_sought(model)}).")
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

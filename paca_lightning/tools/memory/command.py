@@ -10,6 +10,7 @@ from paca_lightning.tasks.pretrained import NOT_LOADED
 from paca_lightning.tools.memory.estimate import estimate
 from paca_lightning.tools.memory.from_config import read_config, run_to_trace
 from paca_lightning.tools.presets import PRESETS
+from paca_lightning.tools.short_errors import PlainShortErrors
 from paca_lightning.tools.units import parse_bytes
 
 
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
+    options = PlainShortErrors(
         prog="paca-lightning estimate",
         usage="%(prog)s --config FILE [options] [options of fit that override the config]",
         description="""\
