@@ -1,6 +1,7 @@
 """Finds the newest or the best checkpoint of a run's earlier versions: ``--ckpt_path last`` and ``best``."""
 
 import pickle
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from paca_lightning.strategies.fsdp2.restoring import METADATA
 from paca_lightning.strategies.fsdp2.saving import replaced_checkpoints, restore_replaced
 
 WORDS = ("last", "best")
+CLOCKS_DIFFER = 60 * 10**9
+"""Nanoseconds by which the clocks of a host and of a file server may differ."""
 MODEL_CHECKPOINT = ModelCheckpoint.__qualname__
 """How its state's key begins in a checkpoint."""
 
@@ -84,6 +87,12 @@ def _present(trainer: Trainer) -> list[Path]:
     found = [path for place in places for directory in _matching(place) for path in checkpoints_in(directory)]
     found = sorted(dict.fromkeys(found), key=_age, reverse=True)
     sound = [path for path in found if is_sound(path)]
+    if sound and _age(sound[0])[0] > time.time_ns() + CLOCKS_DIFFER:
+        rank_zero_warn(
+            f"{sound[0]} is of a time that is still to come: the clock was set back, so that times do not tell which "
+            "checkpoint is the newest. Taking the one with the most steps."
+        )
+        found = sound = sorted(sound, key=lambda path: int(read_rest(path).get("global_step", 0)), reverse=True)
     for path in found[: found.index(sound[0])] if sound else found:
         rank_zero_warn(f"{path} is cut off or no checkpoint: taking the one before it.")
     if not sound:

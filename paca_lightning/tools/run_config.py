@@ -20,12 +20,15 @@ from paca_lightning.core.files import check_writable_if_local, disk_error, repla
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
 from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint, is_checkpoint_directory
+from paca_lightning.tools.machine_faults import fault_of_the_machine
 from paca_lightning.tools.run_version import claim_versions, remove_empty
 from paca_lightning.tools.short_errors import ShortErrors
 
 FOUND_BY_LIGHTNING = ("hpc", "registry")
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
 """What constructors raise for settings that they refuse, or for packages and devices that are not there."""
+LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+"""Settings of the trainer that Lightning does not check: the least value of each."""
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -66,6 +69,23 @@ class RunCLI(LightningCLI):
         settings = self.config.get(self.config.get("subcommand") or "") or {}
         path: str | None = settings.get("ckpt_path")
         return path
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, and check what Lightning does not.
+
+        Raises:
+            PaCAError: If the seed, or a setting of the trainer, is out of range.
+        """
+        super().parse_arguments(parser, args)
+        config = self.config.get(self.config.get("subcommand") or "") or self.config
+        seed = config.get("seed_everything")
+        if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise PaCAError(f"seed_everything is {seed}, but must lie between 0 and 4294967295.")
+        for name, least in LEAST.items():
+            value = config.get(f"trainer.{name}")
+            if value is not None and value < least:
+                raise PaCAError(f"trainer.{name} is {value}, but must be at least {least}.")
 
     @override
     def instantiate_classes(self) -> None:
@@ -151,7 +171,7 @@ class RunCLI(LightningCLI):
             return PaCAError(str(error).strip())
         if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
             return PaCAError(f"A file of the run could not be written: {disk_error(error)}. Free space and resume it.")
-        return None
+        return fault_of_the_machine(error, sys.argv[2:])
 
     def _end_other_ranks(self) -> None:
         """End the ranks that this one started. Otherwise each would add that it has lost its peer."""

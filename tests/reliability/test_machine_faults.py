@@ -1,0 +1,92 @@
+"""Memory that is too small, processes that die, a clock that is set back: one message, and the way on."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from paca_lightning.tools.checkpoint_search import find_checkpoint
+from paca_lightning.tools.machine_faults import fault_of_the_machine
+from tests.test_cli import DEBUG, ROOT, failure, output_to
+
+
+class Raises(Callback):
+    """Fails in the first step as a machine does."""
+
+    error: BaseException = RuntimeError()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        raise self.error
+
+
+WORKER = "DataLoader worker (pid 7) is killed by signal: Killed. "
+PEER = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:24581"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "The memory is too small: CUDA out"),
+        (MemoryError(), "The memory is too small: MemoryError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "The memory is too small"),
+        (RuntimeError(WORKER), "A process that prepares batches has died: DataLoader worker (pid 7) is killed"),
+        (RuntimeError(PEER), "Another rank has died or stopped: [../third_party"),
+    ],
+)
+def test_a_fault_of_the_machine_is_one_message_with_a_way_on(
+    error: BaseException,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(Raises, "error", error)
+    added = "--trainer.callbacks+=tests.reliability.test_machine_faults.Raises"
+    code, message = failure(["fit", *DEBUG, *output_to(tmp_path), added, "--trainer.limit_val_batches=1"], capsys)
+    assert code == 2
+    assert says in message
+    way_on = "paca-lightning estimate --config configs/debug.yaml" if "memory" in says else "Resume the run with"
+    assert way_on in message
+    assert "Traceback" not in message
+
+
+def test_a_bug_is_no_fault_of_the_machine() -> None:
+    assert fault_of_the_machine(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), []) is None
+
+
+def saves_to(directory: Path) -> Trainer:
+    saving = ModelCheckpoint(directory / "checkpoints")
+    return Trainer(accelerator="cpu", default_root_dir=directory, logger=False, callbacks=[saving])
+
+
+def saved(directory: Path, name: str, step: int, age: float) -> Path:
+    path = directory / "checkpoints" / f"{name}.ckpt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"global_step": step}, path)
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_last_is_the_furthest_checkpoint_where_the_clock_was_set_back(tmp_path: Path) -> None:
+    saved(tmp_path, "before", 5, -7200)  # of a time to come, as the clock was two hours ahead
+    after = saved(tmp_path, "after", 8, 0)
+    trainer = saves_to(tmp_path)
+    with pytest.warns(UserWarning, match="the clock was set back"):
+        assert find_checkpoint("last", trainer) == after
+
+
+def test_last_is_the_newest_checkpoint_otherwise(tmp_path: Path) -> None:
+    saved(tmp_path, "earlier-run", 100, 3600)
+    newest = saved(tmp_path, "this-run", 8, 0)
+    trainer = saves_to(tmp_path)
+    assert find_checkpoint("last", trainer) == newest
+
+
+def test_the_command_that_predicts_memory_can_be_copied() -> None:
+    assert "estimate --config 'a b'" in str(fault_of_the_machine(MemoryError("x"), ["--config", "a b"]))
