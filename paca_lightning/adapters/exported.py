@@ -133,7 +133,8 @@ def check_lora_can_hold(model: nn.Module) -> None:
     Raises:
         PaCAError: If there is such a thing.
     """
-    base = take_inventory(model).base_model
+    inventory = take_inventory(model)
+    base = inventory.base_model
     kind = getattr(getattr(base, "config", None), "model_type", None)
     refused = [path for path in named_paca_layers(model) if path.rpartition(".")[2] in MAMBA_REFUSED]
     if kind in MAMBA_TYPES and refused:
@@ -141,7 +142,6 @@ def check_lora_can_hold(model: nn.Module) -> None:
             f"PEFT refuses a LoRA adapter on {refused[0]!r} of a Mamba model ({len(refused)} such layers). Use "
             "export_merged, or train with exclude_modules=['out_proj']."
         )
-    inventory = take_inventory(model)
     outside = [path for path in (*inventory.layers, *inventory.saved) if not path.startswith(inventory.prefix)]
     if outside:
         raise PaCAError(

@@ -23,7 +23,8 @@ OWN_TENSORS = frozenset({"weight", "bias", "in_features", "out_features"})
 def bypassed_linears(module: nn.Module) -> Iterator[nn.Module]:
     """The linear layers, direct children of a module, whose weight its methods read and which they never call.
 
-    A layer that is called on one path and read on another one, such as for a fused kernel, is not among them.
+    A layer that is called on one path and read on another one, such as for a fused kernel, is among them only if
+    transformers declares it.
     """
     linears = {name: child for name, child in module.named_children() if isinstance(child, nn.Linear)}
     cls: Any = type(module)
@@ -33,10 +34,7 @@ def bypassed_linears(module: nn.Module) -> Iterator[nn.Module]:
 
 @functools.cache
 def _read_not_called(cls: type[nn.Module]) -> frozenset[str]:
-    """Names of the attributes of a class whose ``weight`` its methods read, and that they use in no other way.
-
-    Of a layer that one of several paths calls, transformers' own decorator tells whether the usual one does not.
-    """
+    """Attributes of a class whose ``weight`` its methods read, and that they use in no other way or declare to read."""
     read, used, declared = set[str](), set[str](), set[str]()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for method in _methods(base):
