@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.data.bounded_template import render_chat
 
 
 def answer(
@@ -26,10 +26,10 @@ def answer(
         PaCAError: If the chat template refuses the messages.
     """
     try:
-        inputs: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        inputs: Any = render_chat(
+            tokenizer, messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program and may raise anything
         raise PaCAError(f"The chat template refuses these messages: {error}") from error
     inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     # Generation stops at the tokenizer's end of sequence, and at those in the model's generation config.

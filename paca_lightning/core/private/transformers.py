@@ -1,6 +1,6 @@
 """Private APIs of transformers (read in 5.23)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,3 +58,23 @@ def packing_not_detected() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = original
+
+
+@contextmanager
+def templates_compiled_by(compile: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Inside, ``apply_chat_template`` renders what ``compile`` makes of a source and an environment.
+
+    The environment is that of transformers. It is built where templates are compiled, and no argument
+    takes another one.
+    """
+    from transformers.utils import chat_template_utils
+
+    utils: Any = chat_template_utils
+
+    original = utils._compile_jinja_template
+    environment = original("").environment
+    utils._compile_jinja_template = lambda source: compile(source, environment)
+    try:
+        yield
+    finally:
+        utils._compile_jinja_template = original

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.data.bounded_template import render_chat
 from paca_lightning.tasks.data.conversation import Message
 
 SENTINEL = "qPaCAq0turn0qPaCAq"
@@ -44,8 +45,8 @@ class ChatTemplate:
         """
         prepared = [self._prepared(message) for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(
-                prepared, tokenize=False, add_generation_prompt=generation_prompt, **(arguments or {})
+            text = render_chat(
+                self.tokenizer, prepared, tokenize=False, add_generation_prompt=generation_prompt, **(arguments or {})
             )
         except Exception as error:  # a template is a program and may raise anything
             roles = ", ".join(message["role"] for message in messages)
@@ -73,7 +74,7 @@ class ChatTemplate:
         counts = []
         for messages in (probe, parts):
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+                text = render_chat(self.tokenizer, messages, tokenize=False)
             except Exception:  # the real conversation will show it
                 text = ""
             counts.append(str(text).count(SENTINEL))

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from paca_lightning.core.private import transformers as private
 from tests.core.private.canary import canary, check_coverage
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 
 @canary("transformers.is_pretrained_model", "transformers.block_classes", "transformers.initialises")
@@ -63,6 +63,15 @@ def test_packing_not_detected() -> None:
     torch.testing.assert_close(apart[:, 4:], alone)
     assert (together[:, 4:] - alone).abs().max() > 1e-3
     torch.testing.assert_close(together[:, :4], apart[:, :4])
+
+
+@canary("transformers.templates_compiled_by")
+def test_templates_compiled_by() -> None:
+    tokenizer = tiny_tokenizer()
+    plain = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    with private.templates_compiled_by(lambda source, environment: environment.from_string(source + "!")):
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == plain + "!"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == plain
 
 
 def test_every_function_has_a_canary() -> None:
