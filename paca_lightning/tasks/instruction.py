@@ -1,27 +1,25 @@
 """The data module for instruction tuning: conversations in common formats, tokenized, batched and resumable."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.files import check_writable_if_local
+from paca_lightning.core.files import check_writable
 from paca_lightning.tasks.data.chat import ChatEncoder
 from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.converters import TreePaths
+from paca_lightning.tasks.data.documents import DocumentEncoder
 from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.locations import locate, skipped, split_and_rows
-from paca_lightning.tasks.data.records import Source
-from paca_lightning.tasks.data.report import SplitReport
+from paca_lightning.tasks.data.locations import skipped
+from paca_lightning.tasks.data.mixture import DataSource, OnBadRow, Part, load_split, mixed, parts_of
 from paca_lightning.tasks.data.sampler import BatchOrder
-from paca_lightning.tasks.data.tokenization import OnBadRow, TokenizedSplit, tokenize
+from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
 
 
@@ -40,7 +38,8 @@ class InstructionDataModule(LightningDataModule):
 
     Args:
         tokenizer: Directory or hub id of the tokenizer; usually the model's.
-        train: Source of the training conversations.
+        train: Source of the training conversations. In a list, a source may have settings of its own (`DataSource`),
+            such as `{location: FILE, weight: 0.5, max_samples: 1000}`.
         validation: Source of the validation conversations. None: see `validation_fraction`.
         test: Source of the test conversations, also used by `predict`. None: no test.
         format: Layout of a row: `chat` (messages with role and content), `sharegpt` (conversations with from and
@@ -50,6 +49,7 @@ class InstructionDataModule(LightningDataModule):
         max_length: Most tokens of a conversation, which is cut there; longer raw text is split. With `packing`, tokens
             of a row.
         batch_size: Rows in a batch of each process.
+        max_samples: Most training conversations of an epoch, drawn by `seed` from all.
         validation_fraction: Share of `train` held out if `validation` is None, drawn by `seed`. 0: no validation.
         loss_on: `assistant` trains the answers and their end-of-turn tokens; `all` trains every token.
         packing: Put several conversations into each row. Positions restart in each, which keeps attention inside it;
@@ -57,6 +57,7 @@ class InstructionDataModule(LightningDataModule):
             whether the model keeps conversations apart, and refuses one that does not.
         group_by_length: Batch conversations of similar length, which saves padding.
         pad_to_multiple_of: Rows are padded on the right to a multiple of this length, up to max_length.
+        num_proc: Processes that tokenize. None: one for each core, and one alone for few rows.
         num_workers: Processes that prepare batches ahead. Rows are read as tokens, so 0 is usually fast enough.
         seed: Seed of the validation split and of the order of batches.
         chat_template: Jinja template, or a file with one, that replaces the tokenizer's. A tokenizer without a template
@@ -86,9 +87,9 @@ class InstructionDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str | list[str],
-        validation: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        train: str | DataSource | list[str | DataSource],
+        validation: str | DataSource | list[str | DataSource] | None = None,
+        test: str | DataSource | list[str | DataSource] | None = None,
         format: Format = "auto",
         max_length: int = 512,
         batch_size: int = 4,
@@ -111,12 +112,15 @@ class InstructionDataModule(LightningDataModule):
         test_split: str = "test",
         on_bad_row: OnBadRow = "error",
         strict_template: bool = False,
+        num_proc: int | None = None,
+        max_samples: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         at_least = {"max_length": 2, "batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0}
+        at_least |= {"num_proc": 1, "max_samples": 1}
         for name, least in at_least.items():
-            if self.hparams[name] < least:
+            if self.hparams[name] is not None and self.hparams[name] < least:
                 raise PaCAError(f"{name} is {self.hparams[name]}, but must be at least {least}.")
         if not 0 <= validation_fraction < 1:
             raise PaCAError(f"validation_fraction is {validation_fraction}, but must be at least 0 and below 1.")
@@ -126,17 +130,18 @@ class InstructionDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize every split into the cache, on one process of each node."""
-        check_writable_if_local(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
-        encoder = self._encoder()
+        check_writable(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
+        encode = self._encoder()
         for name in ("train", "validation", "test"):
             if self.hparams[name] is None:
                 continue
-            split = self._tokenize(name, encoder)
+            split = self._load(name, encode)
             rank_zero_info(split.describe())
             named = self.hparams[f"{name}_split"].partition("[")[0]
             if all(Path(location).is_file() for location in split.locations) and named not in (name, ""):
                 rank_zero_info(f"{name}: {name}_split {named!r} names no split, as the data are files.")
-            for sentence in (*skipped(self.hparams[name]), *split.report.describe_unused()):
+            shares = self._mixed(split)[1] if name == "train" else []
+            for sentence in (*skipped(self.hparams[name]), *split.report.describe_unused(), *shares):
                 rank_zero_info(f"{name}: {sentence}")
             for sentence in split.report.describe_template():
                 if self.hparams["strict_template"]:
@@ -151,13 +156,18 @@ class InstructionDataModule(LightningDataModule):
         missing = [name for name in needed.get(stage or "", ["train", "validation", "test"]) if name not in self.splits]
         if not missing:
             return
-        encoder = self._encoder()
-        self.tokenizer = encoder.tokenizer
+        encode, fraction = self._encoder(), self.hparams["validation_fraction"]
+        self.tokenizer = encode.encoder.tokenizer
         for name in missing:
-            if name not in self.splits and self.hparams[name] is not None:
-                self.splits[name] = self._tokenize(name, encoder)
-        if "validation" not in self.splits and self.hparams["validation_fraction"]:
-            self._hold_out(self.splits.get("train") or self._tokenize("train", encoder))
+            if name in self.splits:
+                continue
+            if name == "train" or (name == "validation" and fraction):
+                split = self._load("train", encode)
+                if fraction:
+                    split, self.splits["validation"] = split.hold_out(fraction, self.hparams["seed"])
+                self.splits["train"] = self._mixed(split)[0]
+            elif self.hparams[name] is not None:
+                self.splits[name] = self._load(name, encode)
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled batches of the training split."""
@@ -176,50 +186,29 @@ class InstructionDataModule(LightningDataModule):
         """Batches of the test split."""
         return self._loader("test")
 
-    def _encoder(self) -> ChatEncoder:
-        tokenizer = load_tokenizer(
-            self.hparams["tokenizer"],
-            self.hparams["chat_template"],
-            revision=self.hparams["revision"],
-            trust_remote_code=self.hparams["trust_remote_code"],
-        )
-        return ChatEncoder(tokenizer, self.hparams["max_length"], self.hparams["loss_on"])
-
-    def _tokenize(self, name: str, encoder: ChatEncoder) -> TokenizedSplit:
+    def _encoder(self) -> DocumentEncoder:
         hparams = self.hparams
-        locations, split, rows = locate(hparams[name]), hparams[f"{name}_split"], slice(None)
-        if any(Path(location).expanduser().exists() for location in locations):  # `datasets` slices those of the hub
-            split, rows = split_and_rows(split, name)
-        sources = [Source(location, split, hparams["subset"], hparams["cache_dir"]) for location in locations]
-        return tokenize(
-            name,
-            sources,
-            encoder,
-            format=hparams["format"],
-            text_column=hparams["text_column"],
-            tree_paths=hparams["tree_paths"],
-            rows=rows,
-            on_bad_row=hparams["on_bad_row"],
+        tokenizer = load_tokenizer(
+            hparams["tokenizer"],
+            hparams["chat_template"],
+            revision=hparams["revision"],
+            trust_remote_code=hparams["trust_remote_code"],
         )
+        encoder = ChatEncoder(tokenizer, hparams["max_length"], hparams["loss_on"])
+        return DocumentEncoder(encoder, hparams["text_column"], hparams["tree_paths"])
 
-    def _hold_out(self, train: TokenizedSplit) -> None:
-        # Split by rows, not conversations, as paths through one message tree share their first turns.
-        numbers = train.column("row").astype(np.int64)
-        numbers += train.column("file") * (numbers.max() + 1)
-        rows, conversation_rows = np.unique(numbers, return_inverse=True)
-        order = np.random.default_rng(self.hparams["seed"]).permutation(len(rows))
-        held_out = np.zeros(len(rows), dtype=bool)
-        held_out[order[: round(len(rows) * self.hparams["validation_fraction"])]] = True
-        if held_out.all() or not held_out.any():
-            raise PaCAError(
-                f"validation_fraction {self.hparams['validation_fraction']} of the {len(rows)} rows of "
-                f"{train.location} leaves the training or the validation split empty."
-            )
-        in_validation = held_out[conversation_rows]
-        self.splits["train"] = train.select(~in_validation)
-        self.splits["validation"] = replace(
-            train.select(in_validation), name="validation", dropped=0, report=SplitReport(formats=train.report.formats)
-        )
+    def _parts(self, name: str) -> list[Part]:
+        hparams = self.hparams
+        settings = {"split": hparams[f"{name}_split"], "format": hparams["format"]}
+        settings |= {"subset": hparams["subset"]} if hparams["subset"] else {}
+        return parts_of(hparams[name], settings, name, hparams["cache_dir"])
+
+    def _load(self, name: str, encode: DocumentEncoder) -> TokenizedSplit:
+        settings = {key: self.hparams[key] for key in ("cache_dir", "num_proc", "on_bad_row")}
+        return load_split(name, self._parts(name), encode, **settings)
+
+    def _mixed(self, train: TokenizedSplit) -> tuple[TokenizedSplit, list[str]]:
+        return mixed(train, self._parts("train"), self.hparams["max_samples"], self.hparams["seed"])
 
     def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:
         if name not in self.splits:

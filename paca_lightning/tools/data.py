@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.decode import decoded_runs
-from paca_lightning.tasks.data.tokenization import TokenizedSplit
+from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.instruction import InstructionDataModule
 
 _PERCENTILES = (50, 90, 99)

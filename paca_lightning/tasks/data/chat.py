@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
@@ -77,13 +78,15 @@ class ChatEncoder:
         """Render a conversation, and find the characters to train.
 
         A raw text does not pass the template and is trained whole, between the tokenizer's tokens that begin and end a
-        text, which are not doubled.
+        text, which are not doubled. One with spans of its own stays as it is.
 
         Raises:
             PaCAError: The template fails, does not read what the conversation has, or hides an answer.
         """
         if conversation.is_text:
             text = conversation.messages[0]["content"]
+            if (marked := conversation.messages[0].get("spans")) is not None:
+                return Rendered(text, marked)
             if self._bos and text.startswith(self._bos):
                 text = text[len(self._bos) :]
             if self._eos and text.endswith(self._eos):
@@ -158,12 +161,9 @@ class ChatEncoder:
             return []
         texts = [one.text for one in rendered]
         if self.tokenizer.is_fast:
-            encoding = self.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-            )
-            ids = encoding["input_ids"]
-            offsets = [np.array(row).reshape(-1, 2) for row in encoding["offset_mapping"]]
-            bounds = [_overlapping(row, one.spans) for row, one in zip(offsets, rendered, strict=True)]
+            encoding = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids, found = encoding["input_ids"], encoding.encodings
+            bounds = [_overlapping(one, row) for row, one in zip(rendered, found, strict=True)]
         else:
             ids = [self._ids(text) for text in texts]
             bounds = [self._token_bounds(row, one.text, one.spans) for row, one in zip(ids, rendered, strict=True)]
@@ -191,10 +191,29 @@ class ChatEncoder:
         return np.array([[count(first), count(last)] for first, last in spans]).reshape(-1, 2)
 
 
-def _overlapping(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """The tokens [first, last) that overlap each span; `offsets` (T, 2) are the tokens' own spans."""
-    firsts, lasts = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-    return np.stack([np.searchsorted(offsets[:, 1], firsts, "right"), np.searchsorted(offsets[:, 0], lasts)], axis=1)
+def _overlapping(encoding: Encoding, rendered: Rendered) -> np.ndarray:
+    """The tokens [first, last) that overlap each span."""
+    length, count = len(rendered.text), len(encoding)
+
+    def next_token(start: int) -> int:
+        """The first token with a character from `start` on; some characters, such as spaces, may be in none."""
+        tokens = (encoding.char_to_token(character) for character in range(start, length))
+        return next((token for token in tokens if token is not None), count)
+
+    def starts_before(token: int, end: int) -> bool:
+        characters = encoding.token_to_chars(token)
+        return characters is not None and characters[0] < end
+
+    def last_token(end: int) -> int:
+        token = next_token(end)
+        if token < count and starts_before(token, end):
+            return token + 1
+        while token and not starts_before(token - 1, end):  # a token without characters
+            token -= 1
+        return token
+
+    pairs = [(next_token(start), last_token(end)) for start, end in rendered.spans]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def _complement(spans: list[Span], length: int) -> list[Span]:

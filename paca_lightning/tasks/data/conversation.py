@@ -1,6 +1,5 @@
 """A conversation as the chat template takes it, and the checks that every conversation passes."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,29 +19,17 @@ class Conversation:
         arguments: Arguments of the chat template, such as `tools`, `documents` and `enable_thinking`.
         masks: For turns that the data mark, whether they are trained, by their number from 0.
         unread: Names of the fields of its row that nothing uses.
-        format: Format of its row.
     """
 
     messages: list[Message]
     arguments: dict[str, Any] = field(default_factory=dict)
     masks: dict[int, bool] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
-    format: str = ""
 
     @property
     def is_text(self) -> bool:
         """Whether it is a raw text without turns."""
         return len(self.messages) == 1 and self.messages[0]["role"] == "text"
-
-    def to_json(self) -> str:
-        """Messages, arguments and masks as text."""
-        return json.dumps([self.messages, self.arguments, sorted(self.masks.items())], ensure_ascii=False)
-
-    @staticmethod
-    def from_json(text: str) -> "Conversation":
-        """The conversation that `to_json` wrote."""
-        messages, arguments, masks = json.loads(text)
-        return Conversation(messages, arguments, dict(masks))
 
 
 def text_document(text: str, unread: tuple[str, ...] = ()) -> Conversation:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data import oasst
@@ -12,17 +12,20 @@ from paca_lightning.tasks.data.fields import Fields, Row, checked_text, kind
 from paca_lightning.tasks.data.turns import Turns, system_messages, template_arguments
 
 TreePaths = Literal["best", "all"]
-Converter = Callable[[Row], Iterator[Conversation]]
+Converter = Callable[[Any], Iterator[Conversation]]
+"""Takes a row; of `oasst_messages`, (number, row) pairs of a tree."""
 
 LIST_FIELDS = ("messages", "conversations", "conversation")
 """Fields that may hold the turns of a conversation."""
+QUESTION_ANSWER = (("question", "answer"), ("query", "response"), ("question", "response"))
+"""Pairs of fields that hold a question and its answer."""
 GUANACO_MARK = re.compile(r"### (Human|Assistant):")
 
 _GUANACO_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def converter(format: str, text_column: str, tree_paths: TreePaths) -> Converter:
-    """The converter of a format whose rows are conversations of their own, so any but `oasst_messages`.
+    """The converter of a format.
 
     Args:
         format: One of `formats.Format`.
@@ -34,16 +37,14 @@ def converter(format: str, text_column: str, tree_paths: TreePaths) -> Converter
         "sharegpt": partial(_from_turns, sharegpt=True),
         "alpaca": _from_alpaca,
         "prompt_completion": _from_prompt,
+        "question_answer": _from_question,
         "text": partial(_from_text, field=text_column),
+        "segments": _from_segments,
         "guanaco": partial(_from_guanaco, field=text_column),
         "oasst": partial(_from_tree, paths=tree_paths),
+        "oasst_messages": partial(_from_messages, paths=tree_paths),
     }
     return converters[format]
-
-
-def from_messages(rows: list[tuple[int, Row]], paths: TreePaths) -> Iterator[Conversation]:
-    """Conversations of one message tree, given as (row number, message) pairs."""
-    yield from _from_paths(oasst.assemble(rows), paths)
 
 
 def _from_turns(row: Row, sharegpt: bool) -> Iterator[Conversation]:
@@ -104,6 +105,33 @@ def _from_prompt(row: Row) -> Iterator[Conversation]:
     yield _conversation(fields, prompt.messages + completion.messages, masks, prompt.unread + completion.unread)
 
 
+def _from_question(row: Row) -> Iterator[Conversation]:
+    fields = Fields(row)
+    question, answer = next((names for names in QUESTION_ANSWER if set(names) <= row.keys()), QUESTION_ANSWER[0])
+    messages = [{"role": "user", "content": fields.text(question)}]
+    yield _conversation(fields, [*messages, {"role": "assistant", "content": fields.text(answer)}])
+
+
+def _from_segments(row: Row) -> Iterator[Conversation]:
+    fields = Fields(row)
+    segments = fields.take("segments")
+    if not isinstance(segments, list) or not all(isinstance(segment, dict) for segment in segments):
+        raise PaCAError(f"the field 'segments' is {kind(segments)}, expected a list of objects with text and label")
+    text, spans, unread = "", [], fields.unread()
+    for i, segment in enumerate(segments):
+        part = Fields(segment, f"segments[{i}].")
+        start, trained = len(text), part.take("label")
+        text += part.text("text")
+        if not isinstance(trained, bool):
+            raise PaCAError(f"the field 'segments[{i}].label' is {trained!r}, expected true or false")
+        if trained:
+            spans.append((start, len(text)))
+        unread += [f"segments[].{name}" for name in part.unread()]
+    if not spans:
+        raise PaCAError("no segment is trained ('label': true): nothing to learn from; remove the row")
+    yield Conversation([{"role": "text", "content": text, "spans": spans}], unread=tuple(dict.fromkeys(unread)))
+
+
 def _from_text(row: Row, field: str) -> Iterator[Conversation]:
     fields = Fields(row)
     text = fields.text(field)
@@ -130,6 +158,10 @@ def _from_tree(row: Row, paths: TreePaths) -> Iterator[Conversation]:
     if not isinstance(prompt, dict):
         raise PaCAError(f"the field 'prompt' is {kind(prompt)}, expected the tree's first message")
     yield from _from_paths(prompt, paths, tuple(fields.unread()))
+
+
+def _from_messages(rows: list[tuple[int, Row]], paths: TreePaths) -> Iterator[Conversation]:
+    yield from _from_paths(oasst.assemble(rows), paths)
 
 
 def _from_paths(prompt: Row, paths: TreePaths, unread: tuple[str, ...] = ()) -> Iterator[Conversation]:

@@ -6,10 +6,13 @@
 | `sharegpt` | `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}` |
 | `alpaca` | `{"instruction": "...", "input": "...", "output": "..."}`; `input` may be empty or absent |
 | `prompt_completion` | `{"prompt": "...", "completion": "..."}`: a question and its answer for the chat template |
+| `question_answer` | `{"question": "...", "answer": "..."}`, as of GSM8K; also `query` and `response` |
 | `guanaco` | `{"text": "### Human: ...### Assistant: ..."}` |
 | `oasst` | one OpenAssistant message tree: `{"message_tree_id": "...", "prompt": {"text", "role", "replies": [...]}}` |
 | `oasst_messages` | one OpenAssistant message: `message_id`, `parent_id`, `message_tree_id`, `role`, `text`, `rank` |
 | `text` | `{"text": "..."}`: a document without turns, for continued pretraining |
+| `segments` | `{"segments": [{"text": "...", "label": true}, ...]}`: texts in a row, trained where `label` is true |
+| `tokens` | `{"input_ids": [...], "labels": [...], "attention_mask": [...]}`; the latter two may be absent |
 
 Rows of turns may also have a `system` text, `tools`, `documents` and settings of the chat template (`enable_thinking`,
 `chat_template_kwargs`). `messages` and `conversations` are interchangeable. The content of a message may be a list of
@@ -18,79 +21,109 @@ mark whether it is trained (`weight`, `train`, `loss` or `loss_weight`). Alpaca 
 [question, answer] pairs. `prompt` and `completion` may be lists of messages.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.conversation import Conversation, check_turns
-from paca_lightning.tasks.data.converters import GUANACO_MARK, LIST_FIELDS, TreePaths, converter, from_messages
+from paca_lightning.tasks.data.converters import GUANACO_MARK, LIST_FIELDS, QUESTION_ANSWER, TreePaths, converter
 from paca_lightning.tasks.data.fields import Row
 from paca_lightning.tasks.data.oasst import identity
 from paca_lightning.tasks.data.other_tasks import refuse_other_tasks
 
 Format = Literal[
-    "auto", "chat", "sharegpt", "alpaca", "prompt_completion", "guanaco", "oasst", "oasst_messages", "text"
+    "auto",
+    "chat",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "guanaco",
+    "oasst",
+    "oasst_messages",
+    "text",
+    "segments",
+    "tokens",
 ]
 
 
-def conversations(
-    rows: Iterable[tuple[int, Row | PaCAError]], name: str, format: Format, *, text_column: str, tree_paths: TreePaths
-) -> Iterator[tuple[int, Conversation | PaCAError]]:
-    """Yield (row number, conversation) for every conversation in the rows, or what is wrong with the row.
+@dataclass(frozen=True)
+class Record:
+    """A row as it was read; of `oasst_messages`, the rows of a tree.
+
+    Attributes:
+        row: Its number, or that of the tree's first row.
+        format: Its format.
+        content: The row, or (number, row) pairs.
+        error: What is wrong with it instead, if it cannot be read.
+    """
+
+    row: int
+    format: str = ""
+    content: Any = None
+    error: str | None = None
+
+
+def records(
+    rows: Iterable[tuple[int, Row | PaCAError]], name: str, format: Format, text_column: str
+) -> Iterator[Record]:
+    """Yield the rows with their format; those of `oasst_messages` tree by tree, after the last row.
 
     Args:
         rows: (row number, row) pairs, as from `Source.read`.
         name: The source, for messages.
         format: One of the formats above; "auto" goes by the fields of the first row.
         text_column: The field that holds the text of `guanaco` and `text` rows.
-        tree_paths: "best" takes the best-ranked reply at every message of a tree, "all" takes every path.
 
     Raises:
         PaCAError: The first row that can be read fits no format.
     """
-    convert, broken = None, None
+    broken = None
     trees: dict[object, list[tuple[int, Row]]] = {}
     for number, row in rows:
-        where = f"{name}, row {number}"
         if isinstance(row, PaCAError):
-            broken = broken or row
-            yield number, row
+            broken = broken or PaCAError(f"{name}, row {number}: {row}")
+            yield Record(number, error=str(row))
             continue
         if format == "auto":
             try:
-                format = detect(row, where, text_column)
+                format = detect(row, f"{name}, row {number}", text_column)
             except PaCAError as error:
                 raise broken or error from error
         if format == "oasst_messages":
             try:
                 trees.setdefault(identity(row, "message_tree_id"), []).append((number, row))
             except PaCAError as error:
-                yield number, PaCAError(f"{where}: {error} (format {format!r})")
-            continue
-        convert = convert or converter(format, text_column, tree_paths)
-        yield from ((number, found) for found in _checked(convert, row, where, format))
+                yield Record(number, error=f"{error} (format {format!r})")
+        else:
+            yield Record(number, format, row)
     for tree in trees.values():
-        where = f"{name}, row {tree[0][0]}"
-        for found in _checked(lambda rows: from_messages(rows, tree_paths), tree, where, format):
-            yield tree[0][0], found
+        yield Record(tree[0][0], format, tree)
 
 
-def _checked(
-    convert: Callable[[Any], Iterator[Conversation]], row: Any, where: str, format: Format
-) -> Iterator[Conversation | PaCAError]:
-    """The conversations of a row (of `oasst_messages`, of a tree), or what is wrong with it."""
+def conversations(record: Record, text_column: str, tree_paths: TreePaths) -> Iterator[Conversation | PaCAError]:
+    """Yield the conversations of a record, or what is wrong with it, without its place.
+
+    Args:
+        record: As `records` yields them.
+        text_column: The field that holds the text of `guanaco` and `text` rows.
+        tree_paths: "best" takes the best-ranked reply at every message of a tree, "all" takes every path.
+    """
+    if record.error is not None:
+        yield PaCAError(record.error)
+        return
     try:
-        if isinstance(row, dict) and format != "text":
-            refuse_other_tasks(row)
-        for conversation in convert(row):
+        if isinstance(record.content, dict) and record.format != "text":
+            refuse_other_tasks(record.content)
+        for conversation in converter(record.format, text_column, tree_paths)(record.content):
             if not conversation.is_text:
                 check_turns(conversation.messages)
-            yield replace(conversation, format=format)
+            yield conversation
     except PaCAError as error:
-        yield PaCAError(f"{where}: {error} (format {format!r})")
+        yield PaCAError(f"{error} (format {record.format!r})")
     except RecursionError:
-        yield PaCAError(f"{where}: is nested too deeply to be read (format {format!r})")
+        yield PaCAError(f"is nested too deeply to be read (format {record.format!r})")
 
 
 def detect(row: Row, where: str, text_column: str = "text") -> Format:
@@ -104,6 +137,10 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
             refuse_other_tasks(row)
     except PaCAError as error:
         raise PaCAError(f"{where}: {error}.") from error
+    if "input_ids" in row:
+        return "tokens"
+    if isinstance(row.get("segments"), list):
+        return "segments"
     if isinstance(row.get("prompt"), dict):
         return "oasst"
     if {"message_id", "role", "text"} <= row.keys():
@@ -118,6 +155,8 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
         return "alpaca"
     if {"prompt", "completion"} <= row.keys():
         return "prompt_completion"
+    if any({question, answer} <= row.keys() for question, answer in QUESTION_ANSWER):
+        return "question_answer"
     if isinstance(text := row.get(text_column), str) and GUANACO_MARK.search(text):
         return "guanaco"
     known = ", ".join(get_args(Format)[1:])

@@ -2,8 +2,11 @@
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from datasets import ReadInstruction
 
 from paca_lightning.core.errors import PaCAError
 
@@ -45,8 +48,14 @@ def locate(location: str | Sequence[str]) -> list[str]:
     return [location]
 
 
-def skipped(location: str | Sequence[str]) -> list[str]:
-    """What of the directories of a location is not read, as sentences."""
+def skipped(location: Any) -> list[str]:
+    """What of the directories of a location is not read, as sentences.
+
+    Args:
+        location: As for `locate`, or a mapping with one as `location`.
+    """
+    if isinstance(location, Mapping):
+        return skipped(location["location"])
     if not isinstance(location, str):
         return [sentence for one in location for sentence in skipped(one)]
     path = Path(location).expanduser()
@@ -55,24 +64,37 @@ def skipped(location: str | Sequence[str]) -> list[str]:
     return [f"{location}: its JSON and Parquet files are read, but not the other entries{others}."]
 
 
-def split_and_rows(split: str, default: str) -> tuple[str, slice]:
-    """A split such as `train[:100]` as its name and its rows.
+def split_and_rows(split: str, default: str, count: Callable[[str], int]) -> tuple[str, slice]:
+    """A split such as `train[:100]` or `train[10%:]` as its name and its rows.
 
     Args:
-        split: Name of a split, with or without a slice of whole numbers.
+        split: Name of a split, with or without a slice of whole numbers or percents.
         default: The name if only a slice is given.
+        count: Counts the rows of a split, which percents and negative numbers need.
 
     Raises:
-        PaCAError: It is no name or slice, or needs to know how many rows there are.
+        PaCAError: It is no name or slice.
     """
-    found = re.fullmatch(r"([^\[\]]*)(?:\[(\d*):(\d*)\])?", split)
+    found = re.fullmatch(r"([^\[\]]*)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if found is None:
-        raise PaCAError(
-            f"The split {split!r} cannot be used: give a name, or a name and rows by whole numbers from 0, such as "
-            f"'{default}[:100]' or '{default}[100:200]'."
-        )
+        raise PaCAError(_no_slice(split, default))
     name, start, stop = found.groups()
-    return name or default, slice(int(start) if start else None, int(stop) if stop else None)
+    name = name or default
+    if "-" not in split[len(name) :] and "%" not in split:
+        return name, slice(int(start) if start else None, int(stop) if stop else None)
+    try:
+        instruction = ReadInstruction.from_spec(f"rows[{start or ''}:{stop or ''}]")
+        absolute = instruction.to_absolute({"rows": count(name)})[0]
+    except (ValueError, AssertionError) as error:
+        raise PaCAError(_no_slice(split, default)) from error
+    return name, slice(absolute.from_, absolute.to)
+
+
+def _no_slice(split: str, default: str) -> str:
+    return (
+        f"The split {split!r} cannot be used: give a name, or a name and rows by whole numbers from 0 or by percents, "
+        f"such as '{default}[:100]', '{default}[100:200]' or '{default}[:10%]'."
+    )
 
 
 def describe_directory(path: Path) -> str:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import looks_local, where_it_was_sought
 from paca_lightning.core.private.datasets import fingerprint_of
+from paca_lightning.tasks.data.cache import file_hash
 from paca_lightning.tasks.data.fields import Row
 from paca_lightning.tasks.data.json_rows import read_rows
 from paca_lightning.tasks.data.locations import DATA_SUFFIXES, describe_directory
@@ -48,10 +49,10 @@ class Source:
         return Path(self.location).expanduser()
 
     def fingerprint(self) -> tuple[str, ...]:
-        """What changes when the rows change: size and time of a file, or the data set's own fingerprint."""
+        """What changes when the rows change: a hash of the file's content, or the data set's own fingerprint."""
         if self.path.is_file():
-            stat = self.path.stat()
-            return str(self.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns)
+            with self._readable():
+                return ("file", file_hash(self.path))
         return self.location, str(self.subset), self.split, fingerprint_of(self._dataset())
 
     def rows(self) -> Iterator[tuple[int, Row]]:
@@ -62,11 +63,11 @@ class Source:
         """
         for number, row in self.read():
             if isinstance(row, PaCAError):
-                raise row
+                raise PaCAError(f"{self.location}, row {number}: {row}")
             yield number, row
 
     def read(self) -> Iterator[tuple[int, Row | PaCAError]]:
-        """Yield rows as `rows` does; for a row that cannot be read, what is wrong with it.
+        """Yield rows as `rows` does; for a row that cannot be read, what is wrong with it, without its place.
 
         Raises:
             PaCAError: The source is missing or empty, or cannot be read beyond a row.
@@ -75,8 +76,7 @@ class Source:
         first = next(rows, None)
         if first is None:
             raise PaCAError(f"{self.location}: has no rows.")
-        for number, row in chain([first], rows):
-            yield number, PaCAError(f"{self.location}, row {number}: {row}") if isinstance(row, PaCAError) else row
+        yield from chain([first], rows)
 
     def _file_rows(self) -> Iterator[tuple[int, Any]]:
         if self.path.suffix.lower() in _TABLES:

@@ -67,12 +67,16 @@ def split_report(tokens: Dataset, locations: Sequence[str], tokenizer: PreTraine
     """The report of a tokenized split.
 
     Args:
-        tokens: Columns as `tokenization` caches them.
+        tokens: Columns as `tokenization.tokenized` returns them.
         locations: The files, by number.
         tokenizer: Decodes the examples.
     """
-    table = tokens.select_columns(["error", "format", "unread", "remarks", "piece"]).with_format("arrow")[:]
-    errors = [error.as_py() for error in table.column("error").drop_null()]
+    names = ["error", "format", "unread", "remarks", "piece", "file", "row"]
+    table = tokens.select_columns(names).with_format("arrow")[:]
+    errors = [
+        f"{locations[row['file']]}, row {row['row']}: {row['error']}"
+        for row in table.filter(pc.is_valid(table.column("error"))).to_pylist()
+    ]
     first_pieces = table.filter(pc.equal(table.column("piece"), 0))
     counts = {}
     for name in ("format", "unread", "remarks"):

@@ -1,41 +1,46 @@
-"""Tokenizes the conversations of a split once, and caches them as memory-mapped Arrow."""
+"""Tokenizes the rows of a source in several processes, and caches the documents as memory-mapped Arrow."""
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
 from operator import itemgetter
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import tokenizers
+import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.chat import NOTHING, ChatEncoder, Encoded, Rendered
-from paca_lightning.tasks.data.conversation import Conversation
-from paca_lightning.tasks.data.converters import TreePaths
-from paca_lightning.tasks.data.formats import Format, conversations
+from paca_lightning.tasks.data.cache import cached_files
+from paca_lightning.tasks.data.chat import NOTHING
+from paca_lightning.tasks.data.documents import Document, DocumentEncoder
+from paca_lightning.tasks.data.formats import Format, Record, records
 from paca_lightning.tasks.data.records import Source
-from paca_lightning.tasks.data.report import SplitReport, split_report
+from paca_lightning.tasks.data.row_json import from_json, to_json
 from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
-OnBadRow = Literal["error", "drop"]
+_VERSION = 4  # of the cached documents: raise it when the same rows and settings give others
+_RECORDS_PER_PROCESS = 2000  # fewer are not worth starting a process
 
-_VERSION = 3  # of the cached tokens: raise it when the same rows and settings give other tokens
-
-_CONVERSATIONS = Features(
+_RECORDS = Features(
     {
-        "conversation": Value("string"),  # JSON
+        "content": Value("string"),  # JSON
         "error": Value("string"),
         "format": Value("string"),
-        "unread": List(Value("string")),
         "file": Value("int32"),
         "row": Value("int64"),
     }
 )
-_TOKENS = Features(
+_DOCUMENTS = Features(
     {
         "input_ids": List(Value("int32")),
         "trained": List(Value("bool")),
@@ -54,175 +59,153 @@ _TOKENS = Features(
 
 
 @dataclass(frozen=True)
-class TokenizedSplit:
-    """A tokenized split.
+class Rows:
+    """Which rows of which files to read, and how.
 
     Args:
-        name: train, validation or test.
-        location: Where its rows come from, in words.
-        dataset: Columns `input_ids`, `trained` (bool per token), their numbers `length` and `trained_length`,
-            `truncated`, and the origin: number of the `file`, number of the `row` in it, `piece` of a raw text.
-        dropped: Conversations dropped because truncation left no token to train.
-        locations: The files or other parts of the source, by number.
-        report: Bad rows, fields that nothing used, and what the chat template did.
-    """
-
-    name: str
-    location: str
-    dataset: Dataset
-    dropped: int
-    locations: tuple[str, ...]
-    report: SplitReport = field(default_factory=SplitReport)
-
-    def column(self, name: str) -> np.ndarray:
-        """A column with one number per conversation, such as `length`."""
-        return np.asarray(self.dataset.select_columns(name).with_format("numpy")[:][name])
-
-    def files(self) -> list[str]:
-        """The file of each conversation."""
-        return [self.locations[number] for number in self.column("file")]
-
-    def select(self, keep: np.ndarray) -> "TokenizedSplit":
-        """The conversations for which `keep` (conversations,) is True."""
-        return replace(self, dataset=self.dataset.select(np.flatnonzero(keep), keep_in_memory=True))
-
-    def describe(self) -> str:
-        """How many conversations there are, and how many were cut or dropped, as a sentence."""
-        truncated = int(self.column("truncated").sum())
-        return (
-            f"{self.name}: {len(self.dataset):,} conversations from {self.location} ({truncated:,} cut to max_length; "
-            f"{self.dropped:,} dropped, as nothing of an answer was left of them)"
-        )
-
-
-def tokenize(
-    name: str,
-    sources: Sequence[Source],
-    encoder: ChatEncoder,
-    *,
-    format: Format,
-    text_column: str,
-    tree_paths: TreePaths,
-    rows: slice = slice(None),
-    on_bad_row: OnBadRow = "error",
-) -> TokenizedSplit:
-    """Read, convert and tokenize a split, or load it from the cache if no file and no setting has changed.
-
-    Rows stream through `datasets` in batches, so memory is bounded for any number of rows.
-
-    Args:
-        name: Name of the split.
-        sources: The files of the split; at least one.
-        encoder: Tokenizes the conversations.
+        sources: The files; at least one.
         format: Format of the rows, see `formats`.
-        text_column: The field of `guanaco` and `text` rows.
-        tree_paths: Which paths to take through message trees.
         rows: Which rows to take, counted from 0 over all sources.
-        on_bad_row: What to do with rows that cannot be used: raise an "error" that lists them, or "drop" them.
-
-    Raises:
-        PaCAError: A source or row cannot be used, or no conversation has a token to train.
     """
-    locations = tuple(source.location for source in sources)
-    location = locations[0] if len(locations) == 1 else f"{len(locations)} files ({locations[0]}, ...)"
-    part = (rows.start, rows.stop)
-    settings = [_VERSION, *(source.fingerprint() for source in sources), format, text_column, tree_paths, part]
-    raw = _cached_conversations(
-        sources,
-        Hasher.hash(settings),
-        partial(conversations, format=format, text_column=text_column, tree_paths=tree_paths),
-        rows,
-    )
-    settings = [*settings, tokenizer_fingerprint(encoder.tokenizer), encoder.max_length, encoder.loss_on]
-    tokens = raw.map(
-        partial(_encode_batch, encoder=encoder, locations=locations),
-        batched=True,
-        remove_columns=raw.column_names,
-        features=_TOKENS,
-        new_fingerprint=Hasher.hash(settings),
-        desc=f"Tokenizing {name}",
-    )
-    report = split_report(tokens, locations, encoder.tokenizer)
-    bad = len(report.bad_rows)
-    if bad and (on_bad_row == "error" or bad == len(tokens) == len(raw)):
-        raise PaCAError(report.bad_row_list(location))
-    split = TokenizedSplit(name, location, _good_rows(tokens) if bad else tokens, 0, locations, report)
-    if not len(split.dataset):
-        raise PaCAError(
-            f"{location}: none of the {len(raw) - bad:,} conversations keeps a token to train within max_length "
-            f"{encoder.max_length}. Raise max_length, or look at the data with `paca-lightning data`."
-        )
-    return replace(split, dropped=len(raw) - bad - int((split.column("piece") == 0).sum()))
 
+    sources: Sequence[Source]
+    format: Format = "auto"
+    rows: slice = field(default_factory=lambda: slice(None))
 
-def _good_rows(tokens: Dataset) -> Dataset:
-    """The tokenized conversations without the rows that cannot be used."""
-    errors = tokens.select_columns("error").with_format("arrow")[:].column("error")
-    return tokens.select(np.flatnonzero(errors.is_null().to_numpy()))
+    def records(self, text_column: str) -> Iterator[tuple[int, Record]]:
+        """Yield (file number, record) pairs.
 
-
-def _cached_conversations(sources: Sequence[Source], fingerprint: str, convert: Any, rows: slice) -> Dataset:
-    def generate() -> Iterator[dict[str, Any]]:
+        Raises:
+            PaCAError: A source cannot be read, a slice is empty, or the rows of a file fit no format.
+        """
+        rows, sources = self.rows, self.sources
         taken = islice(((i, pair) for i, source in enumerate(sources) for pair in source.read()), rows.start, rows.stop)
         first = next(taken, None)
         if first is None:
             raise PaCAError(f"{sources[0].location}: has no rows from {rows.start or 0} on. Correct the split's slice.")
         for file, pairs in groupby(chain([first], taken), key=itemgetter(0)):
-            for row, found in convert((pair for _, pair in pairs), name=sources[file].location):
-                good = isinstance(found, Conversation)
-                yield {
-                    "conversation": found.to_json() if good else None,
-                    "error": None if good else str(found),
-                    "format": found.format if good else None,
-                    "unread": list(found.unread) if good else [],
-                    "file": file,
-                    "row": row,
-                }
+            found = records((pair for _, pair in pairs), sources[file].location, self.format, text_column)
+            yield from ((file, record) for record in found)
+
+
+def tokenized(
+    rows: Rows,
+    encode: DocumentEncoder,
+    *,
+    cache_dir: str | None = None,
+    num_proc: int | None = None,
+    name: str = "data",
+) -> Dataset:
+    """Read, convert and tokenize rows, or load the documents from the cache if no content and no setting has changed.
+
+    Rows stream through `datasets` in batches, so memory is bounded for any number of rows.
+
+    Args:
+        rows: The rows.
+        encode: Tokenizes them.
+        cache_dir: The cache. None: that of `datasets`.
+        num_proc: Processes that tokenize. None: one for each core of the machine, and one alone for few rows.
+        name: Name of the split, for the progress bar.
+
+    Returns:
+        A row for each document: columns `input_ids`, `trained` (bool per token), their numbers `length` and
+        `trained_length`, `truncated`, and the origin: number of the `file`, number of the `row` in it, `piece` of a
+        raw text. Without tokens, `error` says what is wrong with the row, or it has nothing to train.
+
+    Raises:
+        PaCAError: A source cannot be read, or its rows fit no format.
+    """
+    directory = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "paca_lightning"
+    settings = [
+        _VERSION,
+        tokenizers.__version__,
+        transformers.__version__,
+        [source.fingerprint() for source in rows.sources],
+        [rows.format, rows.rows.start, rows.rows.stop],
+        [encode.text_column, encode.tree_paths],
+        tokenizer_fingerprint(encode.encoder.tokenizer),
+        [encode.encoder.max_length, encode.encoder.loss_on],
+    ]
+    build = partial(_build, rows=rows, encode=encode, num_proc=num_proc, name=name)
+    files = cached_files(directory, Hasher.hash(settings), build)
+    return datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+
+
+def _build(directory: Path, rows: Rows, encode: DocumentEncoder, num_proc: int | None, name: str) -> None:
+    """Write the documents as Arrow files."""
+    scratch = directory / "records"
+    read = _written_records(rows, encode.text_column, scratch)
+    processes = num_proc or min(_cores(), len(read) // _RECORDS_PER_PROCESS)
+    try:
+        read.with_format("arrow").map(
+            partial(_encode_batch, encode=encode),
+            batched=True,
+            remove_columns=read.column_names,
+            features=_DOCUMENTS,
+            num_proc=min(processes, len(read)) if processes > 1 else None,
+            cache_file_name=str(directory / "documents.arrow"),
+            new_fingerprint="documents",
+            desc=f"Tokenizing {name}",
+        )
+    except RuntimeError as error:
+        if "subprocess" not in str(error):
+            raise
+        raise PaCAError(
+            f"A process that tokenizes {name} died ({error}); was memory short? Set num_proc to less than {processes}."
+        ) from error
+    shutil.rmtree(scratch)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _written_records(rows: Rows, text_column: str, directory: Path) -> Dataset:
+    """The records as memory-mapped Arrow: a cheap pass, which leaves all that is costly to the processes."""
+
+    def generate() -> Iterator[dict[str, Any]]:
+        for file, record in rows.records(text_column):
+            content, error = None, record.error
+            if error is None:
+                try:
+                    content = to_json(record.content)
+                except PaCAError as mistake:
+                    error = str(mistake)
+            yield {"content": content, "error": error, "format": record.format, "file": file, "row": record.row}
 
     try:
-        return Dataset.from_generator(
-            generate, features=_CONVERSATIONS, cache_dir=sources[0].cache_dir, fingerprint=fingerprint
-        )
+        return Dataset.from_generator(generate, features=_RECORDS, cache_dir=str(directory), fingerprint="records")
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, PaCAError):
             raise error.__cause__ from None
         raise
 
 
-def _encode_batch(batch: dict[str, list[Any]], encoder: ChatEncoder, locations: Sequence[str]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in _TOKENS}
+def _encode_batch(batch: pa.Table, encode: DocumentEncoder) -> pa.Table:
+    found = [
+        (row["file"], Record(row["row"], row["format"], from_json(row["content"] or "null"), row["error"]))
+        for row in batch.to_pylist()
+    ]
+    return _table(list(encode(found)))
 
-    def add(i: int, piece: Encoded, number: int = 0, **others: Any) -> None:
-        values = {
-            "input_ids": piece.input_ids,
-            "trained": piece.trained,
-            "length": len(piece.input_ids),
-            "trained_length": piece.trained.sum(),
-            "truncated": piece.truncated,
-            "file": batch["file"][i],
-            "row": batch["row"][i],
-            "piece": number,
-            "format": batch["format"][i],
-            **others,
-        }
-        for name, column in columns.items():
-            column.append(values.get(name))
 
-    rendered: dict[int, tuple[Conversation, Rendered]] = {}
-    for i, (text, error) in enumerate(zip(batch["conversation"], batch["error"], strict=True)):
-        if error is None:
-            conversation = Conversation.from_json(text)
-            try:
-                rendered[i] = conversation, encoder.spans(conversation)
-                continue
-            except PaCAError as mistake:
-                error = f"{locations[batch['file'][i]]}, row {batch['row'][i]}: {mistake}."
-        add(i, NOTHING, error=error, unread=[], remarks=[])
-    for (i, (conversation, one)), encoded in zip(
-        rendered.items(), encoder.encode([one for _, one in rendered.values()]), strict=True
-    ):
-        pieces = encoded.split(encoder.max_length) if conversation.is_text else [encoded.cut(encoder.max_length)]
-        for number, piece in enumerate(pieces):
-            if piece.trained.any():
-                add(i, piece, number, unread=[*batch["unread"][i], *one.unread], remarks=list(one.remarks))
-    return columns
+def _table(documents: list[Document]) -> pa.Table:
+    encoded = [document.encoded for document in documents]
+    lengths = np.array([len(one.input_ids) for one in encoded], dtype=np.int32)
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int32)
+    ids = np.concatenate([NOTHING.input_ids, *(one.input_ids for one in encoded)])
+    trained = np.concatenate([NOTHING.trained, *(one.trained for one in encoded)])
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(offsets, ids),
+        "trained": pa.ListArray.from_arrays(offsets, trained),
+        "length": lengths,
+        "trained_length": [int(one.trained.sum()) for one in encoded],
+        "truncated": [one.truncated for one in encoded],
+        **{
+            name: [getattr(document, name) for document in documents]
+            for name in ("file", "row", "piece", "error", "format", "unread", "remarks")
+        },
+    }
+    schema = _DOCUMENTS.arrow_schema.remove_metadata()
+    return pa.table({name: columns[name] for name in _DOCUMENTS}, schema=schema)

@@ -124,7 +124,17 @@ def test_if_every_row_is_bad_there_is_nothing_to_train(module: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"), [("train[:2]", [1, 2]), ("[1:]", [2, 3, 4]), ("train[1:3]", [2, 3]), ("train", [1, 2, 3, 4])]
+    ("split", "expected"),
+    [
+        ("train[:2]", [1, 2]),
+        ("[1:]", [2, 3, 4]),
+        ("train[1:3]", [2, 3]),
+        ("train", [1, 2, 3, 4]),
+        ("train[:25%]", [1]),
+        ("[50%:]", [3, 4]),
+        ("train[25%:75%]", [2, 3]),
+        ("train[-1:]", [4]),
+    ],
 )
 def test_a_slice_takes_rows_of_local_files(module: Any, tmp_path: Path, split: str, expected: list[int]) -> None:
     rows = [chat(f"{i}?", str(i)) for i in range(4)]
@@ -145,7 +155,9 @@ def test_a_slice_takes_rows_of_local_files(module: Any, tmp_path: Path, split: s
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ("train[:50%]", r"split 'train\[:50%\]' cannot be used: give .* whole numbers"),
+        ("train[:50%:2]", r"split 'train\[:50%:2\]' cannot be used: give .* whole numbers"),
+        ("train[:101%]", r"split 'train\[:101%\]' cannot be used"),
+        ("train[:50%9]", r"split 'train\[:50%9\]' cannot be used"),
         ("train[9:]", "has no rows from 9"),
     ],
 )

@@ -8,8 +8,7 @@ import pytest
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.conversation import Conversation
-from paca_lightning.tasks.data.formats import conversations
-from tests.tasks.rows import FIXTURES, GOOD, chat, write_rows
+from tests.tasks.rows import FIXTURES, GOOD, chat, converted, write_rows
 
 TURNS = chat("one?", "1")["messages"]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -17,10 +16,10 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 def only(row: dict[str, Any], format: Any = "auto") -> Conversation:
     """The one conversation of a row."""
-    (pair,) = conversations([(1, row)], "here", format, text_column="text", tree_paths="best")
-    if isinstance(pair[1], PaCAError):
-        raise pair[1]
-    return pair[1]
+    ((_, found),) = converted([(1, row)], format)
+    if isinstance(found, PaCAError):
+        raise found
+    return found
 
 
 @pytest.mark.parametrize(("off", "on"), [(0, 1), (False, True), (0.0, 1.0)])
@@ -160,8 +159,7 @@ def test_pandas_nulls_are_nulls() -> None:
 def test_a_row_of_another_task_is_refused_by_name(row: dict[str, Any], message: str) -> None:
     with pytest.raises(PaCAError, match=f"here, row 1: .*{message}"):
         only(row)
-    second = list(conversations([(1, GOOD), (2, row)], "here", "chat", text_column="text", tree_paths="best"))[1]
-    assert "row 2" in str(second[1])
+    assert isinstance(converted([(1, GOOD), (2, row)], "chat")[1][1], PaCAError)
 
 
 def test_empty_fields_of_other_tasks_do_no_harm() -> None:
