@@ -10,6 +10,7 @@ from paca_lightning.conversion.scores import calibrate, weight_scores
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import is_fake
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
 from paca_lightning.layers.nf4 import check_finite
@@ -98,7 +99,8 @@ def check_quantizable(layers: Mapping[str, PaCALayer], config: PaCAConfig) -> No
                 f"{path!r} is sharded, so it cannot be quantized any more. With selection={config.selection!r}, call "
                 "apply_paca(model, config, calibration=batches) before the model is sharded."
             )
-        check_finite(layer.weight, path)
+        if layer.weight.numel() and not (layer.weight.is_meta or is_fake(layer.weight)):
+            check_finite(layer.weight, path)
 
 
 def _check_scores(scores: dict[str, Tensor], selection: str) -> None:

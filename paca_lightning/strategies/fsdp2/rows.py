@@ -1,6 +1,5 @@
 """Reading single rows of the tensors in a Hugging Face checkpoint."""
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.reading import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -71,9 +71,12 @@ class RowReader:
                 raise PaCAError(f"{str(self.directory)!r} has neither {INDEX} nor {SINGLE}: no weights to load.")
             return dict.fromkeys(self._handle(SINGLE, "every tensor").keys(), SINGLE)
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = parse_json(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise PaCAError(f"{str(index)!r} is not an index of safetensors files: {error!r}.") from error
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+                raise PaCAError(f"{str(index)!r} says that {name!r} lies in {file!r}, which is no file beside it.")
         return {str(name): str(file) for name, file in weight_map.items()}
 
     def _open(self, file: str) -> None:
