@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.data.decode import marked_text
 from tests.tasks.rows import FIXTURES, GOOD, chat, read, write_rows
 
 
@@ -157,3 +158,38 @@ def test_a_bad_row_of_another_format_is_named(
 ) -> None:
     with pytest.raises(PaCAError, match=message):
         module(write_rows(tmp_path / "train.jsonl", [first, second])).prepare_data()
+
+
+@pytest.mark.parametrize("names", [("question", "answer"), ("query", "response")])
+def test_a_question_and_its_answer(tmp_path: Path, names: tuple[str, str]) -> None:
+    row = dict(zip(names, ("How many?", "#### 7"), strict=True))
+    assert read(write_rows(tmp_path / "rows.jsonl", [row])) == [(1, [("user", "How many?"), ("assistant", "#### 7")])]
+
+
+def test_marked_segments_alone_are_trained_and_no_template_is_used(module: Any) -> None:
+    data = module(FIXTURES / "segments.jsonl")
+    data.setup("fit")
+    (sample,) = data.splits["train"].dataset
+    text = "Question: how many legs has a spider?\n⟦Answer: eight.⟧"
+    assert marked_text(data.tokenizer, sample["input_ids"], sample["trained"]) == text
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([{"text": "a", "label": False}], "no segment is trained"),
+        ([{"text": "a", "label": 1}], r"'segments\[0\].label' is 1, expected true or false"),
+        (["a"], "'segments' is a list, expected a list of objects"),
+    ],
+)
+def test_segments_that_cannot_be_used_are_refused(
+    module: Any, tmp_path: Path, segments: list[Any], message: str
+) -> None:
+    with pytest.raises(PaCAError, match=message):
+        module(write_rows(tmp_path / "rows.jsonl", [{"segments": segments}])).prepare_data()
+
+
+def test_questions_of_arithmetic_are_detected(module: Any) -> None:
+    data = module(FIXTURES / "questions.jsonl")
+    data.setup("fit")
+    assert data.splits["train"].report.formats == {"question_answer": 1}
