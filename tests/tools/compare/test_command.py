@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import paca_lightning
 from paca_lightning.cli import main
 from paca_lightning.tools.compare.pool import TrialPool
 from paca_lightning.tools.compare.trial import Trial
@@ -58,6 +59,14 @@ def test_a_learning_rate_that_trains_nothing_loses_against_a_sane_one(finished: 
     found = rows(finished)
     assert found["floor"]["value_mean"] == pytest.approx(found["crawling"]["value_mean"], abs=0.01)
     assert found["sane"]["value_mean"] < found["crawling"]["value_mean"] - 1
+
+
+@pytest.mark.skipif(not hasattr(paca_lightning, "PEFTStrategy"), reason="trained by PEFTStrategy")
+def test_lora_that_crawls_loses_against_lora_at_a_sane_rate(tmp_path: Path) -> None:
+    methods = ("lora:8,lr=1e-6,name=crawling", "lora:8,lr=2e-2,name=sane")
+    found = compare(tmp_path / "out", "--seeds", "1", "--jobs", "2", "--cost-steps", "0", methods=methods)
+    assert found["sane"]["trained_parameters"] == found["crawling"]["trained_parameters"]
+    assert found["sane"]["value_mean"] < found["crawling"]["value_mean"] - 0.5
 
 
 def test_it_shows_the_search_and_what_a_method_costs(finished: Path) -> None:
