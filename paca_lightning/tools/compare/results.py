@@ -114,10 +114,10 @@ def _mean(row: Row, name: str) -> str:
 def notes(rows: list[Row], runs: Sequence[MethodRuns]) -> list[str]:
     """What to know about a table: what its columns are, optima at edges, methods that train more or less."""
     plan = runs[0].plan
+    over = f"mean ± standard deviation over {plan.seeds} seeds" if plan.seeds > 1 else "of one run"
     found = [
-        f"{plan.metric}: mean ± standard deviation over {plan.seeds} seeds, each method at the best of its learning "
-        "rates. time, memory: of a training step over the floor's, a frozen model's (memory: bytes saved for the "
-        "backward)."
+        f"{plan.metric}: {over}, each method at the best of its learning rates. time, memory: of a training step over "
+        "the floor's, a frozen model's (memory: bytes saved for the backward)."
     ]
     for row, one in zip(rows, runs, strict=True):
         if row["edge"]:
