@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
     from paca_lightning.callbacks.hf_trainer import PaCATrainerCallback
     from paca_lightning.callbacks.paca import PaCAStrategy
+    from paca_lightning.callbacks.peft_strategy import PEFTStrategy
     from paca_lightning.conversion.convert import apply_paca
     from paca_lightning.conversion.report import ConversionReport
     from paca_lightning.conversion.revert import disable_paca, merge, unload
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterCheckpoint",
     "ConversionReport",
+    "PEFTStrategy",
     "PaCAConfig",
     "PaCAError",
     "PaCALinear",
@@ -50,6 +52,7 @@ __all__ = [
 _MODULES = {  # the same as above, for Python: tests/test_imports.py compares the two
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "ConversionReport": "conversion.report",
+    "PEFTStrategy": "callbacks.peft_strategy",
     "PaCAConfig": "core.config",
     "PaCAError": "core.errors",
     "PaCALinear": "layers.linear",

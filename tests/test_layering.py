@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "strategies": {"core", "activation_checkpointing", "layers"},
     "tasks": {"core", "activation_checkpointing", "strategies"},  # knows nothing of PaCA
     "adapters": {"core", "layers", "conversion"},
-    "callbacks": {"core", "layers", "conversion", "strategies", "adapters"},
+    "other_methods": {"core", "activation_checkpointing", "layers", "conversion", "adapters"},
+    "callbacks": {"core", "layers", "conversion", "strategies", "adapters", "other_methods"},
     "tools": {
         "core",
         "activation_checkpointing",
@@ -32,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "strategies",
         "tasks",
         "adapters",
+        "other_methods",
         "callbacks",
     },
     "registration": {"strategies", "callbacks"},

@@ -64,6 +64,11 @@ def checkpoint_blocks(blocks: Iterable[nn.Module], *, offload: bool = False, sel
             block.forward = functools.partial(_forward, block, offload, context_fn)
 
 
+def are_checkpointed(model: nn.Module) -> bool:
+    """Whether :func:`checkpoint_blocks` recomputes a block of a model."""
+    return any(getattr(vars(module).get("forward"), "func", None) is _forward for module in model.modules())
+
+
 def _check_class_names(model: nn.Module, wanted: set[str]) -> None:
     present = {type(module).__name__ for module in model.modules()}
     for name in sorted(wanted - present):

@@ -1,10 +1,10 @@
 """State dicts that hold what was trained, not the base model: hooks on a converted module."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from paca_lightning.adapters.frozen_keys import drop_frozen, frozen_names, is_among
 from paca_lightning.conversion.changed_state import remember_thawed
 from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.core.errors import PaCAError
@@ -27,8 +27,7 @@ def keep_trained_state(module: nn.Module) -> None:
         module: The root of a conversion, such as a LightningModule.
     """
     conversion = _conversion(module)
-    names = {clean_path(name): p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
-    conversion.frozen = {name for name, trained in names.items() if not trained} - conversion.originals.keys()
+    conversion.frozen = frozen_names(module) - conversion.originals.keys()
     conversion.full_checkpoints = False
     if HOOKED not in vars(module):
         vars(module)[HOOKED] = True
@@ -53,15 +52,7 @@ def _drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, loc
     conversion = conversion_of(module)
     if conversion is None or conversion.full_checkpoints:  # merged or unloaded since: a plain model is saved whole
         return
-    thawed = {clean_path(name) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    frozen = conversion.frozen - thawed
-    for key in list(state_dict):
-        if not key.startswith(prefix):  # of a sibling, if the module is inside another one
-            continue
-        name = clean_path(key.removeprefix(prefix))
-        # Some quantized layers keep their scales beside the weight, as "weight.absmax".
-        if any(part in frozen for part in _with_parents(name)):
-            del state_dict[key]
+    drop_frozen(module, state_dict, prefix, conversion.frozen)
 
 
 def _note_thawed(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -76,11 +67,6 @@ def _note_thawed(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     thawed = {id(p) for name, p in module.named_parameters() if f"{prefix}{name}" in state_dict and not p.requires_grad}
     if thawed and any(f"{prefix}{path}.paca_delta" in state_dict for path in layers):
         remember_thawed(module, thawed)
-
-
-def _with_parents(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[: count + 1]) for count in range(len(parts)))
 
 
 def _check_loaded(module: nn.Module, incompatible: Any) -> None:
@@ -100,11 +86,11 @@ def _check_loaded(module: nn.Module, incompatible: Any) -> None:
             "layer of this model. Use the target_modules it was trained with."
         )
     lost = [key for key in missing if key.endswith(ADAPTER)]
-    frozen = {key for key in missing if _is_among(key, conversion.frozen)}
+    frozen = {key for key in missing if is_among(key, conversion.frozen)}
     if not lost:
         trained = {clean_path(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
         for key in missing:
-            if _is_among(key, trained):
+            if is_among(key, trained):
                 raise PaCAError(
                     f"The checkpoint has nothing for {key!r}, which this run trains whole. Use the modules_to_save it "
                     "was trained with."
@@ -120,12 +106,6 @@ def _check_loaded(module: nn.Module, incompatible: Any) -> None:
             "the target_modules it was trained with."
         )
     missing[:] = [key for key in missing if not key.endswith((*ADAPTER, "paca_base_columns"))]
-
-
-def _is_among(key: str, names: set[str]) -> bool:
-    """Whether a key, perhaps with the path of the module in front, is one of some names."""
-    parts = clean_path(key).split(".")
-    return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
 
 def _layer(key: str) -> str:

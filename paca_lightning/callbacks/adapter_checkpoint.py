@@ -18,6 +18,7 @@ from paca_lightning.core.dtensor import is_first_rank, is_sharded
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable, written_aside
 from paca_lightning.layers.base import paca_layers
+from paca_lightning.other_methods.adapted import adapted_model
 
 
 class AdapterCheckpoint(Callback):
@@ -40,8 +41,8 @@ class AdapterCheckpoint(Callback):
         mode: Whether a ``min`` or a ``max`` of the metric is best.
 
     Raises:
-        PaCAError: If the directory cannot be written or belongs to two of these callbacks, no layer is trained by PaCA,
-            the metric is not logged, or an averaging callback makes another model than the one that is validated.
+        PaCAError: If the directory cannot be written or belongs to two of these callbacks, nothing is trained by a
+            method, the metric is not logged, or an averaging callback makes another model than the validated one.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class AdapterCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that there will be an adapter to write."""
-        if not any(paca_layers(pl_module)):
-            raise PaCAError("AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy.")
+        if adapted_model(pl_module) is None and not any(paca_layers(pl_module)):
+            raise PaCAError(
+                "AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy or PEFTStrategy."
+            )
 
     @override
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -173,7 +176,10 @@ class AdapterCheckpoint(Callback):
         """Write the present adapter. Default: to the directory of the best or last one."""
         directory = directory or self._directory
         assert directory is not None
-        save_adapter(pl_module, directory)
+        if (adapted := adapted_model(pl_module)) is not None:
+            adapted.save(directory)
+        else:
+            save_adapter(pl_module, directory)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
             with written_aside(directory) as scratch:  # after the adapter, which a failing tokenizer must not cost
@@ -187,6 +193,8 @@ class AdapterCheckpoint(Callback):
 
 def _has_moved(pl_module: LightningModule) -> bool:
     """Whether there is anything to save: on each rank alone, as the others may not answer."""
+    if adapted_model(pl_module) is not None:
+        return True
     return any(is_sharded(layer.paca_delta) or bool(layer.paca_delta.any()) for _, layer in paca_layers(pl_module))
 
 

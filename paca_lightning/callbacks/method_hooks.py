@@ -11,7 +11,7 @@ from typing import Any
 
 
 class MethodHooks:
-    """Calls that follow methods of some objects until ``remove``.
+    """Calls around methods of some objects until ``remove``.
 
     An object can be copied and pickled meanwhile: its copy does without the calls.
     """
@@ -19,12 +19,14 @@ class MethodHooks:
     def __init__(self) -> None:
         self._replaced: list[tuple[Any, str, Any]] = []
 
-    def add(self, owner: Any, name: str, then: Callable[..., None]) -> None:
-        """From now on call ``then`` after each call of a method, with the same arguments."""
+    def add(
+        self, owner: Any, name: str, then: Callable[..., None], *, first: Callable[..., None] | None = None
+    ) -> None:
+        """From now on call ``then`` after each call of a method, and ``first`` before, with the same arguments."""
         method = getattr(owner, name)
         self._replaced.append((owner, name, vars(owner).get(name)))
         # A partial: it is copied and pickled with its owner, and Lightning looks through it for overridden methods.
-        setattr(owner, name, functools.partial(_call_both, method, _Call(then)))
+        setattr(owner, name, functools.partial(_call_all, _Call(first), method, _Call(then)))
 
     def remove(self) -> None:
         """Leave every object as it was, with a method of the instance if it had one."""
@@ -52,7 +54,8 @@ class _Call:
         return _Call, ()
 
 
-def _call_both(method: Callable[..., Any], then: _Call, *args: Any, **kwargs: Any) -> Any:
+def _call_all(first: _Call, method: Callable[..., Any], then: _Call, *args: Any, **kwargs: Any) -> Any:
+    first(*args, **kwargs)
     result = method(*args, **kwargs)
     then(*args, **kwargs)
     return result

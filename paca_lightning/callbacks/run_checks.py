@@ -1,5 +1,6 @@
 """What PaCAStrategy checks of a run before it trains."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -7,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
+from torch import Tensor
 
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.write_back import layers_stepped_by
@@ -113,43 +115,66 @@ def check_validation_interval(trainer: Trainer) -> None:
             raise PaCAError(str(error).strip()) from error
 
 
-def delta_sums(pl_module: LightningModule) -> list[tuple[float, float]]:
-    """Sum and sum of squares of each delta, of this rank's rows: any change of a delta changes them."""
-    deltas = [local(layer.paca_delta.detach()).double() for _, layer in paca_layers(pl_module)]
-    return [(float(delta.sum()), float(delta.square().sum())) for delta in deltas]
+def deltas_of(pl_module: LightningModule) -> list[Tensor]:
+    """The deltas of a module."""
+    return [layer.paca_delta for _, layer in paca_layers(pl_module)]
 
 
-def check_deltas_moved(trainer: Trainer, pl_module: LightningModule, before: list[tuple[float, float]]) -> None:
-    """Refuse to end a run as a success that has trained no delta.
+def tensor_sums(tensors: Iterable[Tensor]) -> list[tuple[float, float]]:
+    """Sum and sum of squares of each tensor, of this rank's rows: any change of a tensor changes them."""
+    wide = [local(tensor.detach()).double() for tensor in tensors]
+    return [(float(tensor.sum()), float(tensor.square().sum())) for tensor in wide]
+
+
+def check_moved(
+    trainer: Trainer, tensors: Sequence[Tensor], before: list[tuple[float, float]], *, kind: str = "delta"
+) -> None:
+    """Refuse to end a run as a success that has trained nothing.
 
     Args:
         trainer: Of a run that has taken steps.
-        pl_module: The trained module.
-        before: :func:`delta_sums` before the first step.
+        tensors: What was to be trained.
+        before: :func:`tensor_sums` of them before the first step.
+        kind: What the message calls one of them.
 
     Raises:
-        PaCAError: On all ranks, if no delta of any has moved.
+        PaCAError: On all ranks, if none of any has moved.
     """
-    moved = delta_sums(pl_module) != before
+    moved = tensor_sums(tensors) != before
     if not trainer.strategy.reduce_boolean_decision(moved, all=False):
         raise PaCAError(
-            f"No delta has moved in this run of {trainer.global_step} optimizer steps: nothing was trained, and there "
-            f"is no adapter. The learning rate is {learning_rate(trainer, 'initial_lr')}, at the last step "
-            f"{learning_rate(trainer, 'lr')}. Raise it, see with `paca-lightning data` that tokens are trained, and "
-            "with precision 16-mixed, that not every step overflows."
+            f"No {kind} has moved in this run of {trainer.global_step} optimizer steps: nothing was trained, and there "
+            f"is no adapter. The learning rate is {learning_rate(trainer, 'initial_lr', tensors)}, at the last "
+            f"step {learning_rate(trainer, 'lr', tensors)}. Raise it, see with `paca-lightning data` that "
+            "tokens are trained, and with precision 16-mixed, that not every step overflows."
         )
 
 
-def learning_rate(trainer: Trainer, name: str) -> float | None:
-    """The largest learning rate of a delta; None if its optimizer has none. Other parameters may have another one.
+def delta_sums(pl_module: LightningModule) -> list[tuple[float, float]]:
+    """The :func:`tensor_sums` of a module's deltas."""
+    return tensor_sums(deltas_of(pl_module))
+
+
+def check_deltas_moved(trainer: Trainer, pl_module: LightningModule, before: list[tuple[float, float]]) -> None:
+    """As :func:`check_moved`, of a module's deltas.
+
+    Raises:
+        PaCAError: If none has moved.
+    """
+    check_moved(trainer, deltas_of(pl_module), before)
+
+
+def learning_rate(trainer: Trainer, name: str, tensors: Iterable[Tensor] | None = None) -> float | None:
+    """The largest learning rate of some tensors; None if their optimizer has none. Others may have another one.
 
     Args:
         trainer: With optimizers.
         name: ``lr``, or ``initial_lr`` for the one before a schedule scales it.
+        tensors: What is trained. Default: the deltas.
     """
-    deltas = {id(layer.paca_delta) for _, layer in paca_layers(trainer.lightning_module)}
+    wanted = {id(tensor) for tensor in (deltas_of(trainer.lightning_module) if tensors is None else tensors)}
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    rates = [group.get(name, group["lr"]) for group in groups if deltas & {id(p) for p in group["params"]}]
+    rates = [group.get(name, group["lr"]) for group in groups if wanted & {id(p) for p in group["params"]}]
     return max((float(rate) for rate in rates if rate is not None), default=None)  # Adafactor may choose its own
 
 

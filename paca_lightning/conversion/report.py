@@ -93,7 +93,7 @@ class ConversionReport:
         share = self.trainable_parameters / max(self.total_parameters, 1)
         notes = [
             f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2%}); "
-            f"deltas {_size(self.delta_bytes)}, Adam's state {_size(self.optimizer_bytes)}."
+            f"deltas {readable_size(self.delta_bytes)}, Adam's state {readable_size(self.optimizer_bytes)}."
         ]
         if self.learning_rate is not None:
             scalings = sorted({layer.scaling for layer in self.layers})
@@ -171,7 +171,7 @@ def _base_parameters(inventory: Inventory) -> Iterator[tuple[str, nn.Parameter]]
             yield name, parameter
 
 
-def _size(number: float) -> str:
+def readable_size(number: float) -> str:
     """Bytes for people, in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024 or unit == "GiB":

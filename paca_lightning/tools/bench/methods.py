@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.conversion.convert import apply_paca
 from paca_lightning.conversion.inventory import take_inventory
+from paca_lightning.conversion.linear4bit_base import quantize_targets
 from paca_lightning.conversion.targets import Target, resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.linear import PaCAConv1D
-from paca_lightning.layers.linear4bit import linear4bit
 
 FLOOR = "floor"
 QFLOOR = "qfloor"
@@ -108,7 +108,8 @@ def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
 
 def _qfloor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     """The floor on QLoRA's base, bitsandbytes' NF4 layers."""
-    return train_nothing(_quantize(model, targets))
+    quantize_targets(model, targets)
+    return train_nothing(model)
 
 
 def _paca(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
@@ -141,18 +142,8 @@ def _lora(
 
 
 def _qlora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
-    return _lora(_quantize(model, targets), r, targets)
-
-
-def _quantize(model: nn.Module, targets: list[Target]) -> nn.Module:
-    """Replace the targets by bitsandbytes' NF4 layers."""
-    for target in targets:
-        weight = target.module.get_parameter("weight")
-        bias: Any = target.module.bias
-        layer = linear4bit(weight.t() if target.layer_class is PaCAConv1D else weight, bias).train(model.training)
-        model.set_submodule(target.path, layer)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # tells PEFT that its layers are NF4
-    return model
+    quantize_targets(model, targets)
+    return _lora(model, r, targets)
 
 
 def _dora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:

@@ -1,0 +1,230 @@
+"""AdapterMethodStrategy: the life cycle in a run that all methods beside PaCA share."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import rich
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from paca_lightning.callbacks.averaging import check_order, copies_without_asking
+from paca_lightning.callbacks.method_hooks import MethodHooks
+from paca_lightning.callbacks.monitors import check_monitors
+from paca_lightning.callbacks.paca import PaCAStrategy
+from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, optimizer_names
+from paca_lightning.callbacks.run_checks import (
+    check_moved,
+    check_validation_interval,
+    learning_rate,
+    prepare_outputs,
+    tensor_sums,
+)
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.lightning import spawns_workers
+from paca_lightning.other_methods.adapted import AdaptedModel, adapted_model, check_settings
+from paca_lightning.other_methods.checkpoint import keep_trained
+from paca_lightning.other_methods.peft_model import trained_parameters
+from paca_lightning.other_methods.report import MethodReport, report_on
+
+
+class AdapterMethodStrategy(Callback):
+    """Trains a method's own parameters beside a frozen model, in any LightningModule.
+
+    The model is adapted when a run starts, as soon as it exists. Checkpoints hold what is trained and the state of the
+    run. A subclass says what to adapt in :meth:`adapt`.
+
+    Args:
+        adapter: Directory of a trained adapter to start from, or to evaluate.
+        full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+
+    Attributes:
+        report: What is trained, once a run has started.
+
+    Raises:
+        PaCAError: From a run: if the strategy, the precision or the optimizer cannot train the method, or the adapter
+            or checkpoint does not fit.
+    """
+
+    def __init__(self, *, adapter: str | None = None, full_checkpoints: bool = False) -> None:
+        self.adapter = adapter
+        self.full_checkpoints = full_checkpoints
+        self.report: MethodReport | None = None
+        # Of the present run.
+        self._adapted: AdaptedModel | None = None
+        self._hooks = MethodHooks()
+        self._resumed = ResumedOptimizers()
+        self._at_start: tuple[int, list[tuple[float, float]]] | None = None  # steps, sums of what is trained
+
+    @abstractmethod
+    def adapt(self, pl_module: LightningModule) -> AdaptedModel:
+        """Put the method's parameters into a module whose model is built, and freeze the rest."""
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Inside this context the model is the base model.
+
+        Raises:
+            PaCAError: If no run has adapted a model yet.
+        """
+        if self._adapted is None:
+            raise PaCAError(f"{type(self).__name__}.disable: no model is adapted yet. Start a run first.")
+        with self._adapted.disabled():
+            yield
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the run, and adapt the model now or as soon as it exists."""
+        self._check_run(trainer)
+        check_order(trainer, self)
+        if stage == "fit":
+            prepare_outputs(trainer)
+        self._hooks.add(pl_module, "configure_model", lambda: self._adapt(pl_module))
+        self._hooks.add(pl_module, "on_load_checkpoint", self._note_checkpoint)
+        wide: dict[str, Tensor] = {}
+        self._hooks.add(
+            trainer.precision_plugin,
+            "convert_module",
+            lambda module: self._widen(module, wide),
+            first=lambda module: wide.update(_in_single_precision(module)),
+        )
+        if stage == "fit":
+            self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._check_optimizers(trainer, pl_module))
+            if copies_without_asking(trainer):
+                pl_module.configure_model()
+
+    def _check_run(self, trainer: Trainer) -> None:
+        name, strategy, precision = type(self).__name__, trainer.strategy, trainer.precision_plugin
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise PaCAError(
+                f"{name} does not shard a model: {type(strategy).__name__} would split the method's parameters, which "
+                "are saved whole. Use strategy='auto' or 'ddp', or PaCAStrategy with strategy='paca_fsdp2'."
+            )
+        if spawns_workers(trainer):
+            raise PaCAError(f"{name} cannot send an adapted model back from spawned processes. Use strategy='ddp'.")
+        if isinstance(precision, BitsandbytesPrecision | TransformerEnginePrecision):
+            raise PaCAError(
+                f"{type(precision).__name__} would replace the layers of {name} too. Load the model in 4 bits, or set "
+                "PEFTStrategy(quantize='nf4')."
+            )
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, PaCAStrategy | AdapterMethodStrategy) and other is not self:
+                raise PaCAError(f"{name} and {type(other).__name__} in one run: choose one of them.")
+
+    def _adapt(self, pl_module: LightningModule) -> None:
+        adapted = adapted_model(pl_module)
+        if adapted is None:
+            adapted = self.adapt(pl_module)
+            if self.adapter is not None:
+                adapted.load(self.adapter)
+                adapted.adapter = self.adapter
+        keep_trained(pl_module, adapted, full_checkpoints=self.full_checkpoints)
+        self._adapted = adapted
+        self.report = report_on(adapted.method, pl_module, adapted.notes)
+
+    def _widen(self, module: Any, saved: dict[str, Tensor]) -> None:
+        """Undo the cast of parameters that the method trains in fp32: a cast and back would round them."""
+        assert self._adapted is not None
+        self._adapted.keep_wide()
+        with torch.no_grad():
+            for name, parameter in trained_parameters(module).items():
+                if parameter.dtype == torch.float32 and name in saved:
+                    parameter.copy_(saved[name])
+        saved.clear()
+
+    def _note_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        if own is None:
+            raise PaCAError(
+                f"The checkpoint was written without {type(self).__name__}, so it holds another training. To start "
+                "from its weights, call module.load_state_dict(checkpoint['state_dict']) and fit without ckpt_path."
+            )
+        assert self._adapted is not None
+        check_settings(self._adapted, own["settings"], "The checkpoint")
+        self._resumed.note_saved(own["optimizers"])
+
+    def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trained = trained_parameters(pl_module)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        covered = {id(parameter) for group in groups for parameter in group["params"]}
+        if missed := [name for name, parameter in trained.items() if id(parameter) not in covered]:
+            raise PaCAError(
+                f"{len(missed)} of {len(trained)} trained parameters are in no optimizer ({missed[0]!r} is one). Build "
+                "the optimizer in configure_optimizers from [p for p in self.parameters() if p.requires_grad]. "
+                "LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and take "
+                "optimizer: OptimizerCallable."
+            )
+        self._resumed.check_classes(trainer)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the optimizer's settings, before those of a checkpoint replace them."""
+        check_validation_interval(trainer)
+        self._resumed.note_configured(trainer)
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary, now that a checkpoint is restored."""
+        self._print_report(trainer, pl_module)
+
+    @override
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the names of monitored metrics."""
+        check_monitors(trainer)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary, and note where training begins."""
+        self._print_report(trainer, pl_module)
+        self._at_start = (trainer.global_step, tensor_sums(trained_parameters(pl_module).values()))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that something was trained."""
+        if self._at_start is not None and trainer.global_step > self._at_start[0]:
+            trained = list(trained_parameters(pl_module).values())
+            check_moved(trainer, trained, self._at_start[1], kind="trained parameter")
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the method's settings and the optimizers."""
+        adapted = adapted_model(pl_module)
+        assert adapted is not None
+        own = {"settings": adapted.settings, "optimizers": optimizer_names(trainer)}
+        checkpoint["callbacks"][self.state_key] = own
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove our hooks; the model stays adapted."""
+        self._remove_hooks()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove our hooks after an error, when there is no teardown."""
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        self._hooks.remove()
+        self._resumed, self._at_start = ResumedOptimizers(), None
+
+    @rank_zero_only
+    def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary once a run, with the learning rate that will be used."""
+        assert self.report is not None
+        if trainer.state.fn == TrainerFn.FITTING and self._resumed.warn_of_ignored(trainer):
+            trained = trained_parameters(pl_module).values()
+            self.report.learning_rate = learning_rate(trainer, "initial_lr", trained)
+            rich.print(self.report)
+
+
+def _in_single_precision(module: LightningModule) -> dict[str, Tensor]:
+    """Copies of the parameters that are trained in fp32."""
+    trained = trained_parameters(module).items()
+    return {name: parameter.detach().clone() for name, parameter in trained if parameter.dtype == torch.float32}
