@@ -25,6 +25,7 @@ from paca_lightning.adapters.files import (
 from paca_lightning.adapters.fingerprint import sample_columns
 from paca_lightning.adapters.fitting import check_base_model, check_layers, whole_targets
 from paca_lightning.adapters.tensors import implausible, read_tensors
+from paca_lightning.adapters.update import in_own_steps, whole_update
 from paca_lightning.conversion.changed_state import changed_state, remember_thawed
 from paca_lightning.conversion.convert import convert
 from paca_lightning.conversion.inventory import take_inventory
@@ -63,7 +64,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}  # by name from the base model
     samples: dict[str, list[float]] = {}
     for path, layer in layers.items():
-        tensors[f"{path}.paca_delta"] = whole_tensor(layer.paca_delta)
+        tensors[f"{path}.paca_delta"] = whole_update(layer)
         tensors[f"{path}.paca_indices"] = whole_tensor(layer.paca_indices)
         samples[path] = sample_columns(whole_tensor(layer.paca_base_columns))
     for path, module in inventory.named_saved().items():
@@ -127,7 +128,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
         for path, layer in layers.items():
             layer.move_to_columns(adapter.indices[path].to(layer.paca_indices.device))
             layer.paca_pending = None
-            copy_into(layer.paca_delta, adapter.deltas[path])
+            copy_into(layer.paca_delta, in_own_steps(adapter.deltas[path], layer))
             layer.write_columns()
         remember_thawed(model, {id(tensor) for tensor, _ in targets.values()})
         for tensor, value in targets.values():

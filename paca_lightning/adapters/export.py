@@ -20,6 +20,7 @@ from paca_lightning.adapters.exported import (
     whole_modules,
 )
 from paca_lightning.adapters.files import PREFIX, base_model_entries
+from paca_lightning.adapters.update import whole_update
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.state import config_of
 from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tensor
@@ -134,7 +135,7 @@ def export_lora(
         selection = torch.zeros(layer.r, layer.in_features)
         selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
         tensors[f"{PREFIX}{name}.lora_A.weight"] = selection
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole_tensor(layer.paca_delta).float() * factor
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole_update(layer).float() * factor
     base_entries = base_model_entries(inventory.base_model)
     whole = whole_modules(inventory, base_entries["task_type"])
     for name, module in whole.items():

@@ -59,6 +59,8 @@ def correct_averages(trainer: Trainer, model: nn.Module) -> None:
         originals = [layer for _, layer in paca_layers(model)]
         for copy, original in zip(copies, originals, strict=True):
             copy.paca_indices.copy_(original.paca_indices)
+            if copy.paca_scale is not None and original.paca_scale is not None:
+                copy.paca_scale.copy_(original.paca_scale)
             # Data may have moved the columns since the copy was made; they are frozen, so their mean is themselves.
             local(copy.paca_base_columns).copy_(local(original.paca_base_columns))
             copy.write_columns()

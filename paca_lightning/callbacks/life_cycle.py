@@ -14,7 +14,7 @@ from paca_lightning.conversion.convert import convert
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.revert import undone_on_error
-from paca_lightning.conversion.select import quantize_layers, settle_columns, waits_for_data
+from paca_lightning.conversion.select import has_own_steps, quantize_layers, settle_columns, waits_for_data
 from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
@@ -95,10 +95,12 @@ def choose_columns(trainer: Trainer, pl_module: LightningModule, config: PaCACon
     Raises:
         PaCAError: If the batches cannot decide.
     """
-    if not (waiting := _waiting(pl_module)):
+    waiting, layers = _waiting(pl_module), dict(paca_layers(pl_module))
+    restored = present_conversion(pl_module).columns_restored
+    fitted = not config.steps_by_input or restored or any(map(has_own_steps, layers.values()))
+    if not waiting and fitted:
         return False
-    layers = dict(paca_layers(pl_module))
-    if present_conversion(pl_module).columns_restored:
+    if restored:
         # The columns came with the checkpoint, before the weights were cast. When chosen, they were read after.
         for layer in waiting:
             settle_columns(layer)

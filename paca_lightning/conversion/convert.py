@@ -100,6 +100,11 @@ def convert(
             f"selection={config.selection!r} looks at data: pass calibration=, an iterable of batches "
             "(PaCAStrategy takes them from the training data by itself)."
         )
+    if fresh and config.column_steps == "input_rms" and not data_follows:
+        raise PaCAError(
+            "column_steps='input_rms' looks at data: pass calibration=, an iterable of batches (PaCAStrategy takes "
+            "them from the training data by itself)."
+        )
     originals = {path: original_state(module) for path, module in resolution.saved.items() if not is_marked(module)}
     _freeze(inventory, conversion)
     remember_buffers(inventory, conversion)
@@ -139,6 +144,8 @@ def _convert(target: Target, conversion: Conversion, given: Tensor | None, by_da
         chosen = random_indices(in_features_of(module), target.r, seed=config.seed, path=name)
     target.layer_class.adopt(module, chosen, target.scaling)
     assert isinstance(module, PaCALayer)
+    if config.steps_by_input:  # until data has fitted them, or a checkpoint brings them
+        module.paca_scale = torch.ones(target.r, device=module.paca_indices.device)
     module.paca_pending, module.paca_conversion, module.paca_path = pending, conversion, target.path
 
 

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from paca_lightning.conversion.scores import calibrate, weight_scores
 from paca_lightning.core.config import PaCAConfig
-from paca_lightning.core.dtensor import is_sharded
+from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import is_fake
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
 from paca_lightning.layers.nf4 import check_finite
 from paca_lightning.layers.nf4_linear import QPaCALinear
+
+LARGEST_STEP = 3
+"""Largest power of two of a column's step, and of its inverse."""
 
 
 def waits_for_data(layer: PaCALayer) -> bool:
@@ -33,6 +36,8 @@ def select_columns(
 ) -> None:
     """Move the layers that wait for data to the columns that calibration batches favour, then quantize them.
 
+    Where the configuration says so, each column also gets a step that fits its input.
+
     Args:
         model: The converted model.
         layers: Its PaCA layers by path.
@@ -45,8 +50,23 @@ def select_columns(
         PaCAError: If there is no batch or no loss, or the batches say nothing about a layer.
     """
     waiting = {path: layer for path, layer in layers.items() if waits_for_data(layer)}
-    if not waiting:
-        return
+    if config.steps_by_input:
+        calibration = list(calibration)  # seen twice: once for the columns, once for their steps
+    if waiting:
+        _choose(model, waiting, config, calibration, step, reduce)
+    if config.steps_by_input and not any(map(has_own_steps, layers.values())):
+        fit_steps(layers, calibrate(model, layers, "activation_norm", calibration, step), reduce)
+    quantize_layers(layers, config)
+
+
+def _choose(
+    model: nn.Module,
+    waiting: Mapping[str, PaCALayer],
+    config: PaCAConfig,
+    calibration: Iterable[Any],
+    step: Callable[[Any], Any] | None,
+    reduce: Callable[[Tensor], Tensor],
+) -> None:
     by_error = config.selection == "quant_error"
     scores = calibrate(model, waiting, "activation_norm" if by_error else config.selection, calibration, step)
     totals = {path: reduce(score) for path, score in scores.items()}
@@ -57,7 +77,50 @@ def select_columns(
             total = total * weight_scores(layer, type(layer), "quant_error", path).to(total.device)
         layer.move_to_columns(largest_indices(total, layer.r).to(layer.paca_indices.device))
         settle_columns(layer)
-    quantize_layers(layers, config)
+
+
+def has_own_steps(layer: PaCALayer) -> bool:
+    """Whether data has fitted the steps of a layer's columns."""
+    return layer.paca_scale is not None and bool((layer.paca_scale != 1).any())
+
+
+@torch.no_grad()
+def fit_steps(
+    layers: Mapping[str, PaCALayer], squares: Mapping[str, Tensor], reduce: Callable[[Tensor], Tensor]
+) -> None:
+    """Give each column a step that fits its input: the layer's rms over the column's own, as a power of two.
+
+    A power of two changes no bit of a mantissa, so deltas, weights and adapters stay exact. The weight stays as it is:
+    a delta that is there already is expressed in the new steps.
+
+    Args:
+        layers: By path.
+        squares: Sum of squares of each input channel of each layer, shape (in_features,).
+        reduce: Sums over ranks.
+    """
+    for path, layer in layers.items():
+        total = reduce(squares[path]).float()
+        ratio = (total.mean() / total.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
+        steps = torch.exp2(ratio.log2().round().clamp(-LARGEST_STEP, LARGEST_STEP))
+        if not bool(torch.isfinite(steps).all()) or not bool(total.any()):
+            steps = torch.ones_like(total)  # no batch reached the layer, or a batch had NaN
+        indices = layer.paca_indices.to(steps.device)
+        change_steps(layer, steps[indices].to(layer.paca_indices.device))
+
+
+@torch.no_grad()
+def change_steps(layer: PaCALayer, steps: Tensor) -> None:
+    """Let the columns of a layer move by other steps from now on; what the weight holds stays.
+
+    Args:
+        layer: The layer.
+        steps: Powers of two, shape (r,).
+    """
+    assert layer.paca_scale is not None, "conversions whose columns move by other steps begin with steps of 1"
+    delta = local(layer.paca_delta)
+    delta.mul_((layer.paca_scale / steps).to(delta.device))
+    layer.paca_scale.copy_(steps)
+    layer.write_columns()
 
 
 def settle_columns(layer: PaCALayer) -> None:

@@ -178,7 +178,7 @@ def _check_layers(model: nn.Module, layers: dict[str, PaCALayer], inventory: Inv
                 "by rows. Leave the layer whole, or shard it with fully_shard."
             )
     for path, layer in inventory.layers.items():
-        own_name = f"{path}.{layer.base_name}"
+        own_name = f"{path}.{layer.base_name}".lstrip(".")  # the model may be the layer itself
         if others := [name for name in inventory.owners[layer.get_parameter(layer.base_name)] if name != own_name]:
             raise PaCAError(
                 f"{own_name!r} shares its memory with {others[0]!r} since the conversion: columns written into one "

@@ -13,6 +13,7 @@ SELECTIONS = ("random", "weight_norm", "activation_norm", "gradient_norm", "quan
 CALIBRATED = ("activation_norm", "gradient_norm")
 QUANTIZATIONS = ("nf4",)
 LARGEST_ALPHA = 1e9  # beyond it, and below its inverse, fp32 loses the columns or the deltas
+COLUMN_STEPS = ("auto", "equal", "input_rms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class PaCAConfig:
         selection: How columns are chosen. ``random`` (the paper's choice) needs nothing; ``weight_norm`` takes those
             of the largest norm; ``activation_norm`` and ``gradient_norm`` look at some training batches first;
             ``quant_error`` takes those that quantization hurts most.
+        column_steps: How far an optimizer moves each column at one learning rate. ``equal``: alike. ``input_rms``: by
+            the layer's rms input over the column's own, a power of two from 1/8 to 8, seen on some training batches; so
+            columns of large inputs take smaller steps. ``auto``: ``input_rms`` where activations or gradients choose
+            the columns, which favours large inputs, otherwise ``equal``.
         seed: Seed of the random selection. Each layer's draw depends on this and on its path alone.
         quantize: ``nf4`` stores the frozen weights in 4 bits. Default: as they are.
         modules_to_save: Names of modules that are trained whole and saved with the adapter, such as a new head.
@@ -52,6 +57,7 @@ class PaCAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     selection: str = "random"
+    column_steps: str = "auto"
     seed: int = 0
     quantize: str | None = None
     modules_to_save: list[str] = field(default_factory=list)
@@ -67,6 +73,7 @@ class PaCAConfig:
         for pattern, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
         _check_choice("selection", self.selection, SELECTIONS)
+        _check_choice("column_steps", self.column_steps, COLUMN_STEPS)
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTIZATIONS)
         if self.selection == "quant_error" and self.quantize is None:
@@ -111,6 +118,11 @@ class PaCAConfig:
         if matched is not None:
             return float(self.alpha_pattern[matched])
         return float(rank if self.alpha is None else self.alpha)
+
+    @property
+    def steps_by_input(self) -> bool:
+        """Whether each column's step is fitted to its input, for which some training batches are needed."""
+        return self.column_steps == "input_rms" or (self.column_steps == "auto" and self.selection in CALIBRATED)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values that JSON and YAML can hold."""

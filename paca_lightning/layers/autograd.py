@@ -25,13 +25,15 @@ from paca_lightning.core.errors import PaCAError
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def scaling_argument(scaling: float, like: Tensor) -> float | Tensor:
+def scaling_argument(scaling: float | Tensor, like: Tensor) -> float | Tensor:
     """The scaling as an autograd function takes it: a float; while compiling, a scalar tensor of fp32 or wider.
+
+    Where it is one number for each column already, it stays that.
 
     Where layers differ in their scaling, torch.compile makes it symbolic, and cannot pass a symbolic float to an
     autograd function (2.13).
     """
-    if not torch.compiler.is_compiling():
+    if isinstance(scaling, Tensor) or not torch.compiler.is_compiling():
         return scaling
     return like.new_full((), scaling, dtype=torch.promote_types(like.dtype, torch.float32))
 
@@ -97,7 +99,7 @@ class _ColumnGradient(torch.autograd.Function):
         return grad_output, None, grad, None, None
 
 
-def column_gradient(output: Tensor, input: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
+def column_gradient(output: Tensor, input: Tensor, delta: Tensor, indices: Tensor, scaling: float | Tensor) -> Tensor:
     """Tap: pass a linear layer's output through, and give the delta its gradient.
 
     The gradient is ``scaling * grad_output.T @ input[..., indices]``: the paper's partial gradient times the scaling.
@@ -109,7 +111,7 @@ def column_gradient(output: Tensor, input: Tensor, delta: Tensor, indices: Tenso
         input: x_TI, shape (tokens, in_features), what the layer computed it from.
         delta: D_OR, shape (out_features, r).
         indices: Selected input columns, shape (r,), int64.
-        scaling: ``alpha / r``.
+        scaling: ``alpha / r``, or a number for each column, shape (r,).
 
     Returns:
         ``output`` with the tap in its graph.
@@ -120,7 +122,9 @@ def column_gradient(output: Tensor, input: Tensor, delta: Tensor, indices: Tenso
     return _ColumnGradient.apply(output, input, delta, indices, scaling_argument(scaling, delta))
 
 
-def tapped(linear: Callable[[Tensor], Tensor], input: Tensor, delta: Tensor, indices: Tensor, scaling: float) -> Tensor:
+def tapped(
+    linear: Callable[[Tensor], Tensor], input: Tensor, delta: Tensor, indices: Tensor, scaling: float | Tensor
+) -> Tensor:
     """A linear map with the tap behind it, for an input of any number of dimensions.
 
     Args:
@@ -128,7 +132,7 @@ def tapped(linear: Callable[[Tensor], Tensor], input: Tensor, delta: Tensor, ind
         input: Shape (..., in_features).
         delta: Shape (out_features, r).
         indices: Shape (r,), int64.
-        scaling: ``alpha / r``.
+        scaling: As for :func:`column_gradient`.
 
     Returns:
         Shape (..., out_features).

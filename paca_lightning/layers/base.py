@@ -9,9 +9,18 @@ from torch import Tensor, nn
 from paca_lightning.core.dtensor import local
 from paca_lightning.layers.autograd import tapped
 from paca_lightning.layers.casting import keeping_precision
-from paca_lightning.layers.columns import PendingSelection, check_loaded_columns, check_not_parametrized
+from paca_lightning.layers.columns import (
+    PendingSelection,
+    check_loaded_columns,
+    check_not_parametrized,
+    column_factor,
+    trained_columns,
+)
+from paca_lightning.layers.loading import load_columns
 from paca_lightning.layers.plain import inside_transform, is_replaced, on_jagged_rows
 from paca_lightning.layers.write_watch import check_written, is_written, note_written
+
+_KEPT = ("paca_indices", "paca_scale")  # buffers that no cast changes and no move loses
 
 
 class PaCALayer(nn.Module):
@@ -27,6 +36,7 @@ class PaCALayer(nn.Module):
         paca_indices: The selected columns, shape (r,), int64, sorted and unique.
         r: Rank.
         scaling: ``alpha / r``.
+        paca_scale: A step for each column, shape (r,), powers of two. None: 1.
         paca_pending: The selection that will choose the columns. None once they are chosen.
         paca_conversion: What the converted model knows of its conversion; its layers share it. None without a model.
         paca_path: Path of the layer in the module that was converted.
@@ -43,6 +53,7 @@ class PaCALayer(nn.Module):
     paca_indices: Tensor
     r: int
     scaling: float
+    paca_scale: Tensor | None
     paca_enabled: bool
     paca_base_class: type[nn.Module]
     paca_pending: PendingSelection | None = None
@@ -56,6 +67,11 @@ class PaCALayer(nn.Module):
     def base(self) -> Tensor:
         """The frozen parameter that holds the base weight."""
         return getattr(self, self.base_name)
+
+    @property
+    def factor(self) -> float | Tensor:
+        """What the delta is multiplied by in the weight: the scaling, times each column's step."""
+        return column_factor(self.scaling, self.paca_scale)
 
     @classmethod
     def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
@@ -79,6 +95,7 @@ class PaCALayer(nn.Module):
         self.base.requires_grad_(False)
         # On a meta model the indices are real, too: the code that fills its weights reads them.
         self.register_buffer("paca_indices", indices.cpu() if self.base.is_meta else indices.to(self.base.device))
+        self.register_buffer("paca_scale", None)
         self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
         dtype = torch.promote_types(self.paca_base_columns.dtype, torch.float32)
         shape = (self.out_features, self.r)
@@ -96,7 +113,7 @@ class PaCALayer(nn.Module):
             self.write_columns()
         else:
             self.restore_columns()
-        del self.paca_delta, self.paca_base_columns, self.paca_indices
+        del self.paca_delta, self.paca_base_columns, self.paca_indices, self.paca_scale
         base_class = self.paca_base_class
         for name in [name for name in vars(self) if name in ("r", "scaling") or name.startswith("paca_")]:
             del vars(self)[name]
@@ -125,7 +142,8 @@ class PaCALayer(nn.Module):
         if self.paca_enabled:
             check_not_parametrized(self, self.base, self.paca_path)
             self._reshard()
-            self._put_columns(torch.add(local(self.paca_base_columns), local(self.paca_delta), alpha=self.scaling))
+            base, delta = local(self.paca_base_columns), local(self.paca_delta)
+            self._put_columns(trained_columns(base, delta, self.factor))
             note_written(self, self.paca_delta)
 
     @torch.no_grad()
@@ -159,10 +177,10 @@ class PaCALayer(nn.Module):
         local(self.paca_base_columns).copy_(self._read_columns())
         self.write_columns()
 
-    def _columns(self) -> tuple[Tensor, Tensor | None, Tensor, float]:
-        """What makes the trained columns: base columns, delta (None while disabled), indices and scaling."""
+    def _columns(self) -> tuple[Tensor, Tensor | None, Tensor, float | Tensor]:
+        """What makes the trained columns: base columns, delta (None while disabled), indices and factor."""
         delta = self.paca_delta if self.paca_enabled else None
-        return self.paca_base_columns, delta, self.paca_indices, self.scaling
+        return self.paca_base_columns, delta, self.paca_indices, self.factor
 
     def _base_forward(self, input: Tensor) -> Tensor:
         """The base layer's forward, for an input of shape (..., in_features)."""
@@ -186,7 +204,7 @@ class PaCALayer(nn.Module):
             return self._base_forward(input)
         if self.keeps_weight and not torch.compiler.is_compiling() and not is_written(self, delta):
             check_written(self, delta)
-        return tapped(self._base_forward, input, delta, self.paca_indices, self.scaling)
+        return tapped(self._base_forward, input, delta, self.paca_indices, self.factor)
 
     def __getstate__(self) -> dict[str, Any]:
         """State of a copy: its delta is another tensor, so what was noted of this one does not hold."""
@@ -195,13 +213,14 @@ class PaCALayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "PaCALayer":
         """Move or cast the layer. Delta and base columns are never narrowed, and known indices never lost."""
         widened = (self.paca_delta, self.paca_base_columns, self.paca_delta.grad)
-        indices, dtype = self.paca_indices, self.base.dtype
+        known = {name: each for name, each in self.named_buffers() if name in _KEPT and not each.is_meta}
+        dtype = self.base.dtype
         in_step = is_written(self, self.paca_delta)
         super()._apply(keeping_precision(fn, widened, self._uncast()), recurse)
         if in_step:
             note_written(self, self.paca_delta)
-        if not indices.is_meta:
-            self.paca_indices = indices.to(self.paca_indices.device)
+        for name, buffer in known.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
         if self.base.dtype != dtype and not self.base.is_meta:
             self.write_columns()  # a wider weight holds more of the delta
         return self
@@ -212,28 +231,9 @@ class PaCALayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load any mix of base weight, indices and delta, then write the trained columns."""
-        path = prefix.removesuffix(".")
-        self._check_loaded(state_dict, prefix, path)
-        indices = state_dict.get(prefix + "paca_indices")
-        has_base = prefix + self.base_name in state_dict
+        self._check_loaded(state_dict, prefix, prefix.removesuffix("."))
         with torch.no_grad():
-            if indices is not None and not self.base.is_meta and not has_base:
-                self.move_to_columns(local(indices).to(self.paca_indices.device))
-            super()._load_from_state_dict(state_dict, prefix, *args)
-            if self.base.is_meta:
-                return
-            if self.paca_delta.is_meta and not hasattr(self.base, "to_local"):
-                self._follow_from_meta()
-            if has_base and prefix + "paca_base_columns" not in state_dict:
-                local(self.paca_base_columns).copy_(self._read_columns())
-            self.write_columns()
-
-    def _follow_from_meta(self) -> None:
-        """Create what ``load_state_dict(assign=True)`` left on meta: only the base weight became real."""
-        device, trained = self.base.device, self.paca_delta.requires_grad
-        self.paca_delta = nn.Parameter(torch.zeros_like(self.paca_delta, device=device), requires_grad=trained)
-        self.paca_indices = self.paca_indices.to(device)
-        self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
+            load_columns(self, state_dict, prefix, super()._load_from_state_dict, *args)
 
     def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
         delta, indices = (state_dict.get(prefix + name) for name in ("paca_delta", "paca_indices"))

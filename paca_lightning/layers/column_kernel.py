@@ -18,7 +18,7 @@ ROWS = 64
 def write_tiles(
     table,
     tiles,
-    scalings,
+    factors,
     LENGTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -26,13 +26,13 @@ def write_tiles(
     BASE: tl.constexpr,
     DELTA: tl.constexpr,
 ):
-    """Write ``base + scaling * delta`` into the selected columns of one tile of rows.
+    """Write ``base + factor * delta`` into the selected columns of one tile of rows.
 
     Args:
         table: Shape (layers, LENGTH), int64: addresses of weight, base columns, delta and indices; rows; rank; stride
             of a row and of a column of the weight.
         tiles: Shape (programs, 2), int64: each program's layer and its first row.
-        scalings: Shape (layers,): what each layer's delta is multiplied by.
+        factors: Shape (layers, WIDTH): what the columns of each layer's delta are multiplied by.
         LENGTH: Of an entry.
         HEIGHT: Rows of a tile.
         WIDTH: The rank, rounded up to a power of two.
@@ -55,7 +55,7 @@ def write_tiles(
     source = row[:, None] * rank + number[None, :]
     value = tl.fma(
         tl.load(delta + source, mask=inside, other=0.0),
-        tl.full([HEIGHT, WIDTH], 1.0, DELTA) * tl.load(scalings + layer),
+        tl.broadcast_to(tl.load(factors + layer * WIDTH + number)[None, :], [HEIGHT, WIDTH]),
         tl.load(base + source, mask=inside, other=0.0).to(DELTA),
     )
     column = tl.load(indices + number, mask=selected, other=0)

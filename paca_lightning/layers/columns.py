@@ -76,6 +76,24 @@ def check_indices(indices: Tensor, in_features: int, r: int, *, path: str) -> No
         raise PaCAError(f"The column indices of {path!r} {problem}. Were they made for this model?")
 
 
+def column_factor(scaling: float, scale: Tensor | None) -> float | Tensor:
+    """What the columns of a delta are multiplied by in the weight: the scaling, times each column's step (r,)."""
+    if scale is None:
+        return scaling
+    return scale if scaling == 1.0 else scale * scaling
+
+
+def trained_columns(columns: Tensor, delta: Tensor, factor: float | Tensor) -> Tensor:
+    """``columns + factor * delta``, shape (out_features, r), in the wider dtype of both.
+
+    Args:
+        columns: Base columns, shape (out_features, r).
+        delta: Shape (out_features, r).
+        factor: One number, or one for each column, shape (r,).
+    """
+    return columns + delta * factor if isinstance(factor, Tensor) else torch.add(columns, delta, alpha=factor)
+
+
 def is_expanded(weight: Tensor) -> bool:
     """Whether elements of a weight share memory, as those of an expanded view: writing one column changes others."""
     return any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))

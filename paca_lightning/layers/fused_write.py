@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paca_lightning.core.dtensor import local
 from paca_lightning.layers.base import PaCALayer
-from paca_lightning.layers.columns import check_not_parametrized
+from paca_lightning.layers.columns import check_not_parametrized, trained_columns
 from paca_lightning.layers.write_watch import note_written
 
 
@@ -30,20 +30,20 @@ class ColumnWrite:
         base: Base columns, shape (rows, r), contiguous.
         delta: Shape (rows, r), contiguous, fp32 or fp64.
         indices: Columns of the weight, shape (r,), int64.
-        scaling: What the delta is multiplied by.
+        factor: What the delta is multiplied by: one number, or one for each column, shape (r,).
     """
 
     weight: Tensor
     base: Tensor
     delta: Tensor
     indices: Tensor
-    scaling: float
+    factor: float | Tensor
 
     @classmethod
     def of(cls, layer: PaCALayer) -> "ColumnWrite":
         """The write of a layer, on this rank's rows."""
         base, delta = local(layer.paca_base_columns).detach(), local(layer.paca_delta).detach()
-        return cls(layer._rows(), base, delta, layer.paca_indices, layer.scaling)
+        return cls(layer._rows(), base, delta, layer.paca_indices, layer.factor)
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -53,7 +53,7 @@ class ColumnWrite:
 
     def expected(self) -> Tensor:
         """The trained columns in plain operators, shape (rows, r): the reference of the kernel."""
-        return torch.add(self.base, self.delta, alpha=self.scaling).to(self.weight.dtype)
+        return trained_columns(self.base, self.delta, self.factor).to(self.weight.dtype)
 
 
 class FusedWrite:
@@ -76,8 +76,10 @@ class FusedWrite:
             for w in writes
         ]
         tiles = [(layer, row) for layer, w in enumerate(writes) for row in range(0, w.weight.shape[0], ROWS)]
-        scalings = torch.tensor([w.scaling for w in writes], dtype=writes[0].delta.dtype)
-        self._arguments = (torch.tensor(table).to(device), torch.tensor(tiles).to(device), scalings.to(device))
+        factors = torch.zeros(len(writes), self._width, dtype=writes[0].delta.dtype, device=device)
+        for row, write in zip(factors, writes, strict=True):
+            row[: write.indices.numel()] = write.factor
+        self._arguments = (torch.tensor(table).to(device), torch.tensor(tiles).to(device), factors)
 
     def launch(self) -> None:
         """Write all columns."""
@@ -100,7 +102,7 @@ class FusedWrite:
         """
         for write in self._writes:
             written, expected = write.weight.index_select(1, write.indices).double(), write.expected().double()
-            size = write.base.double().abs() + (write.scaling * write.delta).double().abs()
+            size = write.base.double().abs() + (write.factor * write.delta).double().abs()
             limit = torch.finfo(write.weight.dtype).eps * size + torch.finfo(write.weight.dtype).tiny
             if bool(((written - expected).abs() > limit).any()):
                 return False
@@ -109,8 +111,8 @@ class FusedWrite:
 
 def addresses_of(layer: PaCALayer) -> tuple[int, ...]:
     """Where the tensors are that the write of a layer needs."""
-    tensors = (layer.base, layer.paca_base_columns, layer.paca_delta, layer.paca_indices)
-    return tuple(local(tensor).data_ptr() for tensor in tensors)
+    tensors = (layer.base, layer.paca_base_columns, layer.paca_delta, layer.paca_indices, layer.paca_scale)
+    return tuple(0 if tensor is None else local(tensor).data_ptr() for tensor in tensors)
 
 
 @cache

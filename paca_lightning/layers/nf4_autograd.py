@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from paca_lightning.layers.autograd import scaling_argument
+from paca_lightning.layers.columns import trained_columns
 from paca_lightning.layers.nf4 import Scales, dequantize_rows
 
 
@@ -20,7 +21,7 @@ def dequantized_linear(
     columns: Tensor,
     delta: Tensor | None,
     indices: Tensor,
-    scaling: float,
+    scaling: float | Tensor,
 ) -> Tensor:
     """``input @ W.T + bias``. W is dequantized in the forward, and in the backward if the input needs a gradient.
 
@@ -35,7 +36,7 @@ def dequantized_linear(
         columns: Base columns, shape (out_features, r).
         delta: Update of the columns, shape (out_features, r). None: the plain NF4 base.
         indices: Selected columns, shape (r,), int64.
-        scaling: ``alpha / r``.
+        scaling: ``alpha / r``, or a number for each column, shape (r,).
 
     Returns:
         Shape (..., out_features), in the input's dtype.
@@ -65,8 +66,7 @@ def merged_weight(
     """
     weight = dequantize_rows(packed, scales, in_features, dtype, in_backward=in_backward)
     if delta is not None:
-        trained = columns + delta * scaling if isinstance(scaling, Tensor) else columns.add(delta, alpha=scaling)
-        weight.index_copy_(1, indices, trained.to(dtype))
+        weight.index_copy_(1, indices, trained_columns(columns, delta, scaling).to(dtype))
     return weight
 
 
@@ -88,9 +88,9 @@ class _DequantizedLinear(torch.autograd.Function):
     ) -> Tensor:
         weight = merged_weight(packed, scales, in_features, input.dtype, columns, delta, indices, scaling)
         # All of these are parameters and buffers of the layer, so saving them costs nothing.
-        compiled = isinstance(scaling, Tensor)
-        ctx.save_for_backward(packed, columns, delta, indices, *scales, *([scaling] if compiled else []))  # type: ignore[arg-type]
-        ctx.in_features, ctx.scaling = in_features, None if compiled else scaling  # type: ignore[attr-defined]
+        factors = [scaling] if isinstance(scaling, Tensor) else []
+        ctx.save_for_backward(packed, columns, delta, indices, *scales, *factors)  # type: ignore[arg-type]
+        ctx.in_features, ctx.scaling = in_features, None if factors else scaling  # type: ignore[attr-defined]
         return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
 
     @staticmethod

@@ -133,7 +133,7 @@ class QPaCALinear(BuiltLikeLinear):
             columns,
             delta if trained else torch.zeros_like(delta),
             self.paca_indices,
-            self.scaling,
+            self.factor,
         )
 
     def release(self, *, trained: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import is_expanded_weight, transforms_are_active
+from paca_lightning.layers.columns import trained_columns
 
 
 def is_replaced(delta: Tensor) -> bool:
@@ -25,7 +26,13 @@ def inside_transform() -> bool:
 
 
 def with_columns(
-    weight: Tensor, columns: Tensor, delta: Tensor | None, indices: Tensor, scaling: float, *, transposed: bool = False
+    weight: Tensor,
+    columns: Tensor,
+    delta: Tensor | None,
+    indices: Tensor,
+    scaling: float | Tensor,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """A new weight with the trained columns, differentiable with respect to the delta.
 
@@ -34,7 +41,7 @@ def with_columns(
         columns: Base columns, shape (out_features, r).
         delta: Update of the columns, shape (out_features, r). None: the weight as it is.
         indices: Selected columns, shape (r,), int64.
-        scaling: ``alpha / r``.
+        scaling: ``alpha / r``, or a number for each column, shape (r,).
         transposed: Whether the weight is the transpose.
 
     Raises:
@@ -47,7 +54,7 @@ def with_columns(
             "ExpandedWeight (call_for_per_sample_grads) cannot compute a PaCA layer's gradients per sample. Use "
             "torch.func.vmap over torch.func.grad, with the deltas passed to torch.func.functional_call."
         )
-    trained = torch.add(columns, delta, alpha=scaling).to(weight.dtype)
+    trained = trained_columns(columns, delta, scaling).to(weight.dtype)
     return weight.index_copy(0, indices, trained.t()) if transposed else weight.index_copy(1, indices, trained)
 
 

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import version_of
+from paca_lightning.layers.columns import trained_columns
 
 
 class WatchedLayer(Protocol):
@@ -27,7 +28,10 @@ class WatchedLayer(Protocol):
     paca_path: str
     paca_written: tuple[int, int] | None
     paca_written_at: int
-    scaling: float
+
+    @property
+    def factor(self) -> float | Tensor:
+        """What the delta is multiplied by in the weight."""
 
     def _read_columns(self) -> Tensor: ...
 
@@ -86,7 +90,7 @@ def check_written(layer: WatchedLayer, delta: Tensor) -> None:
 @torch.no_grad()
 def _weight_is_in_step(layer: WatchedLayer) -> bool:
     """Whether the weight equals its base columns plus its scaled delta. Waits for the device."""
-    columns = torch.add(layer.paca_base_columns, layer.paca_delta, alpha=layer.scaling)
+    columns = trained_columns(layer.paca_base_columns, layer.paca_delta, layer.factor)
     present = layer._read_columns()
     return torch.equal(present, columns.to(present.dtype))
 

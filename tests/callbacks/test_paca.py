@@ -29,6 +29,7 @@ from paca_lightning import (
     save_adapter,
     unload,
 )
+from paca_lightning.conversion.select import has_own_steps
 from tests.artefacts import logged
 
 CONFIG = PaCAConfig(r=4, alpha=8)
@@ -132,7 +133,7 @@ def in_step(model: nn.Module) -> bool:
     return all(
         torch.equal(
             layer.weight[:, layer.paca_indices],
-            (layer.paca_base_columns + layer.scaling * layer.paca_delta).to(layer.weight.dtype),
+            (layer.paca_base_columns + layer.factor * layer.paca_delta).to(layer.weight.dtype),
         )
         for _, layer in paca_layers(model)
     )
@@ -431,11 +432,28 @@ def test_quantized_base_with_columns_chosen_by_data_resumes(trainer: Any, tmp_pa
     trainer(PaCAStrategy(config), max_epochs=2).fit(whole, loader())
     trainer(PaCAStrategy(config), ModelCheckpoint(tmp_path, filename="one"), max_epochs=1).fit(first, loader())
     state = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
-    assert {key.rpartition(".")[2] for key in state} == {"paca_delta", "paca_indices"}
+    assert {key.rpartition(".")[2] for key in state} == {"paca_delta", "paca_indices", "paca_scale"}
     trainer(PaCAStrategy(config), max_epochs=2).fit(second, loader(), ckpt_path=tmp_path / "one.ckpt")
     for (_, expected), (_, layer) in zip(paca_layers(whole), paca_layers(second), strict=True):
         assert isinstance(layer, QPaCALinear)
         assert torch.equal(layer.paca_delta, expected.paca_delta)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_run_whose_columns_have_steps_of_their_own_resumes_bitwise(
+    quantize: str | None, trainer: Any, tmp_path: Path
+) -> None:
+    config = PaCAConfig(r=4, column_steps="input_rms", quantize=quantize)
+    scaled = DataLoader(DATA * torch.linspace(0.1, 3, 16), batch_size=4)
+    whole, first, second = Module(), Module(), Module()
+    trainer(PaCAStrategy(config), max_epochs=2).fit(whole, scaled)
+    trainer(PaCAStrategy(config), ModelCheckpoint(tmp_path, filename="one"), max_epochs=1).fit(first, scaled)
+    trainer(PaCAStrategy(config), max_epochs=2).fit(second, scaled, ckpt_path=tmp_path / "one.ckpt")
+    assert any(has_own_steps(layer) for _, layer in paca_layers(whole))
+    for (_, expected), (_, layer) in zip(paca_layers(whole), paca_layers(second), strict=True):
+        assert torch.equal(layer.paca_scale, expected.paca_scale)
+        assert torch.equal(layer.paca_delta, expected.paca_delta)
+        assert torch.equal(layer.weight, expected.weight)
 
 
 def test_evaluation_quantizes_with_the_columns_of_the_checkpoint(trainer: Any, tmp_path: Path) -> None:

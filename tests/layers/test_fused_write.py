@@ -1,6 +1,7 @@
 """The fused write-back: its kernel in Triton's interpreter, and when it is used."""
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,14 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def column_write(
-    rows: int, columns: int, r: int, dtype: torch.dtype, scaling: float, *, transposed: bool = False
+    rows: int,
+    columns: int,
+    r: int,
+    dtype: torch.dtype,
+    scaling: float,
+    *,
+    transposed: bool = False,
+    steps: bool = False,
 ) -> Any:
     wide = torch.promote_types(dtype, torch.float32)
     weight = torch.randn(columns, rows).to(dtype).t() if transposed else torch.randn(rows, columns).to(dtype)
@@ -48,6 +56,7 @@ def test_the_kernel_writes_what_plain_operators_write(dtype: torch.dtype, scalin
         column_write(100, 40, 6, dtype, scaling),
         column_write(33, 64, 5, dtype, scaling, transposed=True),
         column_write(64, 9, 8, dtype, scaling),
+        dataclasses.replace(column_write(20, 9, 8, dtype, 1.0), factor=2.0 ** torch.arange(-2, 6).to(dtype)),
     ]
     expected = [write.weight.clone().index_copy_(1, write.indices, write.expected()) for write in writes]
     versions = [write.weight._version for write in writes]

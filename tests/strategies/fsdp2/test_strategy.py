@@ -49,6 +49,7 @@ RUNS = {
         module={"dtype": torch.bfloat16},
         config=PaCAConfig(r=4, modules_to_save=["lm_head", "input_layernorm"]),
     ),
+    "columns with steps of their own": Run(strategy={}, config=PaCAConfig(r=4, alpha=8, column_steps="input_rms")),
     "NF4": Run(strategy={}, config=NF4),
     "NF4, accumulation, clipping": Run(
         strategy={}, config=NF4, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
@@ -102,6 +103,7 @@ def test_all_ranks_refuse_to_save_if_one_has_too_little_space(two_ranks: dict[st
 FOUR = {
     "dense": Run(strategy={}),
     "copies of two shards": Run(strategy={"shard_size": 2}),
+    "columns with steps of their own": Run(strategy={}, config=PaCAConfig(r=4, alpha=8, column_steps="input_rms")),
     "NF4": Run(strategy={}, config=NF4),
     "NF4, bf16-mixed": Run(strategy={}, config=NF4, trainer={"precision": "bf16-mixed"}),
     "NF4, selective checkpointing": Run(strategy={"activation_checkpointing": "selective"}, config=NF4),
