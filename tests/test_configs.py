@@ -70,6 +70,7 @@ def test_none_is_overlooked() -> None:
             "heldout",
             "mmlu_eval",
             "paca",
+            "peft",
             "qpaca",
             "samples",
             "throughput",

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.chat import ChatEncoder
-from paca_lightning.tasks.data.conversation import Conversation
-from paca_lightning.tasks.data.formats import Format, conversations
+from paca_lightning.tasks.data.documents import DocumentEncoder
+from paca_lightning.tasks.data.formats import Format, records
 from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.mmlu.questions import check_question
 from paca_lightning.tasks.mmlu.sources import read_file
 from tests.reliability.examples import FEW, examples
+from tests.tasks.rows import converted as rows_converted
 from tests.tiny import tiny_tokenizer
 
 FORMATS = get_args(Format)
@@ -126,18 +127,12 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str | None]:
 def use(rows: list[Any], format: Any) -> None:
     """Convert and tokenize rows as the data module does; each is used, or refused with its place."""
     pairs = list(enumerate(rows, start=1))
-    found, refused = attempt(
-        lambda: list(conversations(pairs, "rows.jsonl", format, text_column="text", tree_paths="all"))
-    )
+    found, refused = attempt(lambda: list(records(pairs, "rows.jsonl", format, "text")))
     assert refused is None or "rows.jsonl, row " in refused
-    for _, one in found or ():
-        if isinstance(one, PaCAError):
-            assert str(one).startswith("rows.jsonl, row ")
-            continue
-        one = Conversation.from_json(one.to_json())
-        spans, _ = attempt(lambda one=one: ENCODER.spans(one))  # tokenize puts the place before what is refused
-        if spans is not None:
-            ENCODER.encode([spans])
+    encoder = DocumentEncoder(ENCODER, tree_paths="all")
+    for document in encoder([(0, record) for record in found or ()]):  # the report puts the place before an error
+        assert document.row in range(1, len(rows) + 1)
+        assert document.error != ""
 
 
 @examples()
@@ -232,9 +227,8 @@ def test_values_that_only_parquet_has(value: Any) -> None:
 
 
 def converted(*rows: Any, format: Any = "auto") -> list[str]:
-    pairs = enumerate(rows, start=1)
-    found = conversations(pairs, "rows.jsonl", format, text_column="text", tree_paths="all")
-    return [str(one) for _, one in found]
+    found = rows_converted(enumerate(rows, start=1), format, tree_paths="all")
+    return [f"rows.jsonl, row {row}: {one}" for row, one in found]
 
 
 def message(identity: Any, parent: Any, role: str = "prompter", **others: Any) -> dict[str, Any]:

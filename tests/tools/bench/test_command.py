@@ -102,7 +102,7 @@ def test_several_ranks_train_together(model: str) -> None:
         ({"preset": "llama9", "model": None}, "no preset 'llama9'.*small, llama3-8b"),
         ({"preset": "small"}, "either a model .* or a preset"),
         ({"model": None}, "either a model .* or a preset"),
-        ({"model": "/nowhere/at/all"}, "No model can be read from '/nowhere/at/all'"),
+        ({"model": "/nowhere/at/all"}, "'/nowhere/at/all' does not exist"),
         ({"layers": 3}, "layers=3 is more than the model's 2"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
         ({"tokens": 0}, "tokens must be at least 1"),
