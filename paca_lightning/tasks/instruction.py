@@ -20,6 +20,8 @@ from paca_lightning.tasks.data.locations import skipped
 from paca_lightning.tasks.data.mixture import DataSource, OnBadRow, Part, load_split, mixed, parts_of
 from paca_lightning.tasks.data.sampler import BatchOrder
 from paca_lightning.tasks.data.split import TokenizedSplit
+from paca_lightning.tasks.data.stream_loader import StreamLoader
+from paca_lightning.tasks.data.streaming import check_stream_settings, first_rows, stream_loader
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
 
 
@@ -73,6 +75,9 @@ class InstructionDataModule(LightningDataModule):
         validation_split: Split of the one given as `validation`.
         test_split: Split of the one given as `test`.
         on_bad_row: What to do if rows cannot be used: raise an `error` that lists them, or `drop` and count them.
+        streaming: Read and tokenize the training data as they are trained, for files larger than memory. There is no
+            epoch of all rows: set `max_steps`, or `limit_train_batches` to a whole number.
+        shuffle_buffer: Rows of a stream that are shuffled at a time; all processes together keep so many in memory.
         strict_template: Raise an error, not a warning, where the chat template leaves out or adds text, or has no
             end-of-turn token.
 
@@ -114,11 +119,13 @@ class InstructionDataModule(LightningDataModule):
         strict_template: bool = False,
         num_proc: int | None = None,
         max_samples: int | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         at_least = {"max_length": 2, "batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0}
-        at_least |= {"num_proc": 1, "max_samples": 1}
+        at_least |= {"num_proc": 1, "max_samples": 1, "shuffle_buffer": 1}
         for name, least in at_least.items():
             if self.hparams[name] is not None and self.hparams[name] < least:
                 raise PaCAError(f"{name} is {self.hparams[name]}, but must be at least {least}.")
@@ -126,6 +133,8 @@ class InstructionDataModule(LightningDataModule):
             raise PaCAError(f"validation_fraction is {validation_fraction}, but must be at least 0 and below 1.")
         if validation is not None and validation_fraction:
             raise PaCAError("validation_fraction holds out training rows; with `validation` set it must be 0.")
+        if streaming:
+            check_stream_settings(self.hparams)
         self.splits = {}
 
     def prepare_data(self) -> None:
@@ -169,8 +178,10 @@ class InstructionDataModule(LightningDataModule):
             elif self.hparams[name] is not None:
                 self.splits[name] = self._load(name, encode)
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """Shuffled batches of the training split."""
+        if self.hparams["streaming"]:
+            return stream_loader(self.hparams, self._parts("train"), self._encoder(), self.trainer)
         overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         return self._loader("train", shuffle=not overfitting)
 
@@ -204,6 +215,8 @@ class InstructionDataModule(LightningDataModule):
         return parts_of(hparams[name], settings, name, hparams["cache_dir"])
 
     def _load(self, name: str, encode: DocumentEncoder) -> TokenizedSplit:
+        if name == "train" and self.hparams["streaming"]:
+            return first_rows(self.hparams, self._parts(name), encode, self.trainer)
         settings = {key: self.hparams[key] for key in ("cache_dir", "num_proc", "on_bad_row")}
         return load_split(name, self._parts(name), encode, **settings)
 

@@ -1,5 +1,7 @@
 """Shows what a data module trains on: decoded samples with the trained tokens marked, and length statistics."""
 
+from typing import Any
+
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.decode import decoded_runs
 from paca_lightning.tasks.data.split import TokenizedSplit
+from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.instruction import InstructionDataModule
 
 _PERCENTILES = (50, 90, 99)
@@ -51,6 +54,10 @@ def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: li
     return text
 
 
+def _batches(loader: Any) -> str:
+    return "streamed" if isinstance(loader, StreamLoader) else f"{len(loader):,}"
+
+
 def _statistics(datamodule: InstructionDataModule) -> Table:
     loaders = {
         "train": datamodule.train_dataloader,
@@ -58,7 +65,7 @@ def _statistics(datamodule: InstructionDataModule) -> Table:
         "test": datamodule.test_dataloader,
     }
     columns = {
-        name: {**_length_statistics(split), "batches in an epoch": f"{len(loaders[name]()):,}"}
+        name: {**_length_statistics(split), "batches in an epoch": _batches(loaders[name]())}
         for name, split in datamodule.splits.items()
     }
     table = Table("", title="Conversations and their tokens")

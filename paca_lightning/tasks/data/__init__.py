@@ -4,5 +4,6 @@
 them; `template`, `answers` and `chat` render and mask these; `remarks` and `report` tell what became of rows and texts.
 `tokenization` caches the tokens, `packing` and `sampler` plan batches, `collate` pads them, `loader` iterates.
 These modules may import `core`, `transformers` and `datasets`, and nothing else of the package.
-Limits: text only; a split is tokenized whole before training, and its lengths are kept in memory.
+`stream`, `stream_loader` and `streaming` train on files larger than memory.
+Limits: text only; without streaming, a split is tokenized whole before training, and its lengths are kept in memory.
 """

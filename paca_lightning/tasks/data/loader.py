@@ -88,6 +88,8 @@ class ResumableLoader:
                 size.
         """
         saved, here = state_dict["order"], self._identity()
+        if "streaming" in saved:
+            raise PaCAError("the checkpoint stands in a stream of training data. Set streaming: true to resume it.")
         if 0 < state_dict["position"] < saved["batches"] and saved != here:
             changed = ", ".join(f"{key} {saved.get(key)} -> {here[key]}" for key in here if saved.get(key) != here[key])
             raise PaCAError(

@@ -128,7 +128,22 @@ def load_split(
         documents = tokenized(part.rows, encode, cache_dir=cache_dir, num_proc=num_proc, name=name)
         found.append(_numbered_from(files, documents))
         files += len(part.rows.sources)
-    documents = concatenate_datasets(found)
+    return checked_split(name, location, concatenate_datasets(found), locations, encode, on_bad_row)
+
+
+def checked_split(
+    name: str,
+    location: str,
+    documents: Dataset,
+    locations: tuple[str, ...],
+    encode: DocumentEncoder,
+    on_bad_row: OnBadRow,
+) -> TokenizedSplit:
+    """The documents that have tokens, as a split with its report; `location` is where they come from, in words.
+
+    Raises:
+        PaCAError: A row cannot be used, or no conversation has a token to train.
+    """
     report = split_report(documents, locations, encode.encoder.tokenizer)
     bad = len(report.bad_rows)
     if bad and (on_bad_row == "error" or bad == len(documents)):

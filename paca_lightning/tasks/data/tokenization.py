@@ -187,10 +187,11 @@ def _encode_batch(batch: pa.Table, encode: DocumentEncoder) -> pa.Table:
         (row["file"], Record(row["row"], row["format"], from_json(row["content"] or "null"), row["error"]))
         for row in batch.to_pylist()
     ]
-    return _table(list(encode(found)))
+    return document_table(list(encode(found)))
 
 
-def _table(documents: list[Document]) -> pa.Table:
+def document_table(documents: list[Document]) -> pa.Table:
+    """The documents as columns, see `tokenized`."""
     encoded = [document.encoded for document in documents]
     lengths = np.array([len(one.input_ids) for one in encoded], dtype=np.int32)
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int32)
