@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
@@ -81,9 +82,10 @@ class DocumentStream:
                 documents, bad = self._tokenized(share)
                 dropped += bad if number == 0 else []  # later rounds drop the same
                 skipped = start.batches if (number, block) == start[:2] else 0
-                for streamed in self._of_block(documents, Position(number, block), skipped):
+                epoch = (number << 32) + block  # an order of its own for each block of each round
+                for used, batch in enumerate(self._of_block(documents, epoch, skipped), start=skipped + 1):
                     empty = False
-                    yield streamed._replace(dropped=dropped)
+                    yield StreamedBatch(batch, Position(number, block, used), dropped)
                     dropped = []
             if empty and start[1:] == (0, 0):
                 raise PaCAError(
@@ -92,21 +94,20 @@ class DocumentStream:
                 )
             start = Position(number + 1)
 
-    def _of_block(self, documents: list[Document], at: Position, skipped: int) -> Iterator[StreamedBatch]:
+    def _of_block(self, documents: list[Document], epoch: int, skipped: int) -> Iterator[dict[str, Tensor]]:
         if not documents:
             return
-        dataset = Dataset(document_table(documents))
-        lengths = [len(document.encoded.input_ids) for document in documents]
+        lengths = np.array([len(document.encoded.input_ids) for document in documents])
         order = BatchOrder(
-            lengths,  # type: ignore[arg-type]
+            lengths,
             self.batch_size,
             group_by_length=self.group_by_length,
             pack_to=self.pack_to,
             seed=self.seed,
         )
-        reader = DocumentReader(dataset)
-        for used, batch in enumerate(order.batches((at.round << 32) + at.block, skipped), start=skipped + 1):
-            yield StreamedBatch(self.collate(reader.__getitems__(batch)), at._replace(batches=used), [])
+        reader = DocumentReader(Dataset(document_table(documents)))
+        for batch in order.batches(epoch, skipped):
+            yield self.collate(reader.__getitems__(batch))
 
     def _shares(self, reader: int, readers: int) -> Iterator[list[tuple[int, Record]]]:
         """The reader's rows of each block of a round."""

@@ -40,7 +40,7 @@ class StreamLoader:
         trainer: Trainer | None = None,
     ) -> None:
         self.num_workers = num_workers
-        self._stream = stream
+        self.stream = stream
         self._batches = batches
         self._rank, self._world_size = rank, world_size
         self._trainer = trainer
@@ -59,7 +59,7 @@ class StreamLoader:
             # Lightning resumes an epoch that `max_steps` ended, even if no batch of it is left (its issue 19617).
             if self._trainer.fit_loop.batch_idx + 1 >= self._trainer.num_training_batches:
                 return
-        readers = _Readers(self._stream, self._positions, self._turn, self._rank, self._world_size)
+        readers = _Readers(self.stream, self._positions, self._turn, self._rank, self._world_size)
         loader = DataLoader(
             readers,
             batch_size=None,
@@ -67,7 +67,7 @@ class StreamLoader:
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # Without a generator, DataLoader draws the workers' seed from the global random state.
-            generator=torch.Generator().manual_seed(self._stream.seed),
+            generator=torch.Generator().manual_seed(self.stream.seed),
         )
         for streamed in loader:
             if isinstance(streamed, PaCAError):
@@ -113,7 +113,7 @@ class StreamLoader:
 
     def _identity(self) -> dict[str, Any]:
         readers = {"streaming": True, "world_size": self._world_size, "num_workers": self.num_workers}
-        return readers | self._stream.identity()
+        return readers | self.stream.identity()
 
 
 class _Readers(IterableDataset[StreamedBatch | PaCAError]):

@@ -57,7 +57,7 @@ def first_rows(
         batches_of_an_epoch(trainer)
     for part in parts:
         _check_part(part, encode.text_column)
-    stream = stream_of(settings, parts, encode)
+    stream = _stream(settings, parts, encode)
     documents = list(encode(list(islice(stream.records(), FIRST_ROWS))))
     locations = stream.locations()
     where = f"the first rows of {locations[0]}{', ...' * (len(locations) > 1)} (the rest is streamed)"
@@ -101,7 +101,7 @@ def stream_loader(
     """The training loader over a stream; arguments as of `first_rows`."""
     ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
     return StreamLoader(
-        stream_of(settings, parts, encode),
+        _stream(settings, parts, encode),
         batches_of_an_epoch(trainer) if trainer is not None else 0,
         rank=ranks.get("rank", 0),
         world_size=ranks.get("num_replicas", 1),
@@ -110,7 +110,7 @@ def stream_loader(
     )
 
 
-def stream_of(settings: Mapping[str, Any], parts: Sequence[Part], encode: DocumentEncoder) -> DocumentStream:
+def _stream(settings: Mapping[str, Any], parts: Sequence[Part], encode: DocumentEncoder) -> DocumentStream:
     """The stream that the data module's settings ask for."""
     tokenizer, packing, max_length = encode.encoder.tokenizer, settings["packing"], settings["max_length"]
     return DocumentStream(

@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.stream import DocumentStream, Position, StreamedBatch
-from paca_lightning.tasks.data.streaming import stream_of
 from tests.distributed_launch import launch
 from tests.tasks.data.test_loader import Bigram, assert_same_run, fit
 from tests.tasks.rows import chat, write_rows
@@ -32,7 +31,7 @@ def rows_file(tmp_path: Path) -> Path:
 
 
 def built(data: Any) -> DocumentStream:
-    return stream_of(data.hparams, data._parts("train"), data._encoder())
+    return data.train_dataloader().stream
 
 
 def first_round(stream: DocumentStream, reader: int = 0, readers: int = 1) -> Made:
