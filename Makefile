@@ -14,7 +14,7 @@ GUESTS := litgpt==0.5.13 timm==1.0.31
 
 GPU_VENV := .venv-gpu
 
-.PHONY: install demo mmlu bench gpu test test-quick check format clean
+.PHONY: install demo mmlu bench gpu test test-quick soak check format clean
 
 install: $(INSTALLED)
 
@@ -63,6 +63,12 @@ test: $(INSTALLED)
 # What is neither slow, nor starts processes, nor needs other people's trainers, of every folder: while you edit.
 test-quick: $(INSTALLED)
 	$(PYTEST) -m "not slow and not distributed and not guests" $(ARGS)
+
+# What takes hours: 50 kills of each kind of run, 10,000 steps, 10,000 examples a test; docs/reliability.md says what for.
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.reliability.killed_runs --kills 50 --random
+	$(BIN)/python -m tests.reliability.many_steps --steps 10000
+	EXAMPLES=10000 $(BIN)/pytest --timeout 0 tests/reliability/test_data_rows.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
