@@ -118,7 +118,8 @@ def test_validate_with_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
     without = ["validate", *DEBUG, *output_to(tmp_path), f"--ckpt_path={checkpoint}", "--trainer.callbacks=null"]
     code, message = failure(without, capsys)
     assert code == 2
-    assert "saved by a run with PaCAStrategy, which this one lacks" in message
+    assert "holds a PaCA adapter" in message
+    assert "nor a Trainer without PaCAStrategy does that" in message
 
 
 def test_callback_by_shorthand(tmp_path: Path) -> None:

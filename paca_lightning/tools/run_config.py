@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-from paca_lightning.callbacks.paca import PaCAStrategy
 from paca_lightning.callbacks.stop_signals import StopSignals
 from paca_lightning.core.errors import PaCAError, first_message, raised_by, users_mistake
 from paca_lightning.core.files import check_writable_if_local, disk_error, replacing
@@ -161,12 +160,9 @@ class RunCLI(LightningCLI):
         if isinstance(error, PaCAError):
             return error
         if isinstance(error, RuntimeError) and ".paca_delta" in str(error):  # PyTorch's list of keys that do not fit
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            if any(isinstance(callback, PaCAStrategy) for callback in callbacks):
-                return PaCAError(
-                    "The checkpoint trains other layers than this run. Use its target_modules and modules_to_save."
-                )
-            return PaCAError("The checkpoint was saved by a run with PaCAStrategy, which this one lacks. Add it.")
+            return PaCAError(
+                "The checkpoint trains other layers than this run. Use its target_modules and modules_to_save."
+            )
         if isinstance(error, REFUSALS) and raised_by(error).startswith("lightning."):
             return PaCAError(str(error).strip())
         if isinstance(error, OSError) and error.errno in DISK_IS_FULL:

@@ -56,7 +56,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     # Something that is not there
     (["--data.init_args.train=nowhere.jsonl"], ["nowhere.jsonl: no such file", "looked for"]),
     (["--data.init_args.tokenizer=nowhere"], ["tokenizer 'nowhere'", "Give a directory that `save_pretrained` wrote"]),
-    (["--model.init_args.model=configs/nowhere"], ["'configs/nowhere' could not be loaded"]),
+    (["--model.init_args.model=configs/nowhere"], ["model directory 'configs/nowhere' does not exist", "looked for"]),
     ([PACA, "--trainer.callbacks.adapter=/nowhere"], ["/nowhere/adapter_config.json is missing"]),
     (["--ckpt_path=nowhere.ckpt"], ["no checkpoint 'nowhere.ckpt' (--ckpt_path)"]),
     # Settings that contradict each other
