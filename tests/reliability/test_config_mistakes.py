@@ -23,7 +23,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ([f"{OPTIMIZER}.init_args.lr=fast"], ["lr", "fast", "Expected a <class 'float'>"]),
     # A name that is mistyped
     (["--trainer.precision=bf61"], ["trainer.precision", "bf61", "'bf16-mixed'"]),
-    (["--trainer.accelerator=gpuu"], ["accelerator='gpuu'", "Available names are: auto, cuda"]),
+    (["--trainer.accelerator=gpuu"], ["accelerator='gpuu'", "Available names are: auto, "]),
     (["--trainer.strategy=paca_fspd2"], ["strategy='paca_fspd2'", "Example choices: auto, ddp"]),
     (["--trainer.callbacks=PaCAStrategi"], ["trainer.callbacks", "PaCAStrategi"]),
     ([f"{OPTIMIZER}=torch.optim.AdaW"], ["optimizer", "torch.optim.AdaW"]),
