@@ -1,9 +1,12 @@
 """A chat template that loops or allocates without end is stopped, wherever it runs."""
 
+import time
+
 import pytest
+from jinja2.exceptions import SecurityError
 
 from paca_lightning import PaCAError
-from paca_lightning.tasks.data.bounded_template import render_chat
+from paca_lightning.tasks.data.bounded_template import SHORT, BoundedEnvironment, Limits, render_chat
 from paca_lightning.tasks.data.template import ChatTemplate
 from paca_lightning.tasks.generation import answer
 from tests.tasks.data import templates
@@ -68,3 +71,24 @@ def test_the_limit_is_of_one_conversation() -> None:
     tokenizer.chat_template = "{% for i in range(99999) %}{% endfor %}done"
     for _ in range(4):
         assert render_chat(tokenizer, MESSAGES, tokenize=False) == "done"
+
+
+def test_the_clock_is_read_for_long_texts_and_at_times_for_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[float] = []
+
+    def clock() -> float:
+        reads.append(0.0)
+        return 0.0
+
+    monkeypatch.setattr(time, "thread_time", clock)
+    environment = BoundedEnvironment()
+    environment.limits = Limits()
+    reads.clear()
+    for _ in range(640):
+        environment.measured("short")
+    assert len(reads) == 10
+    environment.limits.until = -1.0
+    with pytest.raises(SecurityError, match="runs without end"):
+        environment.measured("x" * SHORT)
+    with pytest.raises(SecurityError, match="runs without end"):
+        list(map(environment.measured, ["short"] * 64))
