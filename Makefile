@@ -69,6 +69,7 @@ soak: $(INSTALLED)
 	$(BIN)/python -m tests.reliability.killed_runs --kills 50 --random
 	$(BIN)/python -m tests.reliability.many_steps --steps 10000
 	EXAMPLES=10000 $(BIN)/pytest --timeout 0 tests/reliability/test_data_rows.py
+	PACA_FUZZ_EXAMPLES=10000 $(BIN)/pytest --timeout 0 tests/adapters/test_fuzz.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 def full_disk(room: int) -> Iterator[None]:
     """Inside, no file of this process grows beyond ``room`` bytes: the kernel refuses, whichever library writes.
 
-    It says EFBIG where a full disk says ENOSPC. ``python -m tests.reliability.soak disk`` fills a real tmpfs.
+    It says EFBIG where a full disk says ENOSPC. No real disk was filled.
     """
     signals = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
