@@ -7,12 +7,6 @@ CPU.
 import triton
 import triton.language as tl
 
-ENTRY = 8
-"""Numbers in a layer's entry of the table: four addresses, rows, rank, and the weight's two strides."""
-
-ROWS = 64
-"""Rows of a weight that one program writes."""
-
 
 @triton.jit
 def write_tiles(

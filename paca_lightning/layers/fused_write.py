@@ -20,6 +20,12 @@ from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import check_not_parametrized, trained_columns
 from paca_lightning.layers.write_watch import note_written
 
+ENTRY = 8
+"""Numbers in a layer's entry of the kernel's table: four addresses, rows, rank, and the weight's two strides."""
+
+ROWS = 64
+"""Rows of a weight that one program of the kernel writes."""
+
 
 @dataclass(frozen=True)
 class ColumnWrite:
@@ -66,8 +72,6 @@ class FusedWrite:
     """
 
     def __init__(self, writes: Sequence[ColumnWrite]) -> None:
-        from paca_lightning.layers.column_kernel import ROWS
-
         self._writes = list(writes)
         device, *_, self._width = writes[0].kind
         table = [
@@ -85,7 +89,7 @@ class FusedWrite:
         """Write all columns."""
         import triton.language as tl
 
-        from paca_lightning.layers.column_kernel import ENTRY, ROWS, write_tiles
+        from paca_lightning.layers.column_kernel import write_tiles
 
         first = self._writes[0]
         types = [

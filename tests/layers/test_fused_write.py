@@ -20,12 +20,17 @@ KERNEL = "paca_lightning.layers.column_kernel"
 
 
 @pytest.fixture
-def _interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU counts as a device on which the kernel runs."""
+    monkeypatch.setattr(fused_write, "can_fuse", lambda device: True)
+
+
+@pytest.fixture
+def _interpreter(_fusing: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton runs kernels on the CPU, if it is told so before it sees them."""
     pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
-    monkeypatch.setattr(fused_write, "can_fuse", lambda device: True)
     yield
     sys.modules.pop(KERNEL, None)
 
@@ -114,7 +119,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.usefixtures("_interpreter")
+@pytest.mark.usefixtures("_fusing")
 def test_a_write_back_of_32_layers_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     monkeypatch.setattr(FusedWrite, "launch", lambda self: launched.append(self))
@@ -130,7 +135,7 @@ def test_a_write_back_of_32_layers_is_one_launch(monkeypatch: pytest.MonkeyPatch
     assert operators.names == []
 
 
-@pytest.mark.usefixtures("_interpreter")
+@pytest.mark.usefixtures("_fusing")
 @pytest.mark.parametrize("failure", ["raises", "writes nothing"])
 def test_a_kernel_that_fails_is_told_once_and_replaced(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(self: FusedWrite) -> None:
