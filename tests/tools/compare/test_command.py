@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import paca_lightning
 from paca_lightning.cli import main
 from paca_lightning.tools.compare.pool import TrialPool
 from paca_lightning.tools.compare.trial import Trial
@@ -61,7 +60,6 @@ def test_a_learning_rate_that_trains_nothing_loses_against_a_sane_one(finished: 
     assert found["sane"]["value_mean"] < found["crawling"]["value_mean"] - 1
 
 
-@pytest.mark.skipif(not hasattr(paca_lightning, "PEFTStrategy"), reason="trained by PEFTStrategy")
 def test_lora_that_crawls_loses_against_lora_at_a_sane_rate(tmp_path: Path) -> None:
     methods = ("lora:8,lr=1e-6,name=crawling", "lora:8,lr=2e-2,name=sane")
     found = compare(tmp_path / "out", "--seeds", "1", "--jobs", "2", "--cost-steps", "0", methods=methods)
