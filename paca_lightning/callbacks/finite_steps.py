@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from paca_lightning.callbacks.agreement import highest
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import should_log
@@ -40,7 +41,8 @@ class FiniteSteps(Callback):
     On the CPU, and with ``skip``, each optimizer step is checked before it is taken, on all ranks together. On other
     devices, ``stop`` does not wait for the device at each step: it notes the first bad step there, and reads the note
     where the run waits anyway, at logging steps, and before a checkpoint and the end. The weights in memory are then
-    lost; those on the disk are from before.
+    lost; those on the disk are from before. So ``stop`` adds no wait to a step that is not logged, and ``skip`` adds
+    one read of the device to each step. On several ranks, either read follows one reduction of a number.
 
     A checkpoint of trained weights that are not finite is refused, so that the last good one stays. Under fp16 mixed
     precision, PyTorch's GradScaler skips such steps, and nothing is checked beside it but checkpoints.
@@ -133,9 +135,8 @@ class FiniteSteps(Callback):
             note = found if found is not None and found.step else None
         else:
             own = self._note if self._note is not None else _no_finding(trainer.strategy.root_device)
-            bad = trainer.strategy.reduce((own[0] > 0).long(), reduce_op="max")
             note = None
-            if bool(bad):
+            if bool(highest((own[0] > 0).long())):
                 findings = [Finding(*one) for one in trainer.strategy.all_gather(own).view(-1, len(own)).tolist()]
                 note = min((one for one in findings if one.step), key=lambda one: (one.step, -one.last))
         self._note = None

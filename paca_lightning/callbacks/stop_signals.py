@@ -7,6 +7,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,8 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from paca_lightning.callbacks.agreement import end_group, highest, host_group
 from paca_lightning.core.private.lightning import (
     is_accumulating,
+    leave_out_sigterm_broadcast,
     remember_saved_step,
     requeue_signal,
     validation_is_due,
@@ -33,7 +36,10 @@ class StopSignals(Callback):
     had not been stopped. A second signal stops at once, without it. The process exits with 130 (by the command line)
     or 143.
 
-    Several processes agree after each batch, so that all stop at the same one, whichever got the signal.
+    Several processes agree after each batch, so that all stop at the same one, whichever got the signal. They reduce
+    one number in host memory, so that no host waits for its device. Lightning's own broadcast of SIGTERM, for which
+    the host waits at each batch, is left out.
+
     SLURM's requeue signal waits for the end of the step too; then Lightning's own handler saves and requeues the job.
 
     A run that is resumed from a checkpoint between a step and its validation validates first: Lightning would leave
@@ -49,15 +55,25 @@ class StopSignals(Callback):
         self._consistent = False
         self._unvalidated = False  # whether a validation that is due after this batch is still to come
         self._requeue: tuple[int, Callable[[int, FrameType | None], Any]] | None = None
+        self._group: dist.ProcessGroup | None = None  # of all ranks, in host memory; None in a run of one process
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the signals of an earlier run."""
+        """Forget the signals of an earlier run, and join the group in which ranks agree."""
         self._received, self._requeue = 0, None
         self._waits = self._accumulating = self._consistent = self._unvalidated = False
+        self._group = host_group()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the group in which ranks agree."""
+        end_group(self._group)
+        self._group = None
 
     def _install(self, trainer: Trainer) -> None:
         """Take the place of Lightning's handlers, which it has just set, and which its teardown takes away."""
+        if trainer.received_sigterm:  # before these handlers were there
+            self._received = signal.SIGTERM
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -93,6 +109,8 @@ class StopSignals(Callback):
                 remember_saved_step(callback, trainer.global_step)
         if not self._is_installed():
             self._install(trainer)
+        if self._group is not None:
+            leave_out_sigterm_broadcast(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,9 +167,8 @@ class StopSignals(Callback):
         if self._accumulating:
             return
         received = self._received
-        if trainer.world_size > 1:
-            own = torch.tensor(received, device=trainer.strategy.root_device)
-            received = int(trainer.strategy.reduce(own, reduce_op="max"))
+        if self._group is not None:
+            received = int(highest(torch.tensor(received), self._group))
         if not received:
             return
         if received in (signal.SIGINT, signal.SIGTERM):

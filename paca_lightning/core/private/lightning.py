@@ -45,6 +45,14 @@ def remember_saved_step(callback: "ModelCheckpoint", step: int) -> None:
     callback._last_global_step_saved = step
 
 
+def leave_out_sigterm_broadcast(trainer: "Trainer") -> None:
+    """Leave out the broadcast by which rank 0 tells at each batch whether it got SIGTERM.
+
+    The host waits for the device in it, and no setting turns it off. The caller has to tell the ranks of signals.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
 def before_batch_transfer(module: "LightningModule", batch: Any) -> Any:
     """Run the hook ``on_before_batch_transfer`` of the module or of its data module, whichever has it.
 

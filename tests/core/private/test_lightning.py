@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 from paca_lightning.core.private import lightning as private
+from paca_lightning.core.private.torch import init_fake_process_group
 from paca_lightning.strategies.hpu.connector import patch_connector
 from tests.core.private.canary import canary, check_coverage
 
@@ -54,6 +55,25 @@ def test_remember_saved_step(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
     trainer(tmp_path, callbacks=[Saved(), saving], limit_train_batches=3, enable_checkpointing=True).fit(BoringModel())
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["epoch=0-step=2.ckpt", "epoch=0-step=3.ckpt"]
+
+
+@canary("lightning.leave_out_sigterm_broadcast")
+@pytest.mark.parametrize("left_out", [False, True])
+def test_leave_out_sigterm_broadcast(left_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class LeavesOut(Callback):
+        def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+            if left_out:
+                private.leave_out_sigterm_broadcast(trainer)
+
+    asked: list[int] = []
+    init_fake_process_group(2)
+    try:
+        monkeypatch.setattr(Trainer, "world_size", 2)
+        monkeypatch.setattr(torch.distributed, "broadcast", lambda *_, **__: asked.append(1))
+        trainer(tmp_path, callbacks=[LeavesOut()], limit_train_batches=3).fit(BoringModel())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(asked) == (0 if left_out else 3)
 
 
 @canary("lightning.validation_is_due")
