@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -16,15 +15,14 @@ from paca_lightning.adapters.files import (
     PREFIX,
     SETTINGS,
     TENSORS,
-    adapter_config,
     peft_config,
-    read_settings,
     sealed,
     write_json,
 )
 from paca_lightning.adapters.fingerprint import sample_columns
 from paca_lightning.adapters.fitting import check_base_model, check_layers, whole_targets
-from paca_lightning.adapters.tensors import implausible, read_tensors
+from paca_lightning.adapters.saved import read_adapter
+from paca_lightning.adapters.tensors import implausible
 from paca_lightning.adapters.update import in_own_steps, whole_update
 from paca_lightning.conversion.changed_state import changed_state, remember_thawed
 from paca_lightning.conversion.convert import convert
@@ -109,33 +107,32 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
             another one. The model is then as it was, bitwise: everything is checked before anything is changed. One
             exception: a fresh model that bitsandbytes had quantized is dequantized.
     """
-    config, settings = adapter_config(directory), read_settings(Path(directory))
-    checksums = None if settings is None else settings.checksums
-    adapter = read_tensors(Path(directory), checksums)
+    adapter = read_adapter(directory)
+    tensors, settings = adapter.tensors, adapter.settings
     inventory = take_inventory(model)
     with _directory_in_errors(directory), undone_on_error(inventory):
         known = config_of(model)
+        config = known or adapter.config
         # Whatever the selection, the columns are the adapter's: no data needs to follow.
-        left = () if settings is None else settings.left
-        given = adapter.indices if known is None else None
-        report = convert(inventory, known or config, given, data_follows=True, left=left, quantize=False)
+        given = tensors.indices if known is None else None
+        report = convert(inventory, config, given, data_follows=True, left=adapter.left, quantize=False)
         layers = inventory.named_layers()
-        check_layers(layers, adapter, settings)
-        targets = whole_targets(inventory, adapter.whole, settings)
-        check_base_model(layers, adapter.indices, settings, directory, quantized=config.quantize is not None)
-        check_quantizable(layers, known or config)
+        check_layers(layers, tensors, settings)
+        targets = whole_targets(inventory, tensors.whole, settings)
+        check_base_model(layers, adapter)
+        check_quantizable(layers, config)
     with torch.no_grad():
         for path, layer in layers.items():
-            layer.move_to_columns(adapter.indices[path].to(layer.paca_indices.device))
+            layer.move_to_columns(tensors.indices[path].to(layer.paca_indices.device))
             layer.paca_pending = None
-            copy_into(layer.paca_delta, in_own_steps(adapter.deltas[path], layer))
+            copy_into(layer.paca_delta, in_own_steps(tensors.deltas[path], layer))
             layer.write_columns()
         remember_thawed(model, {id(tensor) for tensor, _ in targets.values()})
         for tensor, value in targets.values():
             copy_into(tensor, value)
-    quantize_layers(layers, known or config)
+    quantize_layers(layers, config)
     report.layers = layer_records(inventory)
-    if checksums is None and is_first_rank():
+    if not adapter.verified and is_first_rank():
         log.warning("%s: the adapter has no checksums, so whether its bytes are as saved was not verified.", directory)
     return report
 

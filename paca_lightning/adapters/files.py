@@ -162,9 +162,29 @@ def read_settings(directory: Path) -> AdapterSettings | None:
     if not os.path.lexists(path):
         return None
     content = read_json(path)
+    settings = parse_settings(content, str(path))
+    sealed = content.pop("checksum", None)
+    if (sealed is None) != (settings.checksums is None) or sealed not in (None, settings_checksum(content)):
+        raise PaCAError(
+            f"{path} is not what was saved: its checksum differs, so it was damaged or changed since. Copy the adapter "
+            "again, or save it again."
+        )
+    return settings
+
+
+def parse_settings(content: dict[str, Any], source: str) -> AdapterSettings:
+    """What our own file holds, from plain values.
+
+    Args:
+        content: Perhaps damaged.
+        source: What they were read from, for messages.
+
+    Raises:
+        PaCAError: If they are damaged.
+    """
     try:
         sums = content.get("checksums")
-        settings = AdapterSettings(
+        return AdapterSettings(
             config=PaCAConfig.from_dict(content["config"]),
             scalings={name: _finite(layer["alpha"]) / layer["r"] for name, layer in content["layers"].items()},
             fingerprint={name: list(map(_finite, values)) for name, values in content["fingerprint"].items()},
@@ -173,16 +193,9 @@ def read_settings(directory: Path) -> AdapterSettings | None:
             checksums=None if sums is None else {str(name): str(value) for name, value in sums.items()},
         )
     except PaCAError as error:
-        raise PaCAError(f"{path}: {error}") from error
+        raise PaCAError(f"{source}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise PaCAError(f"{path} is damaged ({type(error).__name__}: {error}). Save the adapter again.") from error
-    sealed = content.pop("checksum", None)
-    if (sealed is None) != (sums is None) or (sealed is not None and sealed != settings_checksum(content)):
-        raise PaCAError(
-            f"{path} is not what was saved: its checksum differs, so it was damaged or changed since. Copy the adapter "
-            "again, or save it again."
-        )
-    return settings
+        raise PaCAError(f"{source} is damaged ({type(error).__name__}: {error}). Save the adapter again.") from error
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

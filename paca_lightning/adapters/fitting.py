@@ -1,13 +1,12 @@
 """Whether an adapter fits a model: checked in full before anything of the model changes."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
-from paca_lightning.adapters.files import CONFIG, SETTINGS, TENSORS, AdapterSettings, read_json
+from paca_lightning.adapters.files import SETTINGS, TENSORS, AdapterSettings
 from paca_lightning.adapters.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
+from paca_lightning.adapters.saved import SavedAdapter
 from paca_lightning.adapters.tensors import FLOATS, AdapterTensors
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.dtensor import whole_tensor
@@ -50,33 +49,25 @@ def check_layers(layers: Mapping[str, PaCALayer], adapter: AdapterTensors, setti
             )
 
 
-def check_base_model(
-    layers: Mapping[str, PaCALayer],
-    indices: Mapping[str, Tensor],
-    settings: AdapterSettings | None,
-    directory: str | os.PathLike[str],
-    *,
-    quantized: bool,
-) -> None:
+def check_base_model(layers: Mapping[str, PaCALayer], adapter: SavedAdapter) -> None:
     """Raise unless a model's base columns at an adapter's indices are those that the adapter was trained on.
 
     Args:
         layers: By path.
-        indices: The adapter's columns, which need not be those of the layers.
-        settings: The adapter's; None: there is nothing to compare.
-        directory: The adapter.
-        quantized: Whether the columns may have started from quantized weights.
+        adapter: Its columns need not be those of the layers.
 
     Raises:
         PaCAError: If they differ by more than rounding, naming the layer; or if a layer cannot train those columns.
     """
+    indices, settings = adapter.tensors.indices, adapter.settings
     here = {path: base_columns_at(layer, indices[path].to(layer.paca_indices.device)) for path, layer in layers.items()}
     if settings is None:
         return
     samples = {path: sample_columns(whole_tensor(columns)) for path, columns in here.items()}
-    tolerance = QUANTIZED_TOLERANCE if quantized else TOLERANCE
+    # The columns of a quantized layer may have started from quantized weights.
+    tolerance = TOLERANCE if adapter.config.quantize is None else QUANTIZED_TOLERANCE
     if (path := differing_layer(settings.fingerprint, samples, tolerance)) is not None:
-        name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+        name = adapter.base_model
         raise PaCAError(
             f"it was trained on another base model: its weights differ from those here, most in {path!r}. Load the one "
             f"it was trained on{f', {name!r}' if name else ''}."

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from paca_lightning.adapters.files import PREFIX, SETTINGS, TENSORS, read_settings
+from paca_lightning.adapters.files import PREFIX, SETTINGS, TENSORS
 from paca_lightning.core.checksums import tensor_checksum
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.reading import check_file
@@ -51,6 +51,22 @@ def read_tensors(directory: Path, checksums: Mapping[str, str] | None) -> Adapte
     tensors = _load(file)
     if checksums is not None:
         _check_sums(tensors, checksums)
+    return checked_tensors(tensors, file)
+
+
+def checked_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike[str]) -> AdapterTensors:
+    """The tensors of an adapter, each checked by itself.
+
+    Args:
+        tensors: By name from the base model.
+        file: What they were read from, for messages.
+
+    Raises:
+        PaCAError: If one is missing, or its dtype, shape or values are none of a delta or of indices.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (*FLOATS, *INTEGERS):
+            raise PaCAError(f"{file}: {name!r} is {tensor.dtype}, which no adapter holds. It is damaged.")
     found: dict[str, dict[str, Tensor]] = {"paca_indices": {}, "paca_delta": {}}
     others = {}
     for name, tensor in tensors.items():
@@ -72,17 +88,6 @@ def read_tensors(directory: Path, checksums: Mapping[str, str] | None) -> Adapte
     if (problem := implausible(tensors)) is not None:
         raise PaCAError(f"{file}: {problem}.")
     return AdapterTensors(found["paca_indices"], found["paca_delta"], others)
-
-
-def adapter_layers(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The columns that an adapter trains, by layer path, and the layers that its training left frozen by hand.
-
-    Raises:
-        PaCAError: If its files cannot be read.
-    """
-    settings = read_settings(Path(directory))
-    indices = read_tensors(Path(directory), None if settings is None else settings.checksums).indices
-    return indices, [] if settings is None else settings.left
 
 
 def implausible(tensors: Mapping[str, Tensor]) -> str | None:
@@ -115,9 +120,6 @@ def _load(file: Path) -> dict[str, Tensor]:
         raise PaCAError(f"{file} is missing: {str(file.parent)!r} is not a complete adapter directory.") from error
     except (OSError, SafetensorError, AttributeError, RuntimeError) as error:  # the last two: dtypes torch has not
         raise PaCAError(f"{file} is damaged or truncated: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (*FLOATS, *INTEGERS):
-            raise PaCAError(f"{file}: {name!r} is {tensor.dtype}, which no adapter holds. It is damaged.")
     return tensors
 
 

@@ -5,9 +5,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 
 from paca_lightning.adapters.adapter import load_adapter
-from paca_lightning.adapters.files import adapter_config
+from paca_lightning.adapters.saved import adapter_layers, saved_config
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
-from paca_lightning.adapters.tensors import adapter_layers
 from paca_lightning.callbacks.averaging import check_bases
 from paca_lightning.callbacks.column_selection import select_on_training_data
 from paca_lightning.conversion.convert import convert
@@ -32,7 +31,7 @@ def config_beside_adapter(config: PaCAConfig | None, adapter: str | None) -> PaC
     """
     if adapter is None:
         return config or PaCAConfig()
-    trained = adapter_config(adapter)
+    trained = saved_config(adapter)
     if config is None:
         return trained
     given = {name: getattr(config, name) for name in FROM_ADAPTER} | {"alpha": config.alpha_of(None, config.r)}

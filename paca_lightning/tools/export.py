@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from paca_lightning.adapters.export import check_no_adapter, export_lora, export_merged
-from paca_lightning.adapters.files import SETTINGS, adapter_config
+from paca_lightning.adapters.files import SETTINGS
+from paca_lightning.adapters.saved import saved_config
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable
 from paca_lightning.tools.generate import load_with_adapter
@@ -43,7 +44,7 @@ def export(
     if format == "merged":
         check_no_adapter(output)
     # An adapter holds modules trained whole in fp32, which a bf16 model would round; deltas are fp32 in any model.
-    whole = format == "lora" and Path(adapter).is_dir() and bool(adapter_config(adapter).modules_to_save)
+    whole = format == "lora" and bool(saved_config(adapter).modules_to_save)
     dtype = "float32" if whole else "auto"
     built, tokenizer = load_with_adapter(model, adapter, dtype, revision=revision, trust_remote_code=trust_remote_code)
     if format == "merged":

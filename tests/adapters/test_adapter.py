@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, paca_layers, save_adapter, write_columns
-from paca_lightning.adapters.adapter import adapter_config
-from paca_lightning.adapters.files import PREFIX, sealed
+from paca_lightning.adapters.files import PREFIX, adapter_config, sealed
 from paca_lightning.adapters.fingerprint import sample_columns
 from paca_lightning.core.checksums import tensor_checksums
 from tests.tiny import tiny_llama

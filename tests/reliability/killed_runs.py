@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
 from paca_lightning.adapters.files import TENSORS, adapter_config
-from paca_lightning.adapters.tensors import adapter_layers
+from paca_lightning.adapters.saved import adapter_layers
 from paca_lightning.strategies.fsdp2.restoring import METADATA
 from tests.processes import HANG, kill_group, lead_group
 
