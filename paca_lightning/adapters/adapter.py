@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from paca_lightning.adapters.files import (
 from paca_lightning.adapters.fingerprint import sample_columns
 from paca_lightning.adapters.fitting import check_base_model, check_layers, whole_targets
 from paca_lightning.adapters.saved import read_adapter
+from paca_lightning.adapters.settings import settings_of
 from paca_lightning.adapters.tensors import implausible
 from paca_lightning.adapters.update import in_own_steps, whole_update
 from paca_lightning.conversion.changed_state import changed_state, remember_thawed
@@ -30,7 +30,7 @@ from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.report import ConversionReport, layer_records
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.select import check_quantizable, quantize_layers
-from paca_lightning.conversion.state import config_of, layers_left
+from paca_lightning.conversion.state import config_of
 from paca_lightning.core.checksums import tensor_checksums
 from paca_lightning.core.dtensor import copy_into, is_first_rank, whole_tensor
 from paca_lightning.core.errors import PaCAError
@@ -80,15 +80,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with written_aside(directory) as scratch:
         save_file(_copies(tensors), scratch / TENSORS, metadata={"format": "pt"})
         write_json(scratch / CONFIG, peft_config(inventory.base_model, config))
-        ours = {
-            "version": version("paca-lightning"),
-            "config": config.to_dict(),
-            "layers": {path: {"r": layer.r, "alpha": layer.scaling * layer.r} for path, layer in layers.items()},
-            "left": layers_left(inventory),
-            "changed": list(changed),
-            "fingerprint": samples,
-            "checksums": tensor_checksums(tensors),
-        }
+        ours = settings_of(inventory, config, changed, samples) | {"checksums": tensor_checksums(tensors)}
         write_json(scratch / SETTINGS, sealed(ours))
 
 
@@ -97,7 +89,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
 
     Args:
         model: The base model the adapter was trained on, or a module around it.
-        directory: What ``save_adapter`` wrote, or PEFT's own PaCA adapter.
+        directory: What ``save_adapter`` wrote, PEFT's own PaCA adapter, or a Lightning checkpoint of a run with
+            PaCAStrategy: a ``.ckpt`` file.
 
     Returns:
         The report of the conversion.
@@ -134,6 +127,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
     report.layers = layer_records(inventory)
     if not adapter.verified and is_first_rank():
         log.warning("%s: the adapter has no checksums, so whether its bytes are as saved was not verified.", directory)
+    if settings is not None and settings.fingerprint is None and is_first_rank():
+        log.warning(
+            "%s: a checkpoint of sharded ranks has no values of its base model, so whether this is the model it was "
+            "trained on was not verified.",
+            directory,
+        )
     return report
 
 

@@ -1,14 +1,13 @@
 """The files of an adapter directory: PEFT's PaCA layout in safetensors and JSON, and one file of our own."""
 
 import json
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from paca_lightning.adapters.settings import AdapterSettings, parse_settings
 from paca_lightning.core.checksums import settings_checksum
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
@@ -131,27 +130,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What our own file holds: PEFT's layout has no place for it.
-
-    Attributes:
-        config: The settings.
-        scalings: Of each layer, by path.
-        fingerprint: Samples of each layer's base columns, by path.
-        changed: Names of what else had changed.
-        left: Paths of layers that were frozen by hand.
-        checksums: Of each tensor, by name; None in files of version 0.1.0.
-    """
-
-    config: PaCAConfig
-    scalings: dict[str, float]
-    fingerprint: dict[str, list[float]]
-    changed: list[str]
-    left: list[str]
-    checksums: dict[str, str] | None
-
-
 def read_settings(directory: Path) -> AdapterSettings | None:
     """Our own file of an adapter directory; None if PEFT wrote the adapter.
 
@@ -172,41 +150,9 @@ def read_settings(directory: Path) -> AdapterSettings | None:
     return settings
 
 
-def parse_settings(content: dict[str, Any], source: str) -> AdapterSettings:
-    """What our own file holds, from plain values.
-
-    Args:
-        content: Perhaps damaged.
-        source: What they were read from, for messages.
-
-    Raises:
-        PaCAError: If they are damaged.
-    """
-    try:
-        sums = content.get("checksums")
-        return AdapterSettings(
-            config=PaCAConfig.from_dict(content["config"]),
-            scalings={name: _finite(layer["alpha"]) / layer["r"] for name, layer in content["layers"].items()},
-            fingerprint={name: list(map(_finite, values)) for name, values in content["fingerprint"].items()},
-            changed=[str(name) for name in content.get("changed", [])],  # not in files of version 0.1.0
-            left=[str(path) for path in content.get("left", [])],  # nor this
-            checksums=None if sums is None else {str(name): str(value) for name, value in sums.items()},
-        )
-    except PaCAError as error:
-        raise PaCAError(f"{source}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise PaCAError(f"{source} is damaged ({type(error).__name__}: {error}). Save the adapter again.") from error
-
-
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The content of our own file with its checksum."""
     return {**content, "checksum": settings_checksum(content)}
-
-
-def _finite(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no finite number")
-    return float(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from paca_lightning.adapters.files import SETTINGS, TENSORS, AdapterSettings
 from paca_lightning.adapters.fingerprint import QUANTIZED_TOLERANCE, TOLERANCE, differing_layer, sample_columns
 from paca_lightning.adapters.saved import SavedAdapter
+from paca_lightning.adapters.settings import AdapterSettings
 from paca_lightning.adapters.tensors import FLOATS, AdapterTensors
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.dtensor import whole_tensor
@@ -27,8 +27,11 @@ def check_layers(layers: Mapping[str, PaCALayer], adapter: AdapterTensors, setti
         where = "in the adapter but not a PaCA layer of the model" if path in deltas else "not in the adapter"
         raise PaCAError(f"{path!r} is {where}. Use the settings and the base model it was trained with.")
     for path in deltas:
-        if settings is not None and not (path in settings.scalings and path in settings.fingerprint):
-            raise PaCAError(f"{SETTINGS} and {TENSORS} disagree about {path!r}: the adapter is damaged. Save it again.")
+        if settings is None:
+            continue
+        sampled = settings.fingerprint
+        if path not in settings.scalings or (sampled is not None and path not in sampled):
+            raise PaCAError(f"settings and tensors disagree about {path!r}: the adapter is damaged. Save it again.")
     for path, layer in layers.items():
         if layer.r != len(indices[path]) == deltas[path].shape[-1]:
             raise PaCAError(
@@ -61,7 +64,7 @@ def check_base_model(layers: Mapping[str, PaCALayer], adapter: SavedAdapter) -> 
     """
     indices, settings = adapter.tensors.indices, adapter.settings
     here = {path: base_columns_at(layer, indices[path].to(layer.paca_indices.device)) for path, layer in layers.items()}
-    if settings is None:
+    if settings is None or settings.fingerprint is None:
         return
     samples = {path: sample_columns(whole_tensor(columns)) for path, columns in here.items()}
     # The columns of a quantized layer may have started from quantized weights.

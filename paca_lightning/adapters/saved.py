@@ -1,4 +1,4 @@
-"""An adapter as it was saved: what loading it needs, wherever it was read from."""
+"""An adapter as it was saved: what loading it needs, read from an adapter directory or from a checkpoint."""
 
 import os
 from dataclasses import dataclass
@@ -6,9 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from paca_lightning.adapters.files import CONFIG, AdapterSettings, adapter_config, read_json, read_settings
+from paca_lightning.adapters.checkpoint import read_checkpoint, read_note
+from paca_lightning.adapters.files import CONFIG, adapter_config, read_json, read_settings
+from paca_lightning.adapters.settings import AdapterSettings
 from paca_lightning.adapters.tensors import AdapterTensors, read_tensors
+from paca_lightning.core.checkpoints import SUFFIX
 from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.errors import PaCAError
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,20 @@ class SavedAdapter:
 
 
 def read_adapter(source: str | os.PathLike[str]) -> SavedAdapter:
-    """Read an adapter directory.
+    """Read an adapter directory, or the adapter in a Lightning checkpoint.
 
     Raises:
-        PaCAError: If a file is missing or damaged, or a tensor cannot be part of an adapter.
+        PaCAError: If a file is missing or damaged, a tensor cannot be part of an adapter, or a checkpoint does not tell
+            how its adapter was made.
     """
-    directory = Path(source)
-    config, settings = adapter_config(directory), read_settings(directory)
+    path = Path(source)
+    if _is_checkpoint(path):
+        note, tensors = read_checkpoint(path)
+        return SavedAdapter(note.settings.config, note.settings, tensors, note.base_model, verified=True)
+    config, settings = adapter_config(path), read_settings(path)
     checksums = None if settings is None else settings.checksums
-    base_model = read_json(directory / CONFIG).get("base_model_name_or_path")
-    return SavedAdapter(config, settings, read_tensors(directory, checksums), base_model, checksums is not None)
+    base_model = read_json(path / CONFIG).get("base_model_name_or_path")
+    return SavedAdapter(config, settings, read_tensors(path, checksums), base_model, checksums is not None)
 
 
 def saved_config(source: str | os.PathLike[str]) -> PaCAConfig:
@@ -54,7 +62,23 @@ def saved_config(source: str | os.PathLike[str]) -> PaCAConfig:
     Raises:
         PaCAError: As :func:`read_adapter`.
     """
-    return adapter_config(source)
+    path = Path(source)
+    return read_note(path).settings.config if _is_checkpoint(path) else adapter_config(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a path means a checkpoint, there or not, and no adapter directory.
+
+    Raises:
+        PaCAError: If it is a directory of another kind.
+    """
+    if path.is_dir() and not (path / CONFIG).exists():
+        inside = ", ".join(sorted(file.name for file in path.glob(f"*{SUFFIX}"))[:5])
+        raise PaCAError(
+            f"{path / CONFIG} is missing: {str(path)!r} is not a complete adapter directory."
+            + (f" There are checkpoints in it; name one: {inside}." if inside else "")
+        )
+    return path.is_file() or (path.suffix == SUFFIX and not path.exists())
 
 
 def adapter_layers(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:

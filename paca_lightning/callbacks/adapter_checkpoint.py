@@ -29,7 +29,8 @@ class AdapterCheckpoint(Callback):
 
     After an error, and after a stop where the best adapter is kept, the last one is written beside it, to
     ``adapter-interrupted``. To resume a run, use Lightning's ModelCheckpoint: its files hold the adapter and the state
-    of the run. To get the adapter out of such a file, run ``fit`` with the same config and ``limit_train_batches=0``:
+    of the run. What reads an adapter directory reads such a file, too. To make a directory of it, run ``fit`` with the
+    same config and ``limit_train_batches=0``:
     ``paca-lightning fit --config ... --ckpt_path best.ckpt --trainer.limit_train_batches=0``.
 
     Args:

@@ -5,7 +5,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from paca_lightning.adapters.fingerprint import base_samples, check_base
+from paca_lightning.adapters.checkpoint import NOTE
+from paca_lightning.adapters.fingerprint import check_base
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.select import waits_for_data
 from paca_lightning.core.errors import PaCAError
@@ -13,7 +14,7 @@ from paca_lightning.core.private.lightning import spawns_workers
 from paca_lightning.layers.base import paca_layers
 
 BASE = "paca_base"
-"""Key of a checkpoint: values of the base columns, by layer."""
+"""Key of a checkpoint of an earlier version: values of the base columns, by layer. Now the note has them."""
 
 AFTER_SPAWN = (
     " After a run in spawned processes the module of this process holds the merged weights: evaluate it without a "
@@ -35,10 +36,10 @@ def check_resumable(checkpoint: dict[str, Any]) -> None:
         )
 
 
-def remember_base(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Put some values of a module's base columns into a checkpoint, unless they are sharded over ranks."""
-    if (samples := base_samples(module)) is not None:
-        checkpoint[BASE] = samples
+def saved_base(checkpoint: dict[str, Any]) -> dict[str, list[float]] | None:
+    """Some values of the base columns of the run that saved a checkpoint, unless they were sharded over ranks."""
+    samples: dict[str, list[float]] | None = checkpoint.get(NOTE, {}).get("fingerprint", checkpoint.get(BASE))
+    return samples
 
 
 def check_restored_base(saved: dict[str, list[float]] | None, trainer: Trainer, pl_module: LightningModule) -> None:

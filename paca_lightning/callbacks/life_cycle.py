@@ -54,7 +54,7 @@ def convert_module(
         trainer: Of the run.
         pl_module: With its model built, perhaps on the meta device.
         config: The settings.
-        adapter: Directory of the adapter to start from.
+        adapter: The adapter to start from.
 
     Raises:
         PaCAError: If the module cannot be converted, or not beside an averaging callback.

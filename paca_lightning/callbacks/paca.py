@@ -9,15 +9,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from paca_lightning.adapters.checkpoint import note_adapter
 from paca_lightning.adapters.state_dict import keep_everything
 from paca_lightning.callbacks.averaging import check_order, copies_without_asking, correct_averages
 from paca_lightning.callbacks.checkpoint_compatibility import (
-    BASE,
     check_restored_base,
     check_resumable,
     check_scalings,
     columns_are_chosen,
-    remember_base,
+    saved_base,
     scalings,
 )
 from paca_lightning.callbacks.finite_steps import FiniteSteps
@@ -63,7 +63,7 @@ class PaCAStrategy(FiniteSteps):
     Args:
         config: What to train. Default: the settings of the adapter, or 16 columns of every linear layer but the
             output head.
-        adapter: Directory of a trained adapter to start from, or to evaluate.
+        adapter: A trained adapter to start from, or to evaluate: its directory, or a checkpoint (``.ckpt``).
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
         nonfinite: At NaN or Inf in the loss or a gradient, ``stop`` the run or ``skip`` the step.
 
@@ -110,13 +110,15 @@ class PaCAStrategy(FiniteSteps):
             # Not later: a learning rate finder trains before this callback's on_fit_start.
             self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
             self._hooks.add(pl_module, "on_save_checkpoint", lambda _: self.check_finite(trainer, pl_module))
+            # With weights only, Lightning does not call the callback's on_save_checkpoint.
+            self._hooks.add(pl_module, "on_save_checkpoint", lambda checkpoint: note_adapter(checkpoint, pl_module))
             if copies_without_asking(trainer):
                 pl_module.configure_model()
 
     def _note_checkpoint(self, checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             check_resumable(checkpoint)
-        self._saved_base = checkpoint.get(BASE)
+        self._saved_base = saved_base(checkpoint)
         own = checkpoint.get("callbacks", {}).get(self.state_key, {})
         self._resumed.note_saved(own.get("optimizers"))
         present_conversion(pl_module).columns_restored = own.get("selected", True)
@@ -224,13 +226,11 @@ class PaCAStrategy(FiniteSteps):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Correct averaged models before they are saved, and note the base model and whether columns are chosen."""
+        """Correct averaged models before they are saved, and note the adapter and whether columns are chosen."""
         correct_averages(trainer, pl_module)
         own = checkpoint["callbacks"][self.state_key]
-        own["selected"] = columns_are_chosen(pl_module)
-        own["optimizers"] = optimizer_names(trainer)
-        if not self.full_checkpoints:
-            remember_base(checkpoint, pl_module)
+        own["selected"], own["optimizers"] = columns_are_chosen(pl_module), optimizer_names(trainer)
+        note_adapter(checkpoint, pl_module)  # here, too, for checkpoints that are saved after the run
 
     @override
     def state_dict(self) -> dict[str, Any]:

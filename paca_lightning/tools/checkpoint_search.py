@@ -1,19 +1,17 @@
 """Finds the newest or the best checkpoint of a run's earlier versions: ``--ckpt_path last`` and ``best``."""
 
-import pickle
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from paca_lightning.core.checkpoints import METADATA, is_checkpoint_directory, read_safely
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.strategies.fsdp2.restoring import METADATA
 from paca_lightning.strategies.fsdp2.saving import replaced_checkpoints, restore_replaced
 
 WORDS = ("last", "best")
@@ -62,11 +60,6 @@ def check_checkpoint(path: str) -> None:
         )
     if not is_sound(Path(path)):
         raise PaCAError(f"{path!r} (--ckpt_path) is no checkpoint, or was cut off.")
-
-
-def is_checkpoint_directory(path: Path) -> bool:
-    """Whether a directory is a sharded checkpoint."""
-    return (path / METADATA).is_file()
 
 
 def is_sound(path: Path) -> bool:
@@ -162,9 +155,4 @@ def read_rest(path: Path) -> dict[str, Any]:
     Raises:
         PaCAError: If it is damaged, or holds objects that are not safe to load.
     """
-    file = path / METADATA if is_checkpoint_directory(path) else path
-    try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise PaCAError(f"The checkpoint {str(path)!r} cannot be read: {error}") from error
-    return content
+    return read_safely(path / METADATA if is_checkpoint_directory(path) else path, str(path))

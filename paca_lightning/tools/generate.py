@@ -1,5 +1,6 @@
 """Answer prompts with a model and its adapter."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -9,12 +10,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.adapters.adapter import load_adapter
-from paca_lightning.adapters.files import adapter_config
+from paca_lightning.adapters.saved import saved_config
 from paca_lightning.conversion.revert import merge
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.tokenizer import load_tokenizer
 from paca_lightning.tasks.generation import answer
 from paca_lightning.tasks.pretrained import build_causal_lm
+
+log = logging.getLogger(__name__)
 
 
 def generate(
@@ -39,8 +42,9 @@ def generate(
         model: Hugging Face directory or hub id of the base model.
         prompts: One prompt, "What is your name?", or a list, '["What is your name?", "Who made you?"]'. Each begins a
             conversation. Default: type them in, one a line; an empty line ends.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote. If it has a tokenizer, that one is
-            used, as it has the chat template of training. Default: the base model alone.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or a Lightning checkpoint of a run
+            (.ckpt). If the directory has a tokenizer, that one is used, as it has the chat template of training.
+            Default: the base model alone.
         system: Text of a system message before each prompt. Default: the chat template's own, if it has one.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time. Above 0, tokens are sampled: at 1 from the model's own
@@ -121,8 +125,8 @@ def load_with_adapter(
 
     Args:
         model: Hugging Face directory or hub id.
-        adapter: Adapter directory. If it has a tokenizer, that one is loaded, as it has the chat template of training.
-            None: the base model alone.
+        adapter: Adapter directory or checkpoint. If it has a tokenizer, that one is loaded, as it has the chat template
+            of training. None: the base model alone.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
         revision: Branch, tag or commit of the model and its tokenizer on the hub.
         trust_remote_code: Whether to run code that comes with the model or the tokenizer.
@@ -131,7 +135,7 @@ def load_with_adapter(
         PaCAError: If the model, the tokenizer or the adapter cannot be used.
     """
     if adapter is not None:
-        _check_adapter(adapter)
+        saved_config(adapter)  # before a large model is loaded
     built = build_causal_lm(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
@@ -139,14 +143,11 @@ def load_with_adapter(
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:
         load_adapter(built, adapter)
+        if Path(adapter).is_file():
+            log.warning(
+                "%s: a checkpoint has no tokenizer, so that of %s is used, with its chat template. If the run had "
+                "another one, take the adapter directory that AdapterCheckpoint wrote.",
+                adapter,
+                model,
+            )
     return built.eval(), tokenizer
-
-
-def _check_adapter(adapter: str) -> None:
-    """Check that there is an adapter, before a large model is loaded."""
-    if Path(adapter).is_file() or Path(adapter).suffix == ".ckpt":
-        raise PaCAError(
-            f"{adapter!r} is no adapter directory. The adapter of a checkpoint is written by its run's config with an "
-            f"AdapterCheckpoint: paca-lightning fit --config ... --ckpt_path {adapter} --trainer.limit_train_batches=0"
-        )
-    adapter_config(adapter)

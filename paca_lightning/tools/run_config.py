@@ -14,11 +14,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from paca_lightning.callbacks.stop_signals import StopSignals
+from paca_lightning.core.checkpoints import is_checkpoint_directory
 from paca_lightning.core.errors import PaCAError, first_message, raised_by, users_mistake
 from paca_lightning.core.files import check_writable_if_local, disk_error, replacing
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
-from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint, is_checkpoint_directory
+from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint
 from paca_lightning.tools.machine_faults import fault_of_the_machine
 from paca_lightning.tools.run_version import claim_versions, remove_empty
 from paca_lightning.tools.short_errors import ShortErrors

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from paca_lightning.adapters.files import TENSORS, adapter_config
 from paca_lightning.adapters.saved import adapter_layers
-from paca_lightning.strategies.fsdp2.restoring import METADATA
+from paca_lightning.core.checkpoints import METADATA
 from tests.processes import HANG, kill_group, lead_group
 
 ROOT = Path(__file__).parents[2]

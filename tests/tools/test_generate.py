@@ -46,7 +46,7 @@ def test_missing_model_and_adapter(base: Path, tmp_path: Path) -> None:
         generate(str(tmp_path / "nowhere"), PROMPTS)
     with pytest.raises(PaCAError, match=r"adapter_config\.json is missing"):
         generate(str(base), PROMPTS, adapter=str(tmp_path))
-    with pytest.raises(PaCAError, match=r"'best.ckpt' is no adapter directory.* --ckpt_path best.ckpt"):
+    with pytest.raises(PaCAError, match=r"There is no checkpoint 'best.ckpt' \(looked for /"):
         generate(str(base), PROMPTS, adapter="best.ckpt")
 
 

@@ -11,11 +11,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from paca_lightning.core.checkpoints import METADATA
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import tensors_in
 from paca_lightning.strategies.fsdp2.location import Location
-from paca_lightning.strategies.fsdp2.restoring import METADATA, by_position, load_directory, load_file
+from paca_lightning.strategies.fsdp2.restoring import by_position, load_directory, load_file
 from paca_lightning.strategies.fsdp2.saving import restore_replaced, save_directory
 
 

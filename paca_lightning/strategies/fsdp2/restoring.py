@@ -1,11 +1,9 @@
 """Restoring a sharded model and its optimizers from checkpoints that any number of ranks wrote."""
 
 import pickle
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -18,12 +16,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from paca_lightning.core.checkpoints import METADATA, read_safely
 from paca_lightning.core.dtensor import sharded_like
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.sharding import local_rows
-
-METADATA = "meta.pt"  # Lightning's name for the file of what is not sharded: loops, callbacks, ...
 
 
 def load_directory(
@@ -163,20 +160,7 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _torch_load(location: Location) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any]
-        if location.is_local:
-            checkpoint = torch.load(location.name, mmap=True, map_location="cpu", weights_only=True)
-        else:
-            with location.open("rb") as file:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error)
-        if found := re.search(r"GLOBAL (\S+)", reason):
-            # Lightning (2.6) does not pass weights_only=False on to strategies that restore after their setup.
-            reason = (
-                f"it holds an object of {found[1]} (in the hyperparameters or a callback's state). Allow the classes "
-                "that you trust with torch.serialization.add_safe_globals([...]) before the run."
-            )
-        raise PaCAError(f"The checkpoint {location.name!r} cannot be read: {reason}") from error
-    return checkpoint
+    if location.is_local:
+        return read_safely(location.name, location.name)
+    with location.open("rb") as file:
+        return read_safely(file, location.name)

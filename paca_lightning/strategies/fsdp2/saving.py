@@ -10,10 +10,10 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from paca_lightning.core.checkpoints import METADATA
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import disk_error, told_if_the_disk_fails
 from paca_lightning.strategies.fsdp2.location import Location
-from paca_lightning.strategies.fsdp2.restoring import METADATA
 
 REPLACED = ".replaced"
 """End of a checkpoint's name while another one takes its place."""
