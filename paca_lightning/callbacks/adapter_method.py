@@ -24,7 +24,7 @@ from paca_lightning.callbacks.run_checks import (
     check_moved,
     check_validation_interval,
     learning_rate,
-    prepare_outputs,
+    prepare_files,
     tensor_sums,
 )
 from paca_lightning.core.errors import PaCAError
@@ -84,8 +84,7 @@ class AdapterMethodStrategy(Callback):
         """Check the run, and adapt the model now or as soon as it exists."""
         self._check_run(trainer)
         check_order(trainer, self)
-        if stage == "fit":
-            prepare_outputs(trainer)
+        prepare_files(trainer, stage)
         self._hooks.add(pl_module, "configure_model", lambda: self._adapt(pl_module))
         self._hooks.add(pl_module, "on_load_checkpoint", self._note_checkpoint)
         wide: dict[str, Tensor] = {}

@@ -40,7 +40,7 @@ from paca_lightning.callbacks.run_checks import (
     check_validation_interval,
     delta_sums,
     learning_rate,
-    prepare_outputs,
+    prepare_files,
     with_learning_rate,
 )
 from paca_lightning.conversion.report import ConversionReport
@@ -98,8 +98,7 @@ class PaCAStrategy(FiniteSteps):
         """Check the run, and convert now or as soon as the model exists."""
         check_strategy(trainer)
         check_order(trainer, self)
-        if stage == "fit":
-            prepare_outputs(trainer)
+        prepare_files(trainer, stage)
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # Averaging callbacks call configure_model early themselves.
         self._hooks.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))

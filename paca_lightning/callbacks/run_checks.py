@@ -39,19 +39,27 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def prepare_outputs(trainer: Trainer) -> None:
-    """Refuse output directories that cannot be written, and let checkpoint files appear whole.
-
-    A ``CheckpointIO`` that the user has chosen stays.
+def prepare_files(trainer: Trainer, stage: str) -> None:
+    """Guard the checkpoints, and refuse output directories that cannot be written.
 
     Raises:
         PaCAError: If there is one.
     """
+    guard_checkpoints(trainer)
+    if stage != "fit":
+        return
     if trainer.checkpoint_callbacks or trainer.loggers:
         check_writable_if_local(trainer.default_root_dir, "default_root_dir")
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             check_writable_if_local(callback.dirpath, "ModelCheckpoint(dirpath=...)")
+
+
+def guard_checkpoints(trainer: Trainer) -> None:
+    """Let checkpoint files appear whole, and be checked when they are read.
+
+    A ``CheckpointIO`` that the user has chosen stays.
+    """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = LocalCheckpointIO()
 

@@ -1,13 +1,15 @@
-"""LocalCheckpointIO: checkpoint files that are whole under their name, at every moment."""
+"""LocalCheckpointIO: checkpoint files that are whole under their name, at every moment, and are read without trust."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from paca_lightning.core.checkpoints import check_crc, read_safely
 from paca_lightning.core.files import replacing
 
 
@@ -16,6 +18,9 @@ class LocalCheckpointIO(TorchCheckpointIO):
 
     Lightning writes to the temporary directory. If that is another file system, the checkpoint is copied to its place
     piece by piece, and a kill or a full disk leaves half a file there.
+
+    Files are read with ``weights_only=True`` unless the run says otherwise, URLs included, and local files are compared
+    with their CRCs before.
     """
 
     @override
@@ -30,6 +35,24 @@ class LocalCheckpointIO(TorchCheckpointIO):
             return
         with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint from a local path or a URL.
+
+        Raises:
+            PaCAError: If it is damaged, or holds an object that could run code.
+            FileNotFoundError: If there is none.
+        """
+        if "://" not in str(path) and Path(path).exists():
+            check_crc(Path(path))
+        if weights_only is False:
+            return super().load_checkpoint(path, map_location, weights_only)
+        file_system, place = url_to_fs(str(path))
+        with file_system.open(place, "rb") as file:
+            return read_safely(file, str(path))
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from paca_lightning.callbacks.run_checks import guard_checkpoints
 from paca_lightning.callbacks.stop_signals import StopSignals
 from paca_lightning.core.checkpoints import is_checkpoint_directory
 from paca_lightning.core.errors import PaCAError, first_message, raised_by, users_mistake
@@ -119,6 +120,7 @@ class RunCLI(LightningCLI):
             raise
         except REFUSALS as error:
             raise PaCAError(f"The trainer cannot be built: {error}") from error
+        guard_checkpoints(trainer)
         for logger in trainer.loggers:
             if logger.save_dir:
                 check_writable_if_local(logger.save_dir, f"{type(logger).__name__}(save_dir=...)")

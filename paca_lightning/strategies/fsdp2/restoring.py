@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from paca_lightning.core.checkpoints import METADATA, read_safely
+from paca_lightning.core.checkpoints import METADATA, check_crc, read_safely
 from paca_lightning.core.dtensor import sharded_like
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.fsdp2.location import Location
@@ -161,6 +162,7 @@ def _first_cause(error: BaseException) -> str:
 
 def _torch_load(location: Location) -> dict[str, Any]:
     if location.is_local:
+        check_crc(Path(location.name))
         return read_safely(location.name, location.name)
     with location.open("rb") as file:
         return read_safely(file, location.name)
