@@ -26,6 +26,7 @@ from tests.distributed_launch import start_server
 # worker is free.
 TOGETHER = (
     "tests/adapters/test_export_sharded.py",
+    "tests/adapters/test_sharded_checkpoint.py",
     "tests/strategies/fsdp2/test_sharding.py",
     "tests/strategies/fsdp2/test_strategy.py",
     "tests/strategies/fsdp2/test_streaming.py",

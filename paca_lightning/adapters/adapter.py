@@ -90,7 +90,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
     Args:
         model: The base model the adapter was trained on, or a module around it.
         directory: What ``save_adapter`` wrote, PEFT's own PaCA adapter, or a Lightning checkpoint of a run with
-            PaCAStrategy: a ``.ckpt`` file.
+            PaCAStrategy: a ``.ckpt`` file, or the directory of a sharded one.
 
     Returns:
         The report of the conversion.

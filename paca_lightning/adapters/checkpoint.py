@@ -15,9 +15,16 @@ from paca_lightning.adapters.tensors import AdapterTensors, checked_tensors
 from paca_lightning.conversion.changed_state import changed_state
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.state import config_of
-from paca_lightning.core.checkpoints import check_crc, read_safely
+from paca_lightning.core.checkpoints import (
+    METADATA,
+    check_crc,
+    is_checkpoint_directory,
+    is_plain,
+    read_safely,
+)
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
+from paca_lightning.core.sharded_checkpoints import ShardedTensor, sharded_tensors
 
 NOTE = "paca_adapter"
 """Key of a checkpoint: what its state dict does not tell of the adapter in it."""
@@ -31,12 +38,14 @@ class AdapterNote:
         settings: What an adapter tells beside its tensors.
         prefix: What names in the state dict begin with, inside the base model.
         saved: Paths of modules trained whole.
+        stepped: Paths of layers whose columns have steps of their own.
         base_model: Directory or hub id of the base model, if it is known.
     """
 
     settings: AdapterSettings
     prefix: str
     saved: list[str]
+    stepped: list[str]
     base_model: str | None
 
 
@@ -51,6 +60,7 @@ def note_adapter(checkpoint: dict[str, Any], module: nn.Module) -> None:
         **settings_of(inventory, config, changed, base_samples(module)),
         "prefix": inventory.prefix,
         "saved": list(inventory.named_saved()),
+        "stepped": [path for path, layer in inventory.named_layers().items() if layer.paca_scale is not None],
         "base_model": base_model_entries(inventory.base_model)["base_model_name_or_path"],
     }
 
@@ -68,22 +78,28 @@ def read_checkpoint(path: Path) -> tuple[AdapterNote, AdapterTensors]:
     """The adapter in a checkpoint, each tensor checked by itself.
 
     Args:
-        path: A file of any Lightning strategy.
+        path: A file, or a directory to which several ranks wrote.
 
     Raises:
         PaCAError: If the checkpoint is damaged, has no adapter, or does not tell how it was made.
     """
-    if path.is_file():
-        check_crc(path)
-    content = _read(path)
+    content = _read(path, verify=True)
     note = _note_in(content, path)
-    return note, checked_tensors(_in_units_of_scaling(dict(_of_adapter(content["state_dict"], note, path)), path), path)
+    tensors = dict(_of_adapter(content["state_dict"], note, path))
+    return note, checked_tensors(_in_units_of_scaling(tensors, note, path), path)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read(path: Path, *, verify: bool = False) -> dict[str, Any]:
+    """What a checkpoint holds. The tensors of a sharded one are still to be read."""
+    sharded = is_checkpoint_directory(path)
+    file = path / METADATA if sharded else path
+    if not file.is_file():
         raise PaCAError(f"There is no checkpoint {str(path)!r} (looked for {path.absolute()}).")
-    content = read_safely(path, str(path))
+    if verify:
+        check_crc(file)
+    content = read_safely(file, str(file))
+    if sharded:
+        content["state_dict"] = sharded_tensors(path)
     state = content.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise PaCAError(f"{path} is no Lightning checkpoint: it has no state_dict. Of an adapter, give the directory.")
@@ -105,12 +121,18 @@ def _note_in(content: dict[str, Any], path: Path) -> AdapterNote:
 
 
 def _parse(note: Any, path: Path) -> AdapterNote:
-    if not isinstance(note, dict) or not isinstance(note.get("saved"), list):
+    if not isinstance(note, dict) or not all(isinstance(note.get(name), list) for name in ("saved", "stepped")):
         raise PaCAError(f"{path}: {NOTE!r} is damaged. Take another checkpoint.")
     settings = parse_settings(note | {"fingerprint": note.get("fingerprint") or {}}, f"{path}: {NOTE!r}")
     if note.get("fingerprint") is None:
         settings = replace(settings, fingerprint=None)
-    return AdapterNote(settings, str(note.get("prefix")), list(map(str, note["saved"])), note.get("base_model"))
+    return AdapterNote(
+        settings,
+        prefix=str(note.get("prefix")),
+        saved=[str(path) for path in note["saved"]],
+        stepped=[str(path) for path in note["stepped"]],
+        base_model=note.get("base_model"),
+    )
 
 
 def _of_adapter(state: Mapping[str, Any], note: AdapterNote, path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -119,23 +141,19 @@ def _of_adapter(state: Mapping[str, Any], note: AdapterNote, path: Path) -> Iter
     for key, tensor in state.items():
         name = clean_path(key).removeprefix(note.prefix)
         if name.endswith((".paca_delta", ".paca_indices", ".paca_scale")) or name in changed or name.startswith(inside):
-            if not _is_plain(tensor):
+            if isinstance(tensor, ShardedTensor):
+                yield name, tensor.read()
+            elif is_plain(tensor):
+                yield name, tensor.detach().clone(memory_format=torch.contiguous_format)
+            else:
                 raise PaCAError(f"{path}: {name!r} is no plain tensor. It is damaged.")
-            yield name, tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _is_plain(tensor: Any) -> bool:
-    """Whether a tensor has all its numbers in host memory: a hostile file may bring views far larger than itself."""
-    plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.nbytes <= tensor.untyped_storage().nbytes()
-
-
-def _in_units_of_scaling(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _in_units_of_scaling(tensors: dict[str, Tensor], note: AdapterNote, path: Path) -> dict[str, Tensor]:
     """The tensors as adapters hold them: deltas times their columns' steps, which are powers of two."""
-    for name in [name for name in tensors if name.endswith(".paca_scale")]:
-        layer, steps = name.removesuffix(".paca_scale"), tensors.pop(name)
-        delta = tensors.get(f"{layer}.paca_delta")
-        if delta is None or steps.dim() != 1 or delta.shape[-1:] != steps.shape:
-            raise PaCAError(f"{path}: the steps of {layer!r} do not fit its delta. It is damaged.")
+    for layer in note.stepped:
+        delta, steps = tensors.get(f"{layer}.paca_delta"), tensors.pop(f"{layer}.paca_scale", None)
+        if delta is None or steps is None or steps.dim() != 1 or delta.shape[-1:] != steps.shape:
+            raise PaCAError(f"{path}: the steps of {layer!r} are not there or do not fit its delta. It is damaged.")
         tensors[f"{layer}.paca_delta"] = delta * steps
     return tensors

@@ -10,7 +10,7 @@ from paca_lightning.adapters.checkpoint import read_checkpoint, read_note
 from paca_lightning.adapters.files import CONFIG, adapter_config, read_json, read_settings
 from paca_lightning.adapters.settings import AdapterSettings
 from paca_lightning.adapters.tensors import AdapterTensors, read_tensors
-from paca_lightning.core.checkpoints import SUFFIX
+from paca_lightning.core.checkpoints import SUFFIX, is_checkpoint_directory
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 
@@ -47,7 +47,7 @@ def read_adapter(source: str | os.PathLike[str]) -> SavedAdapter:
             how its adapter was made.
     """
     path = Path(source)
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         note, tensors = read_checkpoint(path)
         return SavedAdapter(note.settings.config, note.settings, tensors, note.base_model, verified=True)
     config, settings = adapter_config(path), read_settings(path)
@@ -63,22 +63,24 @@ def saved_config(source: str | os.PathLike[str]) -> PaCAConfig:
         PaCAError: As :func:`read_adapter`.
     """
     path = Path(source)
-    return read_note(path).settings.config if _is_checkpoint(path) else adapter_config(path)
+    return read_note(path).settings.config if is_checkpoint(path) else adapter_config(path)
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
     """Whether a path means a checkpoint, there or not, and no adapter directory.
 
     Raises:
         PaCAError: If it is a directory of another kind.
     """
-    if path.is_dir() and not (path / CONFIG).exists():
+    if not path.is_dir():
+        return path.is_file() or path.suffix == SUFFIX
+    if not (path / CONFIG).exists() and not is_checkpoint_directory(path):
         inside = ", ".join(sorted(file.name for file in path.glob(f"*{SUFFIX}"))[:5])
         raise PaCAError(
-            f"{path / CONFIG} is missing: {str(path)!r} is not a complete adapter directory."
+            f"{path / CONFIG} is missing: {str(path)!r} is not a complete adapter directory, and no sharded checkpoint."
             + (f" There are checkpoints in it; name one: {inside}." if inside else "")
         )
-    return path.is_file() or (path.suffix == SUFFIX and not path.exists())
+    return not (path / CONFIG).exists()
 
 
 def adapter_layers(source: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:

@@ -63,7 +63,7 @@ class PaCAStrategy(FiniteSteps):
     Args:
         config: What to train. Default: the settings of the adapter, or 16 columns of every linear layer but the
             output head.
-        adapter: A trained adapter to start from, or to evaluate: its directory, or a checkpoint (``.ckpt``).
+        adapter: A trained adapter to start from, or to evaluate: its directory, or a checkpoint of a run.
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
         nonfinite: At NaN or Inf in the loss or a gradient, ``stop`` the run or ``skip`` the step.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.reading import check_file
@@ -23,7 +24,19 @@ def is_checkpoint_directory(path: Path) -> bool:
 
 
 def read_safely(file: str | os.PathLike[str] | IO[bytes], name: str) -> dict[str, Any]:
-    """The content of a checkpoint file. Its tensors lie in host memory, or stay in the file until they are used.
+    """The content of a checkpoint file. Its tensors stay in a local file until they are used.
+
+    Raises:
+        PaCAError: As :func:`read_object`, or if it is something else than a checkpoint.
+    """
+    content = read_object(file, name)
+    if not isinstance(content, dict):
+        raise PaCAError(f"The checkpoint {name!r} holds {type(content).__name__}, not what Lightning writes.")
+    return content
+
+
+def read_object(file: str | os.PathLike[str] | IO[bytes], name: str) -> Any:
+    """What ``torch.save`` wrote, in host memory.
 
     Args:
         file: A local path, or an open file.
@@ -34,7 +47,7 @@ def read_safely(file: str | os.PathLike[str] | IO[bytes], name: str) -> dict[str
     """
     mapped = isinstance(file, str | os.PathLike) and zipfile.is_zipfile(file)
     try:
-        content: Any = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+        return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # of a damaged pickle, any
         reason = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL (\S+)", reason):
@@ -44,28 +57,37 @@ def read_safely(file: str | os.PathLike[str] | IO[bytes], name: str) -> dict[str
                 "that you trust with torch.serialization.add_safe_globals([...]) before the run."
             )
         raise PaCAError(f"The checkpoint {name!r} cannot be read: {reason}") from error
-    if not isinstance(content, dict):
-        raise PaCAError(f"The checkpoint {name!r} holds {type(content).__name__}, not what Lightning writes.")
-    return content
 
 
-def check_crc(file: Path) -> None:
-    """Compare the CRC-32 of each record of a checkpoint file, which PyTorch writes and does not look at.
+def is_plain(value: Any) -> bool:
+    """Whether something is a tensor with all its numbers in host memory: a hostile file may bring huge views of few."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def check_crc(file: Path | IO[bytes], name: str | None = None) -> None:
+    """Compare the CRC-32 of each record of what ``torch.save`` wrote, which PyTorch does not look at.
+
+    Args:
+        file: A local path, or an open file.
+        name: For messages. Default: the path.
 
     Raises:
         PaCAError: If one differs, or the file is cut off or was not written by ``torch.save``.
     """
+    name = name or str(file)
     try:
-        check_file(file.resolve(), LARGEST_FILE)
+        if isinstance(file, Path):
+            check_file(file.resolve(), LARGEST_FILE)
         with zipfile.ZipFile(file) as archive:
             packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
             damaged = packed[0] if packed else archive.testzip()
     except PaCAError:
         raise
     except Exception as error:  # of a damaged archive, any
-        raise PaCAError(f"{file} is cut off, or no checkpoint that PyTorch wrote: {error}") from error
+        raise PaCAError(f"{name} is cut off, or no checkpoint that PyTorch wrote: {error}") from error
     if damaged is not None:
         raise PaCAError(
-            f"{file} is not what was saved: its record {damaged!r} was damaged or changed since. Copy the checkpoint "
+            f"{name} is not what was saved: its record {damaged!r} was damaged or changed since. Copy the checkpoint "
             "again, or take another one."
         )

@@ -23,8 +23,9 @@ def export(
 
     Args:
         model: Hugging Face directory or hub id of the base model.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or a Lightning checkpoint of a run
-            (.ckpt). If the directory has a tokenizer, that one is written, as it has the chat template of training.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or a Lightning checkpoint of a run: a
+            .ckpt file, or the directory of a sharded one. If an adapter has a tokenizer, that one is written, as it has
+            the chat template of training.
         output: Directory to write. Other files in it stay, except weights of an earlier export.
         format: merged: a plain Hugging Face checkpoint in bf16. lora: an exact LoRA adapter of the same rank, in PEFT's
             layout, for servers that know only LoRA.

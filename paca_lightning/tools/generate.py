@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.adapters.adapter import load_adapter
-from paca_lightning.adapters.saved import saved_config
+from paca_lightning.adapters.saved import is_checkpoint, saved_config
 from paca_lightning.conversion.revert import merge
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.tokenizer import load_tokenizer
@@ -42,9 +42,9 @@ def generate(
         model: Hugging Face directory or hub id of the base model.
         prompts: One prompt, "What is your name?", or a list, '["What is your name?", "Who made you?"]'. Each begins a
             conversation. Default: type them in, one a line; an empty line ends.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or a Lightning checkpoint of a run
-            (.ckpt). If the directory has a tokenizer, that one is used, as it has the chat template of training.
-            Default: the base model alone.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or a Lightning checkpoint of a run: a
+            .ckpt file, or the directory of a sharded one. If an adapter has a tokenizer, that one is used, as it has
+            the chat template of training. Default: the base model alone.
         system: Text of a system message before each prompt. Default: the chat template's own, if it has one.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time. Above 0, tokens are sampled: at 1 from the model's own
@@ -143,7 +143,7 @@ def load_with_adapter(
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:
         load_adapter(built, adapter)
-        if Path(adapter).is_file():
+        if is_checkpoint(Path(adapter)):
             log.warning(
                 "%s: a checkpoint has no tokenizer, so that of %s is used, with its chat template. If the run had "
                 "another one, take the adapter directory that AdapterCheckpoint wrote.",

@@ -1,8 +1,9 @@
 """Private APIs of PyTorch (read in 2.13)."""
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -180,3 +181,40 @@ def shards_copied_before_gathering() -> Iterator[None]:
         yield
     finally:
         FSDPParam.all_gather_inputs = original  # type: ignore[method-assign]
+
+
+SHARD_LIST_CLASSES = {
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+}
+"""What the list of shards of ``torch.distributed.checkpoint`` is made of, beside dtypes. All are plain data."""
+
+
+def read_shard_list(stream: IO[bytes]) -> Any:
+    """The ``Metadata`` that ``FileSystemReader`` would unpickle without limits. Its ``storage_data`` tells files.
+
+    Raises:
+        pickle.UnpicklingError: If it names anything but :data:`SHARD_LIST_CLASSES` and dtypes.
+    """
+    return _ShardListUnpickler(stream).load()
+
+
+class _ShardListUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if name not in SHARD_LIST_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a list of shards")
+        return super().find_class(module, name)

@@ -1,7 +1,10 @@
 """Canaries for the private APIs of PyTorch."""
 
+import io
+import pickle
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +253,32 @@ def test_wrappers_add_these_segments() -> None:
         assert clean_path(path) == "layer"
     found = {path for module in wrapped for path, _ in module.named_modules() if path}
     assert found == private.WRAPPER_SEGMENTS
+
+
+@canary("torch.read_shard_list", "torch.SHARD_LIST_CLASSES")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_list_of_shards_is_of_these_classes(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    class Noting(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if not isinstance(found := super().find_class(module, name), torch.dtype):
+                named.add((module, name))
+            return found
+
+    named: set[tuple[str, str]] = set()
+    save({"state": {"a": torch.ones(4, 2), "b": torch.tensor(3), "c": 1}}, checkpoint_id=tmp_path, no_dist=True)
+    with (tmp_path / ".metadata").open("rb") as stream:
+        listed = private.read_shard_list(stream)
+        stream.seek(0)
+        Noting(stream).load()
+    paths = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
+    known = {(module, name) for module, names in private.SHARD_LIST_CLASSES.items() for name in names}
+    assert {item for item in known ^ named if item[1] not in paths} == set()
+    assert listed.state_dict_metadata["state.a"].size == (4, 2)
+    (place,) = (place for index, place in listed.storage_data.items() if index.fqn == "state.a")
+    content = (tmp_path / place.relative_path).read_bytes()[place.offset :][: place.length]
+    assert torch.equal(torch.load(io.BytesIO(content)), torch.ones(4, 2))
 
 
 def test_every_function_has_a_canary() -> None:
