@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import rich
 import torch
@@ -44,6 +44,7 @@ class AdapterMethodStrategy(Callback):
     Args:
         adapter: Directory of a trained adapter to start from, or to evaluate.
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+        resume_lr: Whose learning rate a resumed run takes, ``checkpoint`` or ``config``, as in ``PaCAStrategy``.
 
     Attributes:
         report: What is trained, once a run has started.
@@ -53,14 +54,20 @@ class AdapterMethodStrategy(Callback):
             or checkpoint does not fit.
     """
 
-    def __init__(self, *, adapter: str | None = None, full_checkpoints: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        adapter: str | None = None,
+        full_checkpoints: bool = False,
+        resume_lr: Literal["checkpoint", "config"] = "checkpoint",
+    ) -> None:
         self.adapter = adapter
         self.full_checkpoints = full_checkpoints
         self.report: MethodReport | None = None
         # Of the present run.
         self._adapted: AdaptedModel | None = None
         self._hooks = MethodHooks()
-        self._resumed = ResumedOptimizers()
+        self._resumed = ResumedOptimizers(resume_lr)
         self._at_start: tuple[int, list[tuple[float, float]]] | None = None  # steps, sums of what is trained
 
     @abstractmethod
@@ -211,16 +218,16 @@ class AdapterMethodStrategy(Callback):
 
     def _remove_hooks(self) -> None:
         self._hooks.remove()
-        self._resumed, self._at_start = ResumedOptimizers(), None
+        self._resumed.forget()
+        self._at_start = None
 
-    @rank_zero_only
     def _print_report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summary once a run, with the learning rate that will be used."""
+        """Settle the learning rate of a resumed run, and print the summary with it, once a run."""
         assert self.report is not None
-        if trainer.state.fn == TrainerFn.FITTING and self._resumed.warn_of_ignored(trainer):
+        if trainer.state.fn == TrainerFn.FITTING and self._resumed.settle(trainer):
             trained = trained_parameters(pl_module).values()
             self.report.learning_rate = learning_rate(trainer, "initial_lr", trained)
-            rich.print(self.report)
+            rank_zero_only(rich.print)(self.report)
 
 
 def _in_single_precision(module: LightningModule) -> dict[str, Tensor]:

@@ -66,6 +66,8 @@ class PaCAStrategy(FiniteSteps):
         adapter: A trained adapter to start from, or to evaluate: its directory, or a checkpoint of a run.
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
         nonfinite: At NaN or Inf in the loss or a gradient, ``stop`` the run or ``skip`` the step.
+        resume_lr: A resumed run keeps the learning rate of its ``checkpoint``, or takes that of the ``config``: the
+            present rate is multiplied by new / old, and the schedule goes on from there.
 
     Attributes:
         report: What was converted, once a run has started.
@@ -81,6 +83,7 @@ class PaCAStrategy(FiniteSteps):
         adapter: str | None = None,
         full_checkpoints: bool = False,
         nonfinite: Literal["stop", "skip"] = "stop",
+        resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
         super().__init__(nonfinite)
         self.config = config_beside_adapter(config, adapter)
@@ -90,7 +93,7 @@ class PaCAStrategy(FiniteSteps):
         self._handles: list[RemovableHandle] = []
         self._hooks = MethodHooks()
         self._saved_base: dict[str, list[float]] | None = None  # of the checkpoint that the run restores
-        self._resumed = ResumedOptimizers()
+        self._resumed = ResumedOptimizers(resume_lr)
         self._at_start: tuple[int, list[tuple[float, float]]] | None = None  # steps and delta_sums
 
     @override
@@ -147,10 +150,9 @@ class PaCAStrategy(FiniteSteps):
         self._forget_steps()
         self._hooks.remove()
         self._saved_base = self._at_start = None
-        self._resumed = ResumedOptimizers()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._resumed.forget()
+        while self._handles:
+            self._handles.pop().remove()
 
     def _convert(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = convert_module(trainer, pl_module, self.config, self.adapter)
@@ -241,9 +243,8 @@ class PaCAStrategy(FiniteSteps):
         """Refuse a checkpoint whose deltas would enter the weights with another scaling."""
         check_scalings(state_dict["scaling"], scalings(self.report))
 
-    @rank_zero_only
     def _print_report(self, trainer: Trainer) -> None:
-        """Print the summary once a run, with the learning rate that will be used."""
+        """Settle the learning rate of a resumed run, and print the summary with it, once a run."""
         assert self.report is not None
-        if self._resumed.warn_of_ignored(trainer):
-            rich.print(with_learning_rate(self.report, trainer))
+        if self._resumed.settle(trainer):
+            rank_zero_only(rich.print)(with_learning_rate(self.report, trainer))

@@ -1,7 +1,7 @@
 """PEFTStrategy: the callback that brings any method of PEFT to any LightningModule."""
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch import LightningModule
 from typing_extensions import override
@@ -33,6 +33,7 @@ class PEFTStrategy(AdapterMethodStrategy):
             LightningModule itself.
         quantize: ``nf4`` quantizes the frozen linear layers first, but no output head (QLoRA).
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+        resume_lr: Whose learning rate a resumed run takes, ``checkpoint`` or ``config``, as in ``PaCAStrategy``.
 
     Raises:
         PaCAError: If PEFT is not installed, there is neither a config nor an adapter, or PEFT or a run cannot do what
@@ -47,8 +48,9 @@ class PEFTStrategy(AdapterMethodStrategy):
         path: str | None = None,
         quantize: str | None = None,
         full_checkpoints: bool = False,
+        resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
-        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints)
+        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints, resume_lr=resume_lr)
         if config is None:
             if adapter is None:
                 raise PaCAError("PEFTStrategy needs a config, such as peft.LoraConfig(r=8), or an adapter.")

@@ -1,11 +1,12 @@
 """What a run that goes on from a checkpoint takes over from its optimizers, and what of its own settings is ignored."""
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from paca_lightning.callbacks.resumed_rates import apply_rates, first_rate
 from paca_lightning.core.errors import PaCAError
 
 
@@ -22,26 +23,42 @@ def optimizer_settings(trainer: Trainer) -> list[dict[str, Any]]:
     for group in groups:
         known = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         if not plateau:  # which lowers the rate itself, and does not keep the first one
-            rate = group.get("initial_lr", group["lr"])
-            known["lr"] = None if rate is None else float(rate)  # Adafactor may choose its own
+            known["lr"] = first_rate(group)
         settings.append(known)
     return settings
 
 
 class ResumedOptimizers:
-    """Compares the optimizers of a run with those of the checkpoint that it goes on from."""
+    """Compares the optimizers of a run with those of the checkpoint that it goes on from.
 
-    def __init__(self) -> None:
+    Args:
+        resume_lr: Whose learning rate a resumed run takes, ``checkpoint`` or ``config``.
+
+    Raises:
+        PaCAError: If it is neither.
+    """
+
+    def __init__(self, resume_lr: Literal["checkpoint", "config"]) -> None:
+        if resume_lr not in ("checkpoint", "config"):
+            raise PaCAError(f"resume_lr={resume_lr!r} is unknown. Choose checkpoint or config.")
+        self.resume_lr = resume_lr
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the checkpoint and the optimizers of a run."""
+        self._resumes = False
         self._saved_names: list[str] | None = None
         self._configured: list[dict[str, Any]] | None = None
+        self._rates: list[float | None] = []
 
     def note_saved(self, names: list[str] | None) -> None:
-        """Note the classes of a checkpoint's optimizers, if they are known."""
-        self._saved_names = names
+        """Note that the run goes on from a checkpoint, and the classes of its optimizers, if they are known."""
+        self._resumes, self._saved_names = True, names
 
     def note_configured(self, trainer: Trainer) -> None:
         """Note the settings of this run's optimizers, before those of a checkpoint replace them."""
         self._configured = optimizer_settings(trainer)
+        self._rates = [first_rate(group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
     def check_classes(self, trainer: Trainer) -> None:
         """Refuse a checkpoint whose optimizer states belong to other optimizers.
@@ -57,20 +74,34 @@ class ResumedOptimizers:
                 "from its adapter: PaCAStrategy(adapter=...)."
             )
 
-    def warn_of_ignored(self, trainer: Trainer) -> bool:
-        """Name the settings of this run that a checkpoint has replaced, once a run; False if that was done before."""
+    def settle(self, trainer: Trainer) -> bool:
+        """Apply the config's learning rate if it is asked for, and name what is ignored, once a run, on every rank.
+
+        Returns:
+            False if that was done before.
+
+        Raises:
+            PaCAError: If the learning rates that follow from the config's are not defined.
+        """
         if self._configured is None:
             return False
+        if self._resumes and self.resume_lr == "config":
+            for old, new in dict.fromkeys(apply_rates(trainer, self._rates)):
+                rank_zero_info(f"resume_lr='config': the run goes on with lr={new}; its checkpoint has {old}.")
+        self._warn_of_ignored(self._configured, optimizer_settings(trainer))
+        self._configured = None
+        return True
+
+    def _warn_of_ignored(self, configured: list[dict[str, Any]], used: list[dict[str, Any]]) -> None:
         ignored: dict[str, tuple[Any, Any]] = {}
-        for own, restored in zip(self._configured, optimizer_settings(trainer), strict=False):
+        for own, restored in zip(configured, used, strict=False):
             for name in own.keys() & restored.keys():
                 if own[name] != restored[name]:
                     ignored.setdefault(name, (own[name], restored[name]))
         if ignored:
-            said = ", ".join(f"{name}={own!r} (goes on with {used!r})" for name, (own, used) in sorted(ignored.items()))
+            said = ", ".join(f"{name}={own!r} (goes on with {kept!r})" for name, (own, kept) in sorted(ignored.items()))
+            rate = "resume_lr='config' applies the learning rate. " if "lr" in ignored else ""
             rank_zero_warn(
-                f"Ignored, as the run goes on with the optimizer of its checkpoint: {said}. To train with other "
+                f"Ignored, as the run goes on with the optimizer of its checkpoint: {said}. {rate}To train with other "
                 "settings, begin a new run from the adapter: PaCAStrategy(adapter=...)."
             )
-        self._configured = None
-        return True

@@ -1,5 +1,6 @@
 """What a run says of its learning rate: when it resumes with other settings, and when nothing has moved."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from paca_lightning import AdapterCheckpoint, PaCAError, PaCAStrategy
+from paca_lightning import AdapterCheckpoint, PaCAError, PaCAStrategy, apply_paca, attach, paca_layers
 from tests.callbacks.test_paca import CONFIG, Module, loader
+from tests.distributed_launch import launch
 
 
 class Configured(Module):
@@ -28,12 +30,17 @@ class Configured(Module):
 
 
 def fit(
-    module: L.LightningModule, directory: Path, *callbacks: Any, ckpt_path: Path | None = None, **more: Any
+    module: L.LightningModule,
+    directory: Path,
+    *callbacks: Any,
+    ckpt_path: Path | None = None,
+    resume_lr: Any = "checkpoint",
+    **more: Any,
 ) -> None:
     defaults: dict[str, Any] = {"max_epochs": 1, "num_sanity_val_steps": 0}
     trainer = L.Trainer(
         accelerator="cpu",
-        callbacks=[PaCAStrategy(CONFIG), *callbacks],
+        callbacks=[PaCAStrategy(CONFIG, resume_lr=resume_lr), *callbacks],
         default_root_dir=directory,
         logger=False,
         enable_checkpointing=any(isinstance(one, ModelCheckpoint) for one in callbacks),
@@ -84,6 +91,125 @@ def test_a_schedule_does_not_look_like_another_learning_rate(tmp_path: Path, rec
         module.schedule = halving
         fit(module, tmp_path, ModelCheckpoint(tmp_path, filename="one"), ckpt_path=ckpt_path, max_epochs=epochs)
     assert not any("Ignored" in str(warning.message) for warning in recwarn)
+
+
+def halved_at_each_step(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+
+def warm_then_decaying(optimizer: torch.optim.Optimizer) -> Any:
+    """A schedule of schedules, which changes over in the resumed part."""
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.25, total_iters=4)
+    decaying = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    whole = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, decaying], [8])
+    return torch.optim.lr_scheduler.ChainedScheduler([whole, torch.optim.lr_scheduler.StepLR(optimizer, 7, 0.5)])
+
+
+class Rates(L.Callback):
+    """Notes the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.noted: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.noted.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+OLD, NEW = 2**-7, 2**-5  # powers of two: a schedule's rates scale by them without rounding
+
+
+def changed_by_hand(schedule: Any, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
+    """Deltas and rates of two epochs of a plain loop, whose schedule is scaled by another rate in the second."""
+    module, rates = Configured(), []
+    apply_paca(module, CONFIG)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1.0)
+    handle = attach(optimizer, module)
+    shape = None if schedule is None else schedule(optimizer)
+    (group,) = optimizer.param_groups
+    for rate in (OLD, NEW):
+        for batch in batches:
+            factor = group["lr"]
+            group["lr"] = factor * rate
+            rates.append(group["lr"])
+            module.net(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            group["lr"] = factor
+            if shape is not None:
+                shape.step()
+    handle.remove()
+    return deltas_of(module), rates
+
+
+def deltas_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [layer.paca_delta.detach().clone() for _, layer in paca_layers(module)]
+
+
+def resumed_with_another_rate(
+    directory: Path, schedule: Any, settings: dict[str, Any]
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Deltas and rates of a second epoch, begun from the checkpoint of a first one with another learning rate."""
+    rates = Rates()
+    for lr, epochs, more in ((OLD, 1, {}), (NEW, 2, {"ckpt_path": directory / "one.ckpt"})):
+        module = Configured(lr=lr)
+        module.schedule = schedule
+        rates.noted.clear()
+        saving = ModelCheckpoint(directory, filename="one", enable_version_counter=False)
+        fit(module, directory, rates, saving, resume_lr="config", max_epochs=epochs, **(more | settings))
+    return deltas_of(module), rates.noted
+
+
+@pytest.mark.parametrize("schedule", [None, halved_at_each_step, warm_then_decaying])
+def test_a_resumed_run_takes_the_learning_rate_of_its_config(
+    schedule: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    resumed, rates = resumed_with_another_rate(tmp_path, schedule, {})
+    batches = list(loader())
+    expected, expected_rates = changed_by_hand(schedule, batches)
+    assert rates == expected_rates[len(batches) :]
+    assert all(torch.equal(one, other) for one, other in zip(resumed, expected, strict=True))
+    assert f"resume_lr='config': the run goes on with lr={NEW}; its checkpoint has {OLD}." in caplog.text
+    assert not any("Ignored" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.distributed
+def test_two_ranks_take_the_same_learning_rate(tmp_path: Path) -> None:
+    two = {"devices": 2, "strategy": "ddp"}
+    (first, rates), (second, others) = launch(resumed_with_another_rate, 2, tmp_path, halved_at_each_step, two)
+    assert rates == others == [NEW / 2**step for step in range(len(rates), 2 * len(rates))]
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "complaint"),
+    [
+        (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=20), "the learning rates of OneCycleLR"),
+        (partial(torch.optim.lr_scheduler.CyclicLR, base_lr=0.1, max_lr=0.2), "the learning rates of CyclicLR"),
+        (
+            partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=20, eta_min=1e-3),
+            r"the learning rates of CosineAnnealingLR\(eta_min=0\.001\), which lie above a fixed one",
+        ),
+    ],
+)
+def test_a_rate_that_is_not_defined_is_refused(schedule: Any, complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(PaCAError, match=complaint + ".*Leave resume_lr at 'checkpoint', or begin a new run"):
+        resumed_with_another_rate(tmp_path, schedule, {})
+
+
+def test_a_rate_from_zero_is_refused(tmp_path: Path) -> None:
+    class TwoGroups(Configured):
+        def configure_optimizers(self) -> Any:
+            first, *others = (p for p in self.parameters() if p.requires_grad)
+            return torch.optim.AdamW([{"params": [first], "lr": self.settings["first"]}, {"params": others}], lr=OLD)
+
+    fit(TwoGroups(first=0.0), tmp_path, ModelCheckpoint(tmp_path, filename="one"))
+    with pytest.raises(PaCAError, match=r"resume_lr='config' cannot go from learning rate 0\.0 to 0\.03125"):
+        fit(TwoGroups(first=NEW), tmp_path, ckpt_path=tmp_path / "one.ckpt", max_epochs=2, resume_lr="config")
+
+
+def test_resume_lr_is_checked() -> None:
+    with pytest.raises(PaCAError, match=r"resume_lr='yes' is unknown\. Choose checkpoint or config"):
+        PaCAStrategy(CONFIG, resume_lr="yes")  # type: ignore[arg-type]
 
 
 def test_another_optimizer_is_refused_before_its_state_is_loaded(checkpoint: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.autograd import forward_ad
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # documented, without a public path
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -152,6 +153,16 @@ def is_fake(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import is_fake as fake
 
     return bool(fake(tensor))
+
+
+def parts_of_schedule(schedule: LRScheduler) -> list[LRScheduler]:
+    """A schedule, and those that it consists of (SequentialLR, ChainedScheduler): no public name lists them."""
+    return [schedule, *(inner for part in getattr(schedule, "_schedulers", ()) for inner in parts_of_schedule(part))]
+
+
+def note_last_rates(schedule: LRScheduler, rates: list[float | Tensor]) -> None:
+    """Set what ``get_last_lr`` returns: a schedule computes it in its steps alone."""
+    schedule._last_lr = list(rates)
 
 
 def init_fake_process_group(ranks: int) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim import lr_scheduler
 
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private import torch as private
@@ -34,6 +35,17 @@ def fake_ranks() -> Iterator[None]:
     private.init_fake_process_group(2)
     yield
     dist.destroy_process_group()
+
+
+@canary("torch.parts_of_schedule", "torch.note_last_rates")
+def test_schedules_of_schedules() -> None:
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=1.0)
+    parts = [lr_scheduler.ConstantLR(optimizer) for _ in range(3)]
+    sequence = lr_scheduler.SequentialLR(optimizer, parts[:2], [3])
+    whole = lr_scheduler.ChainedScheduler([sequence, parts[2]])
+    assert private.parts_of_schedule(whole) == [whole, sequence, *parts]
+    private.note_last_rates(whole, [0.5])
+    assert whole.get_last_lr() == [0.5]
 
 
 @canary("torch.tensors_in", "torch.map_tensors")
