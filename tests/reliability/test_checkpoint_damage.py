@@ -1,6 +1,7 @@
 """Bits of a checkpoint that changed since it was saved: refused by name, or without any effect."""
 
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,19 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from paca_lightning import PaCAError
 from paca_lightning.cli import main
+from paca_lightning.core.sealed_files import CHECKSUMS
 from paca_lightning.strategies.checkpoint_io import LocalCheckpointIO
+from paca_lightning.strategies.fsdp2.location import Location
+from paca_lightning.strategies.fsdp2.restoring import check_files
+from paca_lightning.strategies.fsdp2.saving import save_directory
+from tests.distributed_launch import launch
+from tests.reliability.writers import sharded_checkpoint
 from tests.test_cli import DEBUG, ROOT, failure, output_to
 
 CONTENT = {"state_dict": {"delta": torch.arange(40.0)}, "epoch": 3, "loops": {"a": [1, 2, "three"]}}
@@ -123,3 +133,57 @@ def test_code_that_the_user_allows_runs(tmp_path: Path) -> None:
     torch.save({"state_dict": RunsCode(f"touch {tmp_path / 'ran'}")}, tmp_path / "own.ckpt")
     LocalCheckpointIO().load_checkpoint(tmp_path / "own.ckpt", weights_only=False)
     assert (tmp_path / "ran").exists()
+
+
+SHARDED_FILES = [".metadata", "__0_0.distcp", "meta.pt", "checksums.json"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("name", SHARDED_FILES[:3])
+def test_a_flipped_bit_in_a_sharded_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+    place = tmp_path / "last.ckpt"
+    sharded_checkpoint(place)
+    assert sorted(path.name for path in place.iterdir()) == sorted(SHARDED_FILES)
+    check_files(place)
+    whole = (place / name).read_bytes()
+    for damaged in flipped(whole, every=max(1, len(whole) // 50)):
+        (place / name).write_bytes(damaged)
+        with pytest.raises(PaCAError, match=re.escape(str(place))):
+            check_files(place)
+    (place / name).write_bytes(whole)
+    check_files(place)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_sharded_checkpoint_without_checksums_loads_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sharded_checkpoint(tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt" / CHECKSUMS).unlink()
+    check_files(tmp_path / "last.ckpt")
+    assert "has no checksums.json, as earlier versions wrote none: its bytes are not verified" in caplog.text
+
+
+def refusal_of_damage(place: Path) -> tuple[list[str], str]:
+    """Saves on all ranks, damages a file of the second rank, and says which files there are and what loading says."""
+    tensor = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+    first = dist.get_rank() == 0
+    save_directory({"state_dict": {"delta": tensor}}, Location.of(place), is_first_rank=first, barrier=dist.barrier)
+    names = sorted(path.name for path in place.iterdir())
+    check_files(place)
+    dist.barrier()
+    if first:
+        (place / "__1_0.distcp").write_bytes(b"other")
+    dist.barrier()
+    with pytest.raises(PaCAError) as refused:
+        check_files(place)
+    return names, str(refused.value)
+
+
+@pytest.mark.distributed
+def test_every_rank_refuses_what_one_of_them_reads(tmp_path: Path) -> None:
+    results = launch(refusal_of_damage, 2, tmp_path / "last.ckpt")
+    names = [".metadata", "__0_0.distcp", "__1_0.distcp", "checksums.json", "meta.pt"]
+    for found, message in results:
+        assert found == names
+        assert "last.ckpt/__1_0.distcp' is not what was saved (1 of 4 files differ from checksums.json)" in message

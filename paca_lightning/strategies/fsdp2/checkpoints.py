@@ -16,7 +16,7 @@ from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import tensors_in
 from paca_lightning.strategies.fsdp2.location import Location
-from paca_lightning.strategies.fsdp2.restoring import by_position, load_directory, load_file
+from paca_lightning.strategies.fsdp2.restoring import by_position, check_files, load_directory, load_file
 from paca_lightning.strategies.fsdp2.saving import restore_replaced, save_directory
 
 
@@ -85,7 +85,7 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
         """Restore the model and the optimizers, and return the rest of the checkpoint.
 
         Raises:
-            PaCAError: If there is no checkpoint, or if it belongs to another model.
+            PaCAError: If there is no checkpoint, or it is damaged, or belongs to another model.
         """
         location = Location.of(self.broadcast(checkpoint_path))
         if location.is_local:
@@ -93,6 +93,8 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         if (location / METADATA).is_file():
+            if location.is_local:
+                check_files(Path(location.name))
             return load_directory(location, module, self.optimizers, strict=module.strict_loading)
         if location.is_file():
             return load_file(location, module, self.optimizers, strict=module.strict_loading)

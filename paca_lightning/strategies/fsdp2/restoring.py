@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -20,8 +21,21 @@ from torch.optim import Optimizer
 from paca_lightning.core.checkpoints import METADATA, check_crc, read_safely
 from paca_lightning.core.dtensor import sharded_like
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.sealed_files import CHECKSUMS, check_checksums, read_checksums, shared_checksums
 from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.sharding import local_rows
+
+
+def check_files(directory: Path) -> None:
+    """Compare the files of a sharded checkpoint with their checksums, if it has some. Collective.
+
+    Raises:
+        PaCAError: On all ranks, naming the files that changed.
+    """
+    if (saved := read_checksums(directory)) is None:
+        rank_zero_info(f"{directory} has no {CHECKSUMS}, as earlier versions wrote none: its bytes are not verified.")
+    else:
+        check_checksums(directory, saved, shared_checksums(directory, saved))
 
 
 def load_directory(

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from paca_lightning.core.checkpoints import METADATA
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import disk_error, told_if_the_disk_fails
+from paca_lightning.core.sealed_files import shared_checksums, write_checksums
 from paca_lightning.strategies.fsdp2.location import Location
 
 REPLACED = ".replaced"
@@ -51,12 +53,24 @@ def save_directory(
         reason = disk_error(cause) or str(cause)
         raise PaCAError(f"{location.name!r} could not be written by rank {rank}: {reason}. It is unchanged.") from error
     if is_first_rank:
-        with told_if_the_disk_fails(location.name):
-            with (target / METADATA).open("wb") as file:
-                torch.save(rest, file)
-            if target is not location:
-                _take_the_place(Path(target.name), Path(location.name))
+        with told_if_the_disk_fails(location.name), (target / METADATA).open("wb") as file:
+            torch.save(rest, file)
+    if target is not location:
+        _seal(Path(target.name), is_first_rank=is_first_rank)
+        if is_first_rank:
+            _take_the_place(Path(target.name), Path(location.name))
     barrier()
+
+
+def _seal(directory: Path, *, is_first_rank: bool) -> None:
+    """Write the checksums of all files. The first rank says which there are: listings of others may come late."""
+    names = [sorted(path.name for path in directory.iterdir()) if is_first_rank else []]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names)
+    sums = shared_checksums(directory, names[0])
+    if is_first_rank:
+        with told_if_the_disk_fails(directory):
+            write_checksums(directory, sums)
 
 
 def _take_the_place(new: Path, place: Path) -> None:
