@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run ``paca-lightning``.
 
     Exit codes: 0; 1 if a run does not fit the memory given to ``estimate``; 2 for a user's mistake; 130 after Ctrl-C;
-    143 after SIGTERM. Any other error keeps its traceback.
+    143 after SIGTERM, 129 after SIGHUP. Any other error keeps its traceback.
 
     Args:
         args: Command line without the program's name. Default: that of the process.

@@ -1,12 +1,17 @@
 """How runs of the command line begin, are taken up again, and end."""
 
+import fcntl
 import os
 import shutil
 import signal
+import stat
+import subprocess
 import sys
+import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -265,21 +270,71 @@ def test_a_mistyped_option_is_answered_by_its_message_and_one_line_of_help(
     assert len(lines) < 12
 
 
-@pytest.mark.slow
-def test_sigterm_ends_a_command_with_143_and_keeps_what_was_trained(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(tmp_path)]
-    endless = [
-        "--trainer.max_epochs=100000",
-        "--trainer.log_every_n_steps=1",
-        "--trainer.logger.flush_logs_every_n_steps=1",
-    ]
-    with started([*command, *endless], cwd=ROOT) as process:
+@contextmanager
+def endless_run(directory: Path, terminal: int | None = None, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A run of the command line that has taken its first step and does not end by itself.
+
+    Args:
+        directory: Of its files.
+        terminal: Where its output is read, if it writes to a terminal.
+        **options: For the process.
+    """
+    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(directory)]
+    command += ["--trainer.max_epochs=100000", "--trainer.log_every_n_steps=1"]
+    with started([*command, "--trainer.logger.flush_logs_every_n_steps=1"], cwd=ROOT, **options) as process:
         deadline = time.monotonic() + HANG
-        while not (tmp_path / "version_0" / "metrics.csv").exists() or not logged(tmp_path / "version_0", "train/loss"):
+        metrics = directory / "version_0" / "metrics.csv"
+        while not metrics.exists() or not logged(directory / "version_0", "train/loss"):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(HANG) == 143
+            if terminal is not None:
+                with suppress(BlockingIOError):
+                    os.read(terminal, 1 << 20)
+        yield process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "a closed terminal"])
+def test_a_command_that_is_stopped_keeps_what_was_trained(how: str, tmp_path: Path) -> None:
+    if how == "SIGTERM":
+        with endless_run(tmp_path) as process:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(HANG) == 143
+    else:
+        ours, its = os.openpty()
+        os.set_blocking(ours, False)
+        options = {"stdin": its, "stdout": its, "stderr": its, "preexec_fn": become_owner_of_terminal}
+        with endless_run(tmp_path, ours, **options) as process:
+            os.close(its)
+            os.close(ours)
+            assert process.wait(HANG) == 129
     assert len(trained_layers(tmp_path / "version_0" / "adapter")) == 14
     assert (tmp_path / "version_0" / "checkpoints" / "interrupted.ckpt").exists()
+
+
+def become_owner_of_terminal() -> None:
+    """Make stdin the terminal that this session gets SIGHUP from."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.slow
+def test_slurms_signal_requeues_a_command_which_goes_on_until_it_is_ended(tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
+    scontrol.chmod(stat.S_IRWXU)
+    job = {"NTASKS": "1", "JOB_ID": "77", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    environment = os.environ | {f"SLURM_{name}": value for name, value in job.items()}
+    environment["PATH"] = f"{scontrol.parent}:{environment['PATH']}"
+    with endless_run(tmp_path / "run", env=environment) as process:
+        process.send_signal(signal.SIGUSR1)
+        deadline = time.monotonic() + HANG
+        while not (tmp_path / "scontrol.log").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANG) == 143
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 77\n"

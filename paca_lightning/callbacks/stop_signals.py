@@ -1,10 +1,11 @@
-"""StopSignals: Ctrl-C, SIGTERM and SLURM's requeue signal act between two steps, on all ranks alike."""
+"""StopSignals: Ctrl-C, SIGTERM, SIGHUP and SLURM's requeue signal act between two steps, on all ranks alike."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,16 +26,17 @@ from paca_lightning.core.private.lightning import (
 )
 
 FILE_NAME = "interrupted.ckpt"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STOPPED = (KeyboardInterrupt, SIGTERMException)
 """What is raised in a run that someone stopped, as opposed to one that failed."""
 
 
 class StopSignals(Callback):
-    """Stop a run on Ctrl-C or SIGTERM after its present optimizer step, with a checkpoint to resume from.
+    """Stop a run on Ctrl-C, SIGTERM or SIGHUP after its present optimizer step, with a checkpoint to resume from.
 
     The checkpoint ``interrupted.ckpt`` is written where ModelCheckpoint writes. Resumed from it, a run goes on as if it
-    had not been stopped. A second signal stops at once, without it. The process exits with 130 (by the command line)
-    or 143.
+    had not been stopped. A second signal stops at once, without it. The process exits with 130 (by the command line),
+    143 or 129. A closed terminal sends SIGHUP, sometimes twice; what is written to it then is dropped.
 
     Several processes agree after each batch, so that all stop at the same one, whichever got the signal. They reduce
     one number in host memory, so that no host waits for its device. Lightning's own broadcast of SIGTERM, for which
@@ -78,20 +80,25 @@ class StopSignals(Callback):
             return
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            again = self._received in (signal.SIGINT, signal.SIGTERM)
+            again = (
+                self._received in STOP_SIGNALS and number != signal.SIGHUP
+            )  # the kernel and the shell may send one each
             self._received = number
+            if number == signal.SIGHUP:
+                _leave_closed_terminal()
             requeue = self._requeue is not None and number == self._requeue[0]
             at_once = trainer.world_size == 1 and not self._waits
             if not requeue and (again or at_once):
                 self._stop(number, consistent=at_once)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells set it for jobs in the background
-                signal.signal(number, on_signal)
         requeues = requeue_signal(trainer)
         if requeues is not None and callable(handler := signal.getsignal(requeues)):
             self._requeue = (requeues, handler)
             signal.signal(requeues, on_signal)
+        for number in STOP_SIGNALS:
+            ignored = signal.getsignal(number) == signal.SIG_IGN  # by nohup, and by shells for jobs in the background
+            if not ignored and number != requeues:
+                signal.signal(number, on_signal)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,18 +178,17 @@ class StopSignals(Callback):
             received = int(highest(torch.tensor(received), self._group))
         if not received:
             return
-        if received in (signal.SIGINT, signal.SIGTERM):
+        if self._requeue is None or received != self._requeue[0]:
             self._stop(received, consistent=True)
-        assert self._requeue is not None, f"signal {received} reached another rank and has no handler here"
         self._received = 0
         self._requeue[1](received, None)
 
-    def _stop(self, number: int, *, consistent: bool) -> None:
+    def _stop(self, number: int, *, consistent: bool) -> NoReturn:
         self._consistent = consistent
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        rank_zero_info("Received SIGTERM: stopping.")
-        raise SIGTERMException(128 + signal.SIGTERM)
+        rank_zero_info(f"Received {signal.Signals(number).name}: stopping.")
+        raise SIGTERMException(128 + number)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -203,3 +209,13 @@ class StopSignals(Callback):
             for part in ("total", "current"):  # as in the first batch: Lightning goes back into the validation
                 progress[part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress["is_last_batch"] = False
+
+
+def _leave_closed_terminal() -> None:
+    """Drop what is written to a terminal that is gone: a progress bar would fail before the checkpoint is written."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream)

@@ -25,7 +25,7 @@ from tests.tiny import tiny_llama
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """As in a shell, and left so: Lightning ignores SIGINT once it has saved."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -156,6 +156,16 @@ def test_ctrl_c_is_as_gentle(tmp_path: Path) -> None:
     assert same(deltas(module), deltas(expected))
 
 
+@pytest.mark.parametrize("times", [1, 2])  # the kernel and the shell may send one each
+def test_a_closed_terminal_is_as_gentle(times: int, tmp_path: Path) -> None:
+    expected = fit(tmp_path / "whole")
+    with pytest.raises(SystemExit) as stop:
+        fit(tmp_path / "run", AdapterCheckpoint(), Signal(signal.SIGHUP, times=times))
+    assert stop.value.code == 129
+    module = fit(tmp_path / "run", ckpt_path=tmp_path / "run" / "interrupted.ckpt")
+    assert same(deltas(module), deltas(expected))
+
+
 def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     fit(tmp_path / "run", Signal(signal.SIGINT))
@@ -185,25 +195,28 @@ def test_slurm_requeues_between_two_steps_and_the_new_job_goes_on(
     assert same(deltas(module), deltas(expected))
 
 
-def stop_one_rank(directory: str, strategy: str) -> tuple[object, list[Tensor]]:
-    """Train on several ranks, of which only the last one gets SIGTERM; the exit code, and the adapter."""
+def stop_one_rank(directory: Path, strategy: str) -> object:
+    """Train on several ranks, undisturbed and with SIGTERM on the last rank alone; resume. Returns the exit code."""
     on_this_rank = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
     callbacks = [Signal(signal.SIGTERM)] if on_this_rank else []
-    settings = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": strategy, "max_epochs": 3}
+    settings = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": strategy, "max_epochs": 2}
+    fit(directory / "whole", AdapterCheckpoint(), **settings)
     with pytest.raises(SystemExit) as stop:
-        fit(Path(directory), AdapterCheckpoint(), *callbacks, **settings)
-    return stop.value.code, deltas_in(Path(directory) / "adapter")
+        fit(directory / "stopped", AdapterCheckpoint(), *callbacks, **settings)
+    fit(directory / "resumed", AdapterCheckpoint(), ckpt_path=directory / "stopped" / "interrupted.ckpt", **settings)
+    return stop.value.code
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", ["ddp", "paca_fsdp2"])
-def test_all_ranks_stop_at_the_same_step(strategy: str, tmp_path: Path) -> None:
+def test_all_ranks_stop_at_the_same_step_and_go_on_exactly(strategy: str, tmp_path: Path) -> None:
     conversations(tmp_path / "rows.jsonl")
     model_directory(tmp_path / "base", OF_THE_MODEL + ANSWER)
-    for code, adapter in launch(stop_one_rank, 2, str(tmp_path / "run"), strategy):
-        assert code == 143
-        assert any(delta.any() for delta in adapter)
-    assert (tmp_path / "run" / "interrupted.ckpt").exists()
+    assert launch(stop_one_rank, 2, tmp_path, strategy) == [143, 143]
+    stopped, resumed, whole = (deltas_in(tmp_path / name / "adapter") for name in ("stopped", "resumed", "whole"))
+    assert any(delta.any() for delta in stopped)
+    assert not same(stopped, whole)
+    assert same(resumed, whole)
 
 
 def test_a_validation_that_a_checkpoint_was_saved_before_is_made_up_for(tmp_path: Path) -> None:
