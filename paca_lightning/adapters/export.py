@@ -27,6 +27,7 @@ from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tenso
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
 from paca_lightning.core.paths import clean_path
+from paca_lightning.core.sealed_files import seal_weights
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.linear4bit import from_linear4bit, linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4 import dequantize_rows
@@ -88,6 +89,7 @@ def export_merged(
     state = dict(tensors)
     with written_aside(directory, supersedes=WEIGHTS) as scratch:
         plain.save_pretrained(scratch, state_dict=state, max_shard_size=SHARD_SIZE)
+        seal_weights(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
 
@@ -159,6 +161,7 @@ def export_lora(
         return
     with written_aside(directory) as scratch:
         save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        seal_weights(scratch)
         text = json.dumps(settings, indent=2) + "\n"
         Path(scratch / "adapter_config.json").write_text(text, encoding="utf-8")
         if tokenizer is not None:

@@ -86,3 +86,23 @@ def check_checksums(directory: Path, saved: Mapping[str, str], found: Mapping[st
             f"{str(directory / changed[0])!r} {gone} ({len(changed)} of {len(saved)} files differ from {CHECKSUMS}): "
             f"it was damaged or changed since. Use another copy. If you changed it on purpose, remove {CHECKSUMS}."
         )
+
+
+def seal_weights(directory: Path) -> None:
+    """Write the checksums of the safetensors files of an export beside them.
+
+    Raises:
+        PaCAError: If one cannot be read back.
+    """
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    write_checksums(directory, {name: file_checksum(directory / name) for name in names})
+
+
+def check_weights(directory: Path) -> None:
+    """Compare the weights of an export with their checksums, if it has some. Each process reads all of them.
+
+    Raises:
+        PaCAError: Naming the files that changed or are gone.
+    """
+    if (saved := read_checksums(directory)) is not None:
+        check_checksums(directory, saved, {name: file_checksum(directory / name) for name in saved})

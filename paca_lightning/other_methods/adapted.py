@@ -12,6 +12,7 @@ from paca_lightning.adapters.tensors import implausible
 from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
+from paca_lightning.core.sealed_files import seal_weights
 
 ADAPTED = "_paca_adapted_model"
 """Attribute of a module that holds its AdaptedModel; it is copied and pickled with the module."""
@@ -74,6 +75,7 @@ class AdaptedModel(ABC):
             raise PaCAError(f"{problem}: training diverged, so there is no adapter to save. Lower the learning rate.")
         with written_aside(directory) as scratch:
             self.write(scratch)
+            seal_weights(scratch)
 
 
 def adapted_model(module: nn.Module) -> AdaptedModel | None:

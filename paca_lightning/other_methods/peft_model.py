@@ -13,6 +13,7 @@ from paca_lightning.activation_checkpointing.blocks import are_checkpointed
 from paca_lightning.adapters.files import base_model_entries
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.sealed_files import check_weights
 from paca_lightning.other_methods.adapted import AdaptedModel, check_settings, plain
 from paca_lightning.other_methods.prompts import OwnPositions
 
@@ -90,7 +91,7 @@ class PEFTModel(AdaptedModel):
         """Load an adapter of PEFT into the present one.
 
         Raises:
-            PaCAError: If it cannot be read, does not fit, or cannot be trained further.
+            PaCAError: If it cannot be read, was damaged, does not fit, or cannot be trained further.
         """
         peft, config = import_peft(), self.wrapper.peft_config[NAME]
         if config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False):
@@ -98,6 +99,7 @@ class PEFTModel(AdaptedModel):
                 f"{directory}: {self.method} saves the prompts that its encoder made, not the encoder, so a run cannot "
                 "begin from them. Resume from a checkpoint, or read the adapter with peft.PeftModel.from_pretrained."
             )
+        check_weights(Path(directory))
         saved = {k: v for k, v in read_peft_config(directory).to_dict().items() if k not in DESCRIBING}
         check_settings(self, plain(saved), directory)
         try:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from paca_lightning.core.dtypes import long_dtype
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import looks_local, where_it_was_sought
+from paca_lightning.core.sealed_files import check_weights
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 
 NOT_LOADED = "could not be loaded"
@@ -85,8 +86,8 @@ def build_causal_lm(
         trust_remote_code: Whether to run code that comes with the model.
 
     Raises:
-        PaCAError: If the directory is missing or holds no model, the hub cannot be reached, or the model refuses a
-            setting.
+        PaCAError: If the directory is missing or holds no model, or is an export whose weights changed, the hub cannot
+            be reached, or the model refuses a setting.
     """
     dtype = long_dtype(dtype)
     if dtype not in DTYPES:
@@ -95,6 +96,7 @@ def build_causal_lm(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if pretrained and torch.get_default_device().type != "meta":
+            check_weights(Path(model).expanduser())
             result: Any = AutoModelForCausalLM.from_pretrained(
                 model, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **source
             )

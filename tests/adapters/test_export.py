@@ -7,7 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -23,6 +23,8 @@ from paca_lightning import (
     unload,
     write_columns,
 )
+from paca_lightning.other_methods.peft_model import adapt
+from paca_lightning.tasks.pretrained import build_causal_lm
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 IDS = torch.arange(24).view(2, 12) * 7
@@ -191,3 +193,25 @@ def test_lora_settings(tmp_path: Path) -> None:
     assert settings["peft_type"] == "LORA"
     assert (settings["r"], settings["lora_alpha"]) == (4, 8)
     assert settings["target_modules"] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "LoRA"])
+def test_a_flipped_bit_in_an_export_is_refused_when_we_read_it(tmp_path: Path, merged: bool) -> None:
+    model = trained(tiny_llama(), PaCAConfig(r=4))
+    (export_merged if merged else export_lora)(model, tmp_path)
+
+    def read() -> None:
+        if merged:
+            build_causal_lm(str(tmp_path))
+        else:
+            targets = [name for name, _ in paca_layers(model)]
+            adapt(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=targets)).load(str(tmp_path))
+
+    read()
+    (file,) = tmp_path.glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 2]) + whole[-8:])
+    with pytest.raises(PaCAError, match=rf"{file.name}' is not what was saved .* remove checksums\.json"):
+        read()
+    (tmp_path / "checksums.json").unlink()
+    read()

@@ -198,7 +198,7 @@ def _device_name(workload: Workload) -> str:
 
 def _find_device(device: str, count: int) -> str:
     """The type of device to use, if this machine has as many as are asked for."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     available = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
     if device == "auto":
         device = available[-1]

@@ -97,7 +97,7 @@ def workload_of(task: Task, batch_shape: Sequence[int], threads: int) -> Workloa
     if (precision := PRECISIONS.get(str(trainer["precision"]))) is None:
         raise PaCAError(f"precision={trainer['precision']!r} is not measured, only true precisions")
     dtype = DTYPES[next(task.model.parameters()).dtype] if precision == "fp32" else precision
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return Workload(
         model=settings["model"],
         pretrained=settings.get("pretrained", True),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from paca_lightning import PaCAError
 from paca_lightning.tools.bench.command import bench
@@ -133,3 +134,14 @@ def test_missing_peft_names_the_extra(model: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(PaCAError, match=r"paca-lightning\[bench\]"):
         bench(model=model, methods="lora", steps=1)
+
+
+def test_without_a_device_the_cpu_is_measured_also_by_a_pytorch_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch for CUDA names an accelerator even where there is none, unless it is asked to look."""
+
+    def found(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr("torch.accelerator.current_accelerator", found)
+    with pytest.raises(PaCAError, match="steps must be at least 1"):
+        bench(preset="small", steps=0)
