@@ -106,7 +106,7 @@ class Workload:
             model = self._random(config)
         else:
             settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}
-            model = AutoModelForCausalLM.from_pretrained(self.model, config=config, **settings)
+            model = AutoModelForCausalLM.from_pretrained(self.model, config=config, trust_remote_code=False, **settings)
             for parameter in model.parameters():
                 # A copy, as the pages of the mapped file would count as this process' memory while one is in use.
                 parameter.data = parameter.data.clone()
@@ -124,7 +124,7 @@ class Workload:
     def _random(self, config: PretrainedConfig) -> Any:
         try:
             settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}
-            return AutoModelForCausalLM.from_config(config, **settings)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
         except (ImportError, ValueError) as error:
             raise PaCAError(f"The model cannot use attention={self.attention!r}: {error}") from error
 
@@ -140,6 +140,6 @@ def _read_config(model: str) -> PretrainedConfig:
     if looks_local(model) and not Path(model).expanduser().is_dir():
         raise PaCAError(f"The model directory {model!r} does not exist ({where_it_was_sought(model)}).")
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise PaCAError(f"No model can be read from {model!r}: {error}") from error
