@@ -2,7 +2,7 @@
 //
 // It counts what a process does to files below $FAULTY_DISK: writes, syncs, renames, removals, new directories.
 //   FAULTY_DISK_KILL_AT=n   SIGKILL in the n-th operation: half of a write is done, a rename not at all
-//   FAULTY_DISK_ROOM=n      ENOSPC beyond n bytes
+//   FAULTY_DISK_ROOM=n      ENOSPC beyond n bytes in all: the write that crosses them is short, as on a real disk
 //   FAULTY_DISK_SLOW=n      n microseconds before each operation
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,6 +18,7 @@
 static long operations, written;
 
 long faulty_disk_operations(void) { return operations; }
+long faulty_disk_written(void) { return written; }
 
 static long number(const char *name) {
   const char *value = getenv(name);
@@ -51,14 +52,13 @@ static void die(void) {
   pause();
 }
 
-static int full(size_t count) {
+// How many of some bytes there is room for; 0 with errno set if there is none.
+static size_t fitting(size_t count) {
   long room = number("FAULTY_DISK_ROOM");
-  if (room && written + (long)count > room) {
-    errno = ENOSPC;
-    return 1;
-  }
+  if (room && written + (long)count > room) count = written < room ? room - written : 0;
+  if (!count) errno = ENOSPC;
   written += count;
-  return 0;
+  return count;
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -69,7 +69,8 @@ ssize_t write(int fd, const void *data, size_t count) {
     REAL(write)(fd, data, count / 2);
     die();
   }
-  return full(count) ? -1 : REAL(write)(fd, data, count);
+  if (!count) return 0;
+  return (count = fitting(count)) ? REAL(write)(fd, data, count) : -1;
 }
 
 ssize_t writev(int fd, const struct iovec *parts, int count) {
@@ -80,7 +81,9 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
     REAL(write)(fd, parts[0].iov_base, parts[0].iov_len / 2);
     die();
   }
-  return full(total) ? -1 : REAL(writev)(fd, parts, count);
+  size_t fits = fitting(total);
+  if (fits == total) return REAL(writev)(fd, parts, count);
+  return fits ? REAL(write)(fd, parts[0].iov_base, fits < parts[0].iov_len ? fits : parts[0].iov_len) : -1;
 }
 
 ssize_t pwrite64(int fd, const void *data, size_t count, off64_t at) {
@@ -89,7 +92,7 @@ ssize_t pwrite64(int fd, const void *data, size_t count, off64_t at) {
     REAL(pwrite64)(fd, data, count / 2, at);
     die();
   }
-  return full(count) ? -1 : REAL(pwrite64)(fd, data, count, at);
+  return (count = fitting(count)) ? REAL(pwrite64)(fd, data, count, at) : -1;
 }
 
 #define COUNTED(result, name, parameters, arguments, touched) \

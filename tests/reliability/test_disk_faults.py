@@ -1,8 +1,10 @@
 """A disk that is full, read-only or gone: one PaCAError, and nothing half-written under a final name."""
 
 import errno
+import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from paca_lightning import PaCAError
 from paca_lightning.core.files import disk_error, replacing, written_aside
 from paca_lightning.strategies.checkpoint_io import LocalCheckpointIO
 from paca_lightning.strategies.fsdp2.saving import restore_replaced
+from tests.processes import run
 from tests.reliability.full_disk import full_disk
+from tests.reliability.killed_runs import preloaded
 from tests.reliability.writers import WRITERS, checkpoint, sharded_checkpoint
 from tests.test_cli import DEBUG, ROOT, failure, output_to
 
@@ -40,6 +44,24 @@ def test_a_full_disk_is_one_error_and_no_file(writer: Callable[[Path], None], ro
     assert content(tmp_path) == before
     writer(tmp_path / "place")
     assert [path.name for path in tmp_path.iterdir()] == ["place"]  # nothing was left of the failures
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs a C compiler and Linux")
+def test_a_disk_that_fills_midway_is_one_error_and_changes_nothing(tmp_path: Path) -> None:
+    """ENOSPC of the system, after a part of the bytes went to the disk."""
+    environment = preloaded() | {"FAULTY_DISK": str(tmp_path)}
+    done = run([sys.executable, "-m", "tests.reliability.filled_disk", str(tmp_path)], directory=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    tries = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in tries] == [name for name in WRITERS for _ in range(3)]
+    for name, share, needed, said, unchanged, left in tries:
+        assert needed > 1000, name
+        assert "No space left on device" in said, (name, share, said)
+        assert unchanged, (name, share)
+        # A sharded checkpoint's part stays hidden until the next save, as another rank may still write to it.
+        assert left in ([], [".place.partial"] if name == "sharded checkpoint" else []), (name, share)
 
 
 @pytest.mark.filterwarnings("ignore:The adapter could not be saved")
