@@ -271,15 +271,18 @@ def test_a_mistyped_option_is_answered_by_its_message_and_one_line_of_help(
 
 
 @contextmanager
-def endless_run(directory: Path, terminal: int | None = None, **options: Any) -> Iterator[subprocess.Popen[str]]:
+def endless_run(
+    directory: Path, *overrides: str, terminal: int | None = None, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
     """A run of the command line that has taken its first step and does not end by itself.
 
     Args:
         directory: Of its files.
+        *overrides: Of its config.
         terminal: Where its output is read, if it writes to a terminal.
         **options: For the process.
     """
-    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(directory)]
+    command = [sys.executable, "-m", "paca_lightning.cli", "fit", *DEBUG, *output_to(directory), *overrides]
     command += ["--trainer.max_epochs=100000", "--trainer.log_every_n_steps=1"]
     with started([*command, "--trainer.logger.flush_logs_every_n_steps=1"], cwd=ROOT, **options) as process:
         deadline = time.monotonic() + HANG
@@ -305,7 +308,7 @@ def test_a_command_that_is_stopped_keeps_what_was_trained(how: str, tmp_path: Pa
         ours, its = os.openpty()
         os.set_blocking(ours, False)
         options = {"stdin": its, "stdout": its, "stderr": its, "preexec_fn": become_owner_of_terminal}
-        with endless_run(tmp_path, ours, **options) as process:
+        with endless_run(tmp_path, terminal=ours, **options) as process:
             os.close(its)
             os.close(ours)
             assert process.wait(HANG) == 129

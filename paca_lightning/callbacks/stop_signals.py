@@ -80,12 +80,12 @@ class StopSignals(Callback):
             return
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            again = (
-                self._received in STOP_SIGNALS and number != signal.SIGHUP
-            )  # the kernel and the shell may send one each
-            self._received = number
+            again = self._received in STOP_SIGNALS
             if number == signal.SIGHUP:
                 _leave_closed_terminal()
+                if again:  # the kernel and the shell may send one each
+                    return
+            self._received = number
             requeue = self._requeue is not None and number == self._requeue[0]
             at_once = trainer.world_size == 1 and not self._waits
             if not requeue and (again or at_once):

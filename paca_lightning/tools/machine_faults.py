@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import subprocess
 from collections.abc import Sequence
 
 import torch
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tools.lost_ranks import lost_rank
 
 PEER_IS_GONE = re.compile(
     r"Connection (closed|reset) by (remote )?peer|Read error|remote process (has )?(exited|terminated)|Broken pipe",
@@ -17,12 +19,15 @@ HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough)", re.I)
 WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)", re.S)
 
 
-def fault_of_the_machine(error: BaseException, arguments: Sequence[str]) -> PaCAError | None:
+def fault_of_the_machine(
+    error: BaseException, arguments: Sequence[str], launched: Sequence["subprocess.Popen[bytes]"] = ()
+) -> PaCAError | None:
     """What a user has to know of an error that is neither theirs nor a bug; None for any other error.
 
     Args:
         error: What ended a run.
         arguments: Of the run, for the command that predicts its memory.
+        launched: Processes of the other ranks of this host, in order, if this one launched them.
     """
     text = str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or HOST_IS_FULL.search(text):
@@ -38,8 +43,10 @@ def fault_of_the_machine(error: BaseException, arguments: Sequence[str]) -> PaCA
             "num_workers. Resume the run with --ckpt_path last."
         )
     if isinstance(error, RuntimeError) and PEER_IS_GONE.search(text):
-        return PaCAError(
-            f"Another rank has died or stopped: {text.partition(chr(10))[0].strip()} Its own output says why, and the "
-            "launcher names it. Resume the run with --ckpt_path last."
-        )
+        first_line = text.partition("\n")[0].strip()
+        if (lost := lost_rank(launched)) is not None:
+            what = f"{lost} This rank cannot go on without it: {first_line} The output of the other rank may say why."
+        else:
+            what = f"Another rank has died or stopped: {first_line} Its own output says why, and the launcher names it."
+        return PaCAError(f"{what} Resume the run with --ckpt_path last.")
     return None

@@ -21,6 +21,7 @@ from paca_lightning.core.files import check_writable_if_local, disk_error, repla
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
 from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint
+from paca_lightning.tools.lost_ranks import watch_first_rank
 from paca_lightning.tools.machine_faults import fault_of_the_machine
 from paca_lightning.tools.run_version import claim_versions, remove_empty
 from paca_lightning.tools.short_errors import ShortErrors
@@ -145,6 +146,7 @@ class RunCLI(LightningCLI):
             )
 
     def _run_subcommand(self, subcommand: str) -> None:
+        watch_first_rank()
         versions = claim_versions(self.trainer)
         try:
             super()._run_subcommand(subcommand)
@@ -170,7 +172,7 @@ class RunCLI(LightningCLI):
             return PaCAError(str(error).strip())
         if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
             return PaCAError(f"A file of the run could not be written: {disk_error(error)}. Free space and resume it.")
-        return fault_of_the_machine(error, sys.argv[2:])
+        return fault_of_the_machine(error, sys.argv[2:], getattr(self.trainer.strategy.launcher, "procs", ()))
 
     def _end_other_ranks(self) -> None:
         """End the ranks that this one started. Otherwise each would add that it has lost its peer."""

@@ -1,6 +1,9 @@
 """Memory that is too small, processes that die, a clock that is set back: one message, and the way on."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from paca_lightning.tools.checkpoint_search import find_checkpoint
+from paca_lightning.tools.lost_ranks import lost_rank
 from paca_lightning.tools.machine_faults import fault_of_the_machine
+from tests.processes import HANG, started
 from tests.test_cli import DEBUG, ROOT, failure, output_to
+from tests.test_run_control import endless_run
 
 
 class Raises(Callback):
@@ -54,6 +60,44 @@ def test_a_fault_of_the_machine_is_one_message_with_a_way_on(
     way_on = "paca-lightning estimate --config configs/debug.yaml" if "memory" in says else "Resume the run with"
     assert way_on in message
     assert "Traceback" not in message
+
+
+@pytest.mark.distributed
+def test_a_rank_that_loses_another_one_ends_and_names_it(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    with (
+        errors.open("w") as stderr,
+        endless_run(tmp_path / "run", *two, stderr=stderr, stdout=subprocess.DEVNULL) as first,
+    ):
+        (other,) = map(int, Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split())
+        os.kill(other, signal.SIGKILL)
+        assert first.wait(HANG) == 2
+    assert f"error: Rank 1 of this host (process {other}) was killed by SIGKILL. This rank" in errors.read_text()
+    assert "Traceback" not in errors.read_text()
+
+
+def test_a_rank_that_loses_the_first_one_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("PACA_LIGHTNING_FIRST_RANK", str(os.getppid()))
+    assert lost_rank(()) is None
+    monkeypatch.setenv("PACA_LIGHTNING_FIRST_RANK", "1000000000")
+    assert lost_rank(()) == "Rank 0 of this host (process 1000000000) has died."
+
+
+def test_a_rank_that_hangs_ends_after_the_first_one_has_died() -> None:
+    """As a rank does that waits in NCCL, which does not notice."""
+    code = "import os, subprocess, sys, time; from paca_lightning.tools import lost_ranks; lost_ranks.GRACE = 0.1; "
+    hangs = code + "lost_ranks.watch_first_rank(); print('ready', flush=True); time.sleep(3600)"
+    starts = code + "lost_ranks.watch_first_rank(); "
+    starts += f"subprocess.run([sys.executable, '-c', {hangs!r}], env=os.environ | {{'LOCAL_RANK': '1'}})"
+    pipe = subprocess.PIPE
+    with started([sys.executable, "-c", starts], stdout=pipe, stderr=pipe) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "ready\n"
+        first.kill()
+        _, errors = first.communicate(timeout=HANG)  # returns when the other rank has closed it, too
+    assert f"error: Rank 0 of this host (process {first.pid}) has died, so rank 1 ends." in errors
 
 
 def test_a_bug_is_no_fault_of_the_machine() -> None:
