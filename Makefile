@@ -14,7 +14,7 @@ GUESTS := litgpt==0.5.13 timm==1.0.31
 
 GPU_VENV := .venv-gpu
 
-.PHONY: install demo mmlu bench gpu test test-quick soak check format clean
+.PHONY: install demo mmlu bench gpu test test-quick test-min test-latest soak check audit lock format clean
 
 install: $(INSTALLED)
 
@@ -64,6 +64,24 @@ test: $(INSTALLED)
 test-quick: $(INSTALLED)
 	$(PYTEST) -m "not slow and not distributed and not guests" $(ARGS)
 
+# The suite on the lowest versions that pyproject.toml allows, and on the newest of the registry; docs/versions.md says
+# what came of it. ARGS="tests/layers" runs some of it. Old versions warn of what is long decided, so warnings are shown.
+UV := uv==0.13.9
+
+test-min: .venv-min/.installed
+	.venv-min/bin/pytest -W default $(ARGS)
+
+test-latest: .venv-latest/.installed
+	.venv-latest/bin/pytest $(ARGS)
+
+.venv-min/.installed .venv-latest/.installed: %/.installed: pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --quiet $(UV)
+	$*/bin/uv pip install --quiet --python $*/bin/python --upgrade \
+		--resolution $(if $(findstring min,$*),lowest-direct,highest) --editable ".[dev]"
+	$*/bin/pip install --quiet --no-deps $(GUESTS)
+	touch $@
+
 # What takes hours: 50 kills of each kind of run, 10,000 steps, 10,000 examples a test; docs/reliability.md says what for.
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.reliability.killed_runs --kills 50 --random
@@ -76,9 +94,20 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Looks up the locked versions in PyPI's data base of vulnerabilities, which takes a connection to pypi.org.
+audit: $(INSTALLED)
+	$(BIN)/pip install --quiet pip-audit==2.10.1
+	timeout 300 $(BIN)/pip-audit --strict --disable-pip --timeout 15 --requirement constraints/lock.txt
+
+# Writes constraints/lock.txt again: everything that an installation with the tested versions brings, with hashes.
+lock: $(INSTALLED)
+	$(BIN)/pip install --quiet $(UV)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra liger --constraint constraints/tested.txt --quiet \
+		--python-version 3.11 --generate-hashes --no-header --no-annotate --output-file constraints/lock.txt
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(GPU_VENV) .venv-min .venv-latest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

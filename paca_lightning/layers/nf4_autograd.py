@@ -98,7 +98,8 @@ class _DequantizedLinear(torch.autograd.Function):
         packed, columns, delta, indices, *scales = ctx.saved_tensors
         grad_input = grad_bias = None
         if ctx.needs_input_grad[0]:
-            scaling = scales.pop() if ctx.scaling is None else ctx.scaling
+            # torch.compile of torch 2.10 takes `scales` for a tuple, which has no pop.
+            scales, scaling = (scales[:-1], scales[-1]) if ctx.scaling is None else (scales, ctx.scaling)
             settings = (columns, delta, indices, scaling)
             grad_input = grad_output @ merged_weight(
                 packed, tuple(scales), ctx.in_features, grad_output.dtype, *settings, in_backward=True
