@@ -86,8 +86,7 @@ test-latest: .venv-latest/.installed
 soak: $(INSTALLED)
 	$(BIN)/python -m tests.reliability.killed_runs --kills 50 --random
 	$(BIN)/python -m tests.reliability.many_steps --steps 10000
-	EXAMPLES=10000 $(BIN)/pytest --timeout 0 tests/reliability/test_data_rows.py
-	PACA_FUZZ_EXAMPLES=10000 $(BIN)/pytest --timeout 0 tests/adapters/test_fuzz.py
+	EXAMPLES=10000 $(BIN)/pytest --timeout 0 tests/reliability/test_data_rows.py tests/adapters/test_fuzz.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

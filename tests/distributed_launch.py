@@ -50,7 +50,8 @@ def launch(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[An
         # The ranks meet at this store, as torchrun's do. The kernel chose its port, so that no other test has it.
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         job = (ranks, store.port, Path(scratch), function, arguments)
-        processes = [_CONTEXT.Process(target=_run, args=(rank, *job), daemon=True) for rank in range(ranks)]
+        # No daemons: those may start no processes, such as workers that load data.
+        processes = [_CONTEXT.Process(target=_run, args=(rank, *job)) for rank in range(ranks)]
         try:
             for process in processes:
                 process.start()

@@ -83,10 +83,12 @@ class _Tree:
         self.order = {path: number for number, path in enumerate(modules)}
         self.linears = [path for path, module in modules.items() if isinstance(module, nn.Linear)]
         self.blocks = {block for path, module in modules.items() for block in _repeated_blocks(path, module)}
+        self.around_blocks = {ancestor for block in self.blocks for ancestor in _ancestors(block)}
         self.hugging_face = {path for path, module in modules.items() if is_base_model(module)}
         tables = [(m.num_embeddings, m.embedding_dim) for m in modules.values() if isinstance(m, nn.Embedding)]
         self.vocabulary = max(tables, default=None)  # the others are of positions or kinds of tokens
         self.outside = [path for path in self.linears if not any(parent in self.blocks for parent in _ancestors(path))]
+        self._ends_of: dict[str, tuple[str, int]] = {}  # found once for each network: models may have many layers
 
     def linears_in(self, path: str) -> list[str]:
         return [name for name in self.linears if _lies_in(name, path)]
@@ -108,7 +110,7 @@ class _Tree:
             ancestors = list(_ancestors(name))
             if any(parent in self.hugging_face for parent in ancestors):
                 continue
-            network = next((a for a in ancestors if any(_lies_in(block, a) for block in self.blocks)), None)
+            network = next((ancestor for ancestor in ancestors if ancestor in self.around_blocks), None)
             if network is not None and self._ends(name, network):
                 widths = {self._linear(other).in_features for other in self.linears_in(network) if other != name}
                 if self._linear(name).out_features not in widths:
@@ -116,8 +118,11 @@ class _Tree:
 
     def _ends(self, name: str, network: str) -> bool:
         """Whether a linear layer is the last one of a network, and comes after its blocks."""
-        last_block = max((self.order[block] for block in self.blocks if _lies_in(block, network)), default=-1)
-        return self.linears_in(network)[-1] == name and self.order[name] > last_block
+        if network not in self._ends_of:
+            last_block = max((self.order[block] for block in self.blocks if _lies_in(block, network)), default=-1)
+            self._ends_of[network] = self.linears_in(network)[-1], last_block
+        last, last_block = self._ends_of[network]
+        return last == name and self.order[name] > last_block
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.modules[name]

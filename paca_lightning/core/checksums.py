@@ -16,8 +16,8 @@ from torch import Tensor
 def tensor_checksum(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and bytes, as 32 hexadecimal digits. The tensor lies in host memory."""
     hashed = xxhash.xxh3_128(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    content = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0)
-    hashed.update(content.numpy().data)
+    if tensor.numel():
+        hashed.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 

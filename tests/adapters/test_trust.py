@@ -118,6 +118,21 @@ def test_a_tensor_that_is_there_twice_is_refused(adapter: Path) -> None:
     assert_refused(tiny_llama(), adapter, rf"has '{UP}\.paca_delta' twice, with and without 'base_model\.model\.'")
 
 
+def test_an_empty_tensor_of_any_dtype_is_saved_and_loaded(tmp_path: Path) -> None:
+    """An empty bf16 tensor has no bytes to look at, and NumPy has no bf16."""
+
+    def network() -> nn.Module:
+        head = nn.Linear(4, 0, dtype=torch.bfloat16)
+        return nn.ModuleDict({"body": nn.Linear(4, 4), "head": head})
+
+    with pytest.warns(UserWarning, match="zero-element"):
+        one, two = network(), network()
+    two.load_state_dict(one.state_dict())
+    save_adapter(trained(one, target_modules=["body"], modules_to_save=["head"]), tmp_path / "adapter")
+    load_adapter(two, tmp_path / "adapter")
+    assert_same(two, one)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
 def test_dtypes_that_no_adapter_has_are_refused(adapter: Path, dtype: torch.dtype) -> None:
     (adapter / SETTINGS).unlink()

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
 
@@ -30,7 +31,7 @@ def fit(
     *,
     epochs: int,
     devices: int = 2,
-    strategy: str = "ddp",
+    strategy: str | DDPStrategy = "ddp",
     callbacks: tuple[Any, ...] = (),
     **arguments: Any,
 ) -> Module:
@@ -52,6 +53,11 @@ def fit(
     return module
 
 
+def spawning() -> DDPStrategy:
+    """``ddp_spawn``, whose processes get everything pickled, from the server that has imported it all."""
+    return DDPStrategy(start_method="forkserver")
+
+
 def adapter(directory: Path) -> dict[str, torch.Tensor]:
     module = Module()
     load_adapter(module, directory / "adapter")
@@ -67,7 +73,7 @@ def stop_and_resume(directory: Path) -> None:
 
 def test_ddp_equals_one_process_and_resumes_bitwise(tmp_path: Path) -> None:
     fit(tmp_path / "one", epochs=2, devices=1, strategy="auto")
-    trained = fit(tmp_path / "two", epochs=2, strategy="ddp_spawn")
+    trained = fit(tmp_path / "two", epochs=2, strategy=spawning())
     launch(stop_and_resume, 2, tmp_path)
 
     one, two, resumed = (adapter(tmp_path / name) for name in ("one", "two", "resumed"))
@@ -84,6 +90,6 @@ def test_ddp_equals_one_process_and_resumes_bitwise(tmp_path: Path) -> None:
     assert torch.equal(trained.net[0].weight, expected.net[0].weight)
 
     # Another conversion of it starts from trained weights: no checkpoint fits, and the message says why.
-    run = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", callbacks=[PaCAStrategy(CONFIG)], logger=False)
+    run = pl.Trainer(accelerator="cpu", devices=2, strategy=spawning(), callbacks=[PaCAStrategy(CONFIG)], logger=False)
     with pytest.raises(ProcessRaisedException, match="After a run in spawned processes the module of this process"):
         run.test(trained, DataLoader(DATA, batch_size=4), ckpt_path=tmp_path / "first-epoch.ckpt", verbose=False)

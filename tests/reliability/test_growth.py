@@ -1,0 +1,67 @@
+"""Work grows in proportion to a model: twice the layers, twice the calls. No clock is read."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from paca_lightning import PaCAConfig, apply_paca, load_adapter, merge, save_adapter, unload
+
+FEW, MANY = 40, 80
+
+
+def calls(function: Callable[..., Any], *arguments: Any) -> int:
+    """How many functions one function calls, in Python and in C."""
+    count = 0
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)))
+
+
+def heads(layers: int) -> nn.Module:
+    """Blocks, and as many linear layers outside them."""
+    blocks = nn.Sequential(*(block() for _ in range(layers)))
+    outside = nn.ModuleDict({f"out_{number}": nn.Linear(4, 3 + number) for number in range(layers)})
+    return nn.ModuleDict({"blocks": blocks, "outside": outside})
+
+
+def shared(layers: int) -> nn.Module:
+    """One layer in many places, among as many others."""
+    one = nn.Linear(4, 4)
+    return nn.Sequential(*(nn.Sequential(one, nn.Linear(4, 4)) for _ in range(layers)))
+
+
+def work(make: Callable[[int], nn.Module], layers: int, directory: Path) -> dict[str, int]:
+    """Calls of each operation on a model of so many layers."""
+    model, config = make(layers), PaCAConfig(r=2)
+    return {
+        "convert": calls(apply_paca, model, config),
+        "save": calls(save_adapter, model, directory),
+        "unload": calls(unload, model),
+        "load": calls(load_adapter, model, directory),
+        "load into a converted model": calls(load_adapter, model, directory),
+        "merge": calls(merge, model),
+    }
+
+
+@pytest.mark.parametrize("make", [heads, shared])
+def test_twice_the_layers_need_twice_the_calls(make: Callable[[int], nn.Module], tmp_path: Path) -> None:
+    work(make, 4, tmp_path / "imports")
+    few, many = work(make, FEW, tmp_path / "few"), work(make, MANY, tmp_path / "many")
+    # Work that grew with the square of the layers would grow fourfold.
+    assert {name: many[name] / few[name] for name in few if many[name] > 2.05 * few[name]} == {}
