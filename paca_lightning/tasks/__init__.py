@@ -6,6 +6,7 @@ May import `core`, `activation_checkpointing` and `strategies`; knows nothing of
 Limits: text only, one optimizer, models from Hugging Face transformers.
 """
 
+from paca_lightning.tasks.callbacks.exact_answers import ExactAnswers
 from paca_lightning.tasks.callbacks.held_out_loss import HeldOutLoss
 from paca_lightning.tasks.callbacks.loss_plot import LossPlot
 from paca_lightning.tasks.callbacks.progress_bar import EpochProgressBar
@@ -22,6 +23,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "EpochProgressBar",
+    "ExactAnswers",
     "HeldOutLoss",
     "InstructionDataModule",
     "LinearSchedule",
