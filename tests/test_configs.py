@@ -61,6 +61,9 @@ def test_none_is_overlooked() -> None:
         "configs/oasst1-llama3.1-70b-qpaca-fsdp2.yaml",
         "configs/quickstart.yaml",
         "configs/smollm2-qpaca-fsdp2.yaml",
+        "configs/study/conversations.yaml",
+        "configs/study/gsm8k.yaml",
+        "configs/study/sciq.yaml",
     ]
     assert names_of(FRAGMENTS) == [
         f"callbacks/{name}.yaml"
@@ -235,7 +238,8 @@ def runnable(path: Path, directory: Path, devices: int = 1) -> list[str]:
     trainer |= {"max_steps": 2, "val_check_interval": 2, "limit_val_batches": 2}
     trainer["strategy"] = trainer["strategy"] if devices > 1 else "auto"
     trainer |= {"log_every_n_steps": 1, "default_root_dir": str(directory), "num_sanity_val_steps": 0}
-    trainer["logger"]["init_args"]["save_dir"] = str(directory)
+    csv = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"name": None}}
+    trainer.setdefault("logger", csv)["init_args"]["save_dir"] = str(directory)
     tiny = str(tiny_model_directory(directory / "tiny", max_position_embeddings=2048))
     model["model"] = data["tokenizer"] = tiny
     if "MMLU" in settings["data"]["class_path"]:
@@ -247,8 +251,8 @@ def runnable(path: Path, directory: Path, devices: int = 1) -> list[str]:
         data["cache_dir"] = str(directory / "cache")
         if data.get("format") == "guanaco":
             data["train"] = data["validation"] = str(guanaco_in(directory))
-        elif not Path(data["train"]).exists():  # the user's own
-            data["train"] = "configs/data/quickstart/train.jsonl"
+        elif not Path(data["train"]).exists():  # the user's own, or the study's, which is fetched
+            data["train"] = data["validation"] = "configs/data/quickstart/train.jsonl"
     replaced = directory / "config.yaml"
     replaced.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return ["--config", str(replaced)]
