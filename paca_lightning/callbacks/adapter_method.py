@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import rich
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from paca_lightning.callbacks.averaging import check_order, copies_without_asking
+from paca_lightning.callbacks.averaging import check_bases, check_order, copies_without_asking
+from paca_lightning.callbacks.finite_steps import FiniteSteps
 from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.monitors import check_monitors
 from paca_lightning.callbacks.paca import PaCAStrategy
@@ -35,7 +36,7 @@ from paca_lightning.other_methods.peft_model import trained_parameters
 from paca_lightning.other_methods.report import MethodReport, report_on
 
 
-class AdapterMethodStrategy(Callback):
+class AdapterMethodStrategy(FiniteSteps):
     """Trains a method's own parameters beside a frozen model, in any LightningModule.
 
     The model is adapted when a run starts, as soon as it exists. Checkpoints hold what is trained and the state of the
@@ -44,6 +45,7 @@ class AdapterMethodStrategy(Callback):
     Args:
         adapter: Directory of a trained adapter to start from, or to evaluate.
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+        nonfinite: At NaN or Inf in the loss or a gradient, ``stop`` the run or ``skip`` the step.
         resume_lr: Whose learning rate a resumed run takes, ``checkpoint`` or ``config``, as in ``PaCAStrategy``.
 
     Attributes:
@@ -59,8 +61,10 @@ class AdapterMethodStrategy(Callback):
         *,
         adapter: str | None = None,
         full_checkpoints: bool = False,
+        nonfinite: Literal["stop", "skip"] = "stop",
         resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
+        super().__init__(nonfinite)
         self.adapter = adapter
         self.full_checkpoints = full_checkpoints
         self.report: MethodReport | None = None
@@ -92,7 +96,7 @@ class AdapterMethodStrategy(Callback):
         self._check_run(trainer)
         check_order(trainer, self)
         prepare_files(trainer, stage)
-        self._hooks.add(pl_module, "configure_model", lambda: self._adapt(pl_module))
+        self._hooks.add(pl_module, "configure_model", lambda: self._adapt(trainer, pl_module))
         self._hooks.add(pl_module, "on_load_checkpoint", self._note_checkpoint)
         wide: dict[str, Tensor] = {}
         self._hooks.add(
@@ -102,6 +106,7 @@ class AdapterMethodStrategy(Callback):
             first=lambda module: wide.update(_in_single_precision(module)),
         )
         if stage == "fit":
+            self._hooks.add(pl_module, "on_save_checkpoint", lambda _: self.check_finite(trainer, pl_module))
             self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._check_optimizers(trainer, pl_module))
             if copies_without_asking(trainer):
                 pl_module.configure_model()
@@ -124,13 +129,14 @@ class AdapterMethodStrategy(Callback):
             if isinstance(other, PaCAStrategy | AdapterMethodStrategy) and other is not self:
                 raise PaCAError(f"{name} and {type(other).__name__} in one run: choose one of them.")
 
-    def _adapt(self, pl_module: LightningModule) -> None:
+    def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapted = adapted_model(pl_module)
         if adapted is None:
             adapted = self.adapt(pl_module)
             if self.adapter is not None:
                 adapted.load(self.adapter)
                 adapted.adapter = self.adapter
+        check_bases(trainer, pl_module)
         keep_trained(pl_module, adapted, full_checkpoints=self.full_checkpoints)
         self._adapted = adapted
         self.report = report_on(adapted.method, pl_module, adapted.notes)
@@ -193,7 +199,8 @@ class AdapterMethodStrategy(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that something was trained."""
+        """Check that something was trained, and the last steps."""
+        super().on_train_end(trainer, pl_module)
         if self._at_start is not None and trainer.global_step > self._at_start[0]:
             trained = list(trained_parameters(pl_module).values())
             check_moved(trainer, trained, self._at_start[1], kind="trained parameter")
@@ -218,6 +225,7 @@ class AdapterMethodStrategy(Callback):
 
     def _remove_hooks(self) -> None:
         self._hooks.remove()
+        self._forget_steps()
         self._resumed.forget()
         self._at_start = None
 

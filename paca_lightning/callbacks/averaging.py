@@ -1,4 +1,4 @@
-"""Weight averaging beside PaCA: an averaged model's weights are written from its averaged deltas."""
+"""Weight averaging beside a method: an averaged model's weights are written from its averaged deltas."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import averaged_model
 from paca_lightning.layers.base import paca_layers
+from paca_lightning.layers.linear4bit import linear4bit_class
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
 Averaging = (WeightAveraging, StochasticWeightAveraging)
@@ -36,12 +37,17 @@ def copies_without_asking(trainer: Trainer) -> bool:
 def check_bases(trainer: Trainer, model: nn.Module) -> None:
     """Raise if an averaging callback would average the packed bytes of quantized layers."""
     averaging = [c for c in trainer.callbacks if isinstance(c, Averaging)]  # type: ignore[attr-defined]
-    quantized = [path for path, layer in paca_layers(model) if isinstance(layer, QPaCALinear)]
+    quantized = [path for path, layer in model.named_modules() if isinstance(layer, _quantized_classes())]
     if averaging and quantized:
         raise PaCAError(
             f"{type(averaging[0]).__name__} averages all tensors of a model, and the packed NF4 weights of "
             f"{quantized[0]!r} have no mean. Leave the callback out, or use a base that is not quantized."
         )
+
+
+def _quantized_classes() -> tuple[type[nn.Module], ...]:
+    linear4bit = linear4bit_class()
+    return (QPaCALinear,) if linear4bit is None else (QPaCALinear, linear4bit)
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ class FiniteSteps(Callback):
             raise PaCAError(
                 f"{self._described(found, pl_module)} The step {applied}; checkpoints and adapters on the disk are "
                 "from before it. Lower the learning rate or look at the data of this step; "
-                "PaCAStrategy(nonfinite='skip') passes over single steps."
+                f"{type(self).__name__}(nonfinite='skip') passes over single steps."
             )
 
     def first_finding(self, trainer: Trainer) -> Finding | None:

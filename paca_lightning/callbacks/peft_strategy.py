@@ -33,6 +33,7 @@ class PEFTStrategy(AdapterMethodStrategy):
             LightningModule itself.
         quantize: ``nf4`` quantizes the frozen linear layers first, but no output head (QLoRA).
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
+        nonfinite: At NaN or Inf in the loss or a gradient, ``stop`` the run or ``skip`` the step.
         resume_lr: Whose learning rate a resumed run takes, ``checkpoint`` or ``config``, as in ``PaCAStrategy``.
 
     Raises:
@@ -48,9 +49,10 @@ class PEFTStrategy(AdapterMethodStrategy):
         path: str | None = None,
         quantize: str | None = None,
         full_checkpoints: bool = False,
+        nonfinite: Literal["stop", "skip"] = "stop",
         resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
-        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints, resume_lr=resume_lr)
+        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints, nonfinite=nonfinite, resume_lr=resume_lr)
         if config is None:
             if adapter is None:
                 raise PaCAError("PEFTStrategy needs a config, such as peft.LoraConfig(r=8), or an adapter.")

@@ -89,7 +89,8 @@ def fit(module: Module, directory: Path, *callbacks: Any, ckpt_path: Path | None
         enable_model_summary=False,
         **({"max_epochs": 2} | settings),
     )
-    trainer.fit(module, loader(), ckpt_path=ckpt_path)
+    own = "train_dataloader" in vars(type(module))
+    trainer.fit(module, None if own else loader(), ckpt_path=ckpt_path)
     return trainer
 
 

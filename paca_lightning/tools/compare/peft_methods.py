@@ -23,6 +23,7 @@ ALIASES: dict[str, tuple[str, Settings]] = {
     "ptuning": ("p_tuning", {}),
     "llama-adapter": ("adaption_prompt", {}),
     "layernorm": ("ln_tuning", {}),
+    "lntuning": ("ln_tuning", {}),
 }
 """Names that people use: PEFT's name, and the fields that make the difference."""
 

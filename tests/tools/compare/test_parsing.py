@@ -112,7 +112,7 @@ def test_methods_that_cannot_be_compared(texts: list[str], complaint: str, task:
         parse_methods(texts, RANK, task)
 
 
-PEFT = "lora:4 dora:4 rslora:4 ia3 prefix:4 prompt:4 ptuning:4 llama-adapter:4 layernorm loha:4 hra:4 shira:4"
+PEFT = "lora:4 dora:4 rslora:4 ia3 prefix:4 prompt:4 ptuning:4 llama-adapter:4 layernorm lntuning loha:4 hra:4 shira:4"
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type .*LlamaRMSNorm")  # of PEFT, which tunes it all the same
