@@ -39,7 +39,7 @@ RUNS = {
     "predict": "Run a model over a data set (LightningCLI).",
 }
 LOOKS = {
-    "data": "Show what a config trains on: samples with the trained tokens marked, and length statistics.",
+    "data": "Show what a file or a config trains on: samples with the trained tokens marked, and statistics.",
     "estimate": "Predict the memory of a config's run, without its weights and its devices.",
     "compare": "Train methods on a config's run, each at its best learning rate, and compare what they learn.",
 }
@@ -119,7 +119,9 @@ def _run(arguments: list[str]) -> None:
     elif command in TOOLS:
         _run_tool(command, arguments[1:])
     elif command == "data":
-        _show_data(arguments[1:])
+        from paca_lightning.tools.data import main as show_data
+
+        show_data(arguments[1:])
     elif command == "estimate":
         from paca_lightning.tools.memory.command import main as run_estimate
 
@@ -150,25 +152,6 @@ def _run_tool(command: str, arguments: list[str]) -> None:
     tool, prog = TOOLS[command], f"paca-lightning {command}"
     function = getattr(importlib.import_module(tool.module), command)
     run_function(function, arguments, prog=prog, example=f"{prog} {tool.example}")
-
-
-def _show_data(arguments: list[str]) -> None:
-    from paca_lightning.tools.data import data
-    from paca_lightning.tools.run_config import lightning_cli
-    from paca_lightning.tools.short_errors import PlainShortErrors
-
-    options = PlainShortErrors(
-        prog="paca-lightning data",
-        usage="%(prog)s --config FILE [--samples N] [whatever fit takes to override the config]",
-        description=f"{LOOKS['data']} No model is loaded.",
-        epilog="example: %(prog)s --config configs/quickstart.yaml --samples 5",
-        allow_abbrev=False,
-    )
-    options.add_argument("--samples", type=int, default=3, metavar="N", help="conversations to print (default: 3)")
-    known, others = options.parse_known_args(arguments)
-    if known.samples < 0:
-        raise PaCAError(f"--samples must not be negative, not {known.samples}.")
-    data(lightning_cli(others, run=False, prog="paca-lightning data").datamodule, known.samples)
 
 
 def _print_overview() -> None:

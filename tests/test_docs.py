@@ -189,7 +189,8 @@ def check_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     elif not arguments[0].startswith("-"):
         own = options_in_help(arguments[0], capsys)
         given = {word.partition("=")[0] for word in arguments[1:] if word.startswith("--")}
-        if arguments[0] in ("data", "estimate"):  # take what fit takes, too
+        of_files = arguments[0] == "data" and "--config" not in arguments
+        if arguments[0] in ("data", "estimate") and not of_files:  # take what fit takes, too
             assert given - own <= {word for word in given if re.match(r"--(config|trainer|model|data)\b", word)}
             check_run(["fit", *without(arguments[1:], own - {"--config"})])
         else:

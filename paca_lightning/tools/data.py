@@ -1,8 +1,11 @@
 """Shows what a data module trains on: decoded samples with the trained tokens marked, and length statistics."""
 
-from typing import Any
+import argparse
+from typing import Any, get_args
 
+import datasets
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -10,19 +13,72 @@ from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.decode import decoded_runs
+from paca_lightning.tasks.data.formats import Format
+from paca_lightning.tasks.data.locations import skipped
+from paca_lightning.tasks.data.mixture import OnBadRow
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.instruction import InstructionDataModule
+from paca_lightning.tools.run_config import lightning_cli
+from paca_lightning.tools.short_errors import PlainShortErrors
 
-_PERCENTILES = (50, 90, 99)
+_PERCENTILES = (50, 90, 99, 100)
+_SAMPLE = 500  # characters of a shortened sample, so that all fits one screen of 100 columns and 40 lines
+_SENTENCES = 600  # characters of all sentences on the chat template, when shortened
+_RUNS = 8  # runs of trained or untrained tokens in a shortened sample
 
 
-def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
-    """Print length statistics of every split and some decoded training samples. No model is loaded.
+def main(arguments: list[str]) -> None:
+    """Run ``paca-lightning data``: for files and a tokenizer, or for a config.
+
+    Args:
+        arguments: Command line after the command's name.
+
+    Raises:
+        PaCAError: If an option is wrong, or the data cannot be used.
+    """
+    of_config = any(argument.startswith(("--config", "--data")) for argument in arguments)
+    parser = PlainShortErrors(
+        prog="paca-lightning data",
+        usage="%(prog)s FILE ... --model DIRECTORY [options]\n"
+        "       paca-lightning data --config FILE [options] [whatever fit takes to override the config]",
+        description="Show what training reads from files: rows, formats, tokens, fields that are not used, what the "
+        "chat template did, and samples with the trained tokens in ⟦ ⟧. No model is loaded.",
+        epilog="examples:\n  %(prog)s chats.jsonl --model models/SmolLM2-135M-Instruct\n"
+        "  %(prog)s --config configs/quickstart.yaml --samples 5 --full",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--samples", type=int, default=2, metavar="N", help="samples to print (default: 2)")
+    parser.add_argument("--full", action="store_true", help="print samples and remarks whole, not shortened")
+    if not of_config:
+        parser.add_argument("files", nargs="+", metavar="FILE", help="file, directory, pattern or hub id")
+        parser.add_argument("--model", required=True, metavar="DIRECTORY", help="model, or tokenizer, whose template")
+        parser.add_argument("--format", default="auto", choices=get_args(Format), metavar="NAME", help="default: auto")
+        parser.add_argument("--max_length", type=int, default=512, metavar="N", help="tokens kept (default: 512)")
+        parser.add_argument("--on_bad_row", default="error", choices=get_args(OnBadRow), help="default: error")
+    known, others = parser.parse_known_args(arguments)
+    if known.samples < 0:
+        raise PaCAError(f"--samples must not be negative, not {known.samples}.")
+    if of_config:
+        data(lightning_cli(others, run=False, prog=parser.prog).datamodule, known.samples, known.full)
+        return
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    datasets.disable_progress_bars()
+    settings = {name: getattr(known, name) for name in ("format", "max_length", "on_bad_row")}
+    of_files = InstructionDataModule(known.model, known.files, **settings)
+    of_files.setup()
+    _show(of_files, known.samples, known.full)
+
+
+def data(datamodule: InstructionDataModule, samples: int = 2, full: bool = True) -> None:
+    """Print statistics of every split and some decoded training samples. No model is loaded.
 
     Args:
         datamodule: The data to show.
         samples: How many conversations of the training split to print, from the first on. Trained tokens stand in ⟦ ⟧.
+        full: Print samples and remarks whole; otherwise shortened to fit one screen.
 
     Raises:
         PaCAError: If the data cannot be used, or the data module is of another class.
@@ -33,25 +89,48 @@ def data(datamodule: InstructionDataModule, samples: int = 3) -> None:
         )
     datamodule.prepare_data()
     datamodule.setup()
+    _show(datamodule, samples, full)
+
+
+def _show(datamodule: InstructionDataModule, samples: int, full: bool) -> None:
     console = Console()
     console.print(_statistics(datamodule))
     for name, split in datamodule.splits.items():
-        for sentence in (*split.report.describe_unused(), *split.report.describe_template()):
-            console.print(Text(f"{name}: {sentence}"))
+        remarks = split.report.describe_template()
+        limit = max(200, _SENTENCES // max(1, len(remarks)))
+        for sentence in (*skipped(datamodule.hparams[name] or ()), *split.report.describe_unused(), *remarks):
+            console.print(Text(f"{name}: {sentence if full else _shortened(sentence, limit)}"))
     train = datamodule.splits["train"]
     for sample in train.dataset.select(range(min(samples, len(train.dataset)))):
         console.rule(f"{train.locations[sample['file']]}, row {sample['row']}: {sample['length']} tokens")
-        console.print(marked(datamodule.tokenizer, sample["input_ids"], sample["trained"]))
+        console.print(marked(datamodule.tokenizer, sample["input_ids"], sample["trained"], full))
     console.rule()
-    console.print("Trained tokens stand in ⟦ ⟧, the others are context.")
+    kinds = "no remarks" if not any(split.report.remarks for split in datamodule.splits.values()) else "remarks above"
+    console.print(f"Chat template: {kinds}. Trained tokens stand in ⟦ ⟧, the others are context.")
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: list[bool]) -> Text:
-    """Decode tokens to text in which trained tokens stand in ⟦ ⟧, green on a terminal."""
-    text = Text()
-    for part, on in decoded_runs(tokenizer, input_ids, trained):
+def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: list[bool], full: bool = True) -> Text:
+    """Decode tokens to text in which trained tokens stand in ⟦ ⟧, green on a terminal.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        input_ids: Tokens (T,).
+        trained: Whether each is trained (T,).
+        full: The whole text; otherwise the first runs, each with its middle left out if it is long.
+    """
+    text, runs = Text(), decoded_runs(tokenizer, input_ids, trained)
+    shown = runs if full else runs[:_RUNS]
+    for part, on in shown:
+        part = part if full else _shortened(part, _SAMPLE // len(shown))
         text.append(*((f"⟦{part}⟧", "bold green") if on else (part,)))
-    return text
+    return text if len(shown) == len(runs) else text.append(f" … and {len(runs) - len(shown)} more parts")
+
+
+def _shortened(text: str, limit: int) -> str:
+    """A text on one line, with ↵ for line breaks, and without its middle if it is longer than the limit."""
+    line = text.replace("\n", "↵")
+    half = (limit - 3) // 2
+    return line if len(line) <= limit else f"{line[:half]} … {line[-half:]}"
 
 
 def _batches(loader: Any) -> str:
@@ -68,7 +147,7 @@ def _statistics(datamodule: InstructionDataModule) -> Table:
         name: {**_length_statistics(split), "batches in an epoch": _batches(loaders[name]())}
         for name, split in datamodule.splits.items()
     }
-    table = Table("", title="Conversations and their tokens")
+    table = Table("", title="Conversations and their tokens", box=box.MINIMAL, show_edge=False)
     for name in columns:
         table.add_column(name, justify="right")
     for label in columns["train"]:
@@ -91,6 +170,5 @@ def _length_statistics(split: TokenizedSplit) -> dict[str, str]:
         "trained tokens": f"{split.column('trained_length').sum():,}",
         "of them trained": f"{split.column('trained_length').sum() / lengths.sum():.0%}",
         "mean length": f"{lengths.mean():.1f}",
-        **{f"{rank}% are at most": f"{value:.0f}" for rank, value in zip(_PERCENTILES, percentiles, strict=True)},
-        "longest": f"{lengths.max():,}",
+        "length of 50, 90, 99, 100% at most": ", ".join(f"{value:.0f}" for value in percentiles),
     }

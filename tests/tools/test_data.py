@@ -54,3 +54,30 @@ def test_the_data_tool_shows_what_became_of_the_rows(tmp_path: Path, monkeypatch
         "train: In 1 conversations, the chat template leaves out the text of an answer, or part of it. The first,",
     ):
         assert expected in text
+
+
+def test_any_file_is_shown_on_one_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    turns = [message for _ in range(9) for message in chat("Why?\n" * 90, "So.\n" * 90)["messages"]]
+    write_rows(tmp_path / "long.jsonl", [{"messages": turns, "id": 7}, GOOD, chat("a", "")])
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr("datasets.disable_progress_bars", lambda: None)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    arguments = [str(tmp_path / "long.jsonl"), "--model", str(tmp_path / "model"), "--max_length", "20000"]
+    with pytest.raises(PaCAError, match="row 3: the assistant's turn 2 is empty"):
+        data_tool.main(arguments)
+    data_tool.main([*arguments, "--on_bad_row", "drop"])
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 40
+    assert max(map(len, printed.splitlines())) <= 100
+    for expected in ("trained tokens", "id (1)", "1 bad rows dropped", "⟦So.↵", "… and ", "Chat template: no remarks"):
+        assert expected in printed
+    data_tool.main([*arguments, "--on_bad_row", "drop", "--full"])
+    assert capsys.readouterr().out.count("⟦So.\n") == 9
+
+
+def test_the_data_tool_names_an_option_that_it_does_not_have() -> None:
+    with pytest.raises(PaCAError, match="unrecognized arguments: --sampels 3"):
+        data_tool.main(["rows.jsonl", "--model", "m", "--sampels", "3"])
