@@ -34,6 +34,8 @@ def remember_thawed(model: nn.Module, parameters: set[int]) -> None:
         name = to_root(clean_path(raw_name))
         if name is None or id(parameter) not in parameters - inside_saved or name.endswith(".paca_delta"):
             continue
+        if parameter.is_meta:  # noted when the optimizer is attached, by when its values are there
+            continue
         for conversion, _, _ in conversions_in(model):
             conversion.originals.setdefault(name, _host_copy(parameter))
             conversion.frozen.discard(name)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paca_lightning.conversion.changed_state import remember_buffers
+from paca_lightning.conversion.changed_state import remember_buffers, remember_thawed
 from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.report import ConversionReport, report_on
 from paca_lightning.conversion.revert import undone_on_error
@@ -15,9 +15,11 @@ from paca_lightning.conversion.scores import BY_WEIGHT, weight_scores
 from paca_lightning.conversion.select import quantize_layers, select_columns
 from paca_lightning.conversion.state import Conversion, conversions_of, rooted_conversion
 from paca_lightning.conversion.targets import FROZEN, Target, in_features_of, resolve
+from paca_lightning.conversion.trained_along import find_trained_along
 from paca_lightning.core.config import CALIBRATED, PaCAConfig
 from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.along import train_along
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import PendingSelection, check_indices, largest_indices, random_indices
 
@@ -90,6 +92,7 @@ def convert(
     resolution = resolve(inventory, config, was_trainable=conversion.was_trainable, given=indices or (), left=left)
     inventory.count_from_base_of(target.path for target in resolution.targets)
     conversion.left = {path for path, reason in resolution.skipped.items() if reason == FROZEN}
+    along = find_trained_along(inventory, config, resolution, conversion.was_trainable)
     given = _given_columns(indices or {}, resolution.targets, inventory)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
     _refuse_sharded(inventory, fresh)
@@ -119,6 +122,9 @@ def convert(
         if path in originals:
             mark(module, originals[path])
         module.requires_grad_(True)
+    for module, names in along.items():
+        train_along(module, names)
+    remember_thawed(inventory.root, {id(module.get_parameter(name)) for module, own in along.items() for name in own})
     return report_on(inventory, config, resolution)
 
 

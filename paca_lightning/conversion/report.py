@@ -12,6 +12,7 @@ from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.learning_rates import remark_on
 from paca_lightning.conversion.targets import Resolution
 from paca_lightning.core.config import PaCAConfig
+from paca_lightning.layers.along import along_names
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,6 +46,7 @@ class ConversionReport:
         skipped: Reason by path of each linear layer that was left alone.
         frozen: All other parameters that are left frozen, by kind.
         thawed: Class of the model that was frozen as a whole before, and was converted all the same.
+        along: Number of tensors and of parameters that are trained along, by their kind.
         saved: Paths of the modules that are trained whole.
         trainable_parameters: Of the deltas and the modules trained whole.
         total_parameters: Of the base model and the deltas.
@@ -58,6 +60,7 @@ class ConversionReport:
     skipped: dict[str, str] = field(default_factory=dict)
     frozen: list[FrozenGroup] = field(default_factory=list)
     thawed: str | None = None
+    along: dict[str, tuple[int, int]] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     trainable_parameters: int = 0
     total_parameters: int = 0
@@ -101,6 +104,8 @@ class ConversionReport:
             notes.append(f"Adam's step on a column, scaling * lr: {steps}.")
             if self.adam and (remark := remark_on(scalings[-1] * self.learning_rate, self.total_parameters)):
                 notes.append(remark)
+        for kind, (tensors, parameters) in self.along.items():
+            notes.append(f"Trained along: {kind}, {tensors} tensors, {parameters:,} parameters, in fp32.")
         if self.saved:
             notes.append(f"Trained whole: {', '.join(self.saved)}.")
         if self.thawed:
@@ -154,12 +159,21 @@ def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) 
         skipped=resolution.skipped,
         thawed=resolution.thawed,
         frozen=frozen_groups(inventory, {name: p for name, p in base.items() if not p.requires_grad}),
+        along=dict(_along(inventory)),
         saved=list(resolution.saved),
         trainable_parameters=deltas + beside,
         total_parameters=deltas
         + sum(parameter.numel() for parameter in base.values())
         + sum(layer.in_features * layer.out_features for layer in layers.values()),
     )
+
+
+def _along(inventory: Inventory) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Number of tensors and of parameters that are trained along, by their kind."""
+    for name, kind in (("weight", "norm weights"), ("bias", "biases")):
+        sizes = [module.get_parameter(name).numel() for module in inventory.paths if name in along_names(module)]
+        if sizes:
+            yield kind, (len(sizes), sum(sizes))
 
 
 def _base_parameters(inventory: Inventory) -> Iterator[tuple[str, nn.Parameter]]:

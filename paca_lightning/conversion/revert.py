@@ -20,6 +20,7 @@ from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private.torch import preserve_versions, version_of
+from paca_lightning.layers.along import along_names, end_all_along, end_along
 from paca_lightning.layers.base import PaCALayer, paca_layers
 from paca_lightning.layers.columns import check_not_parametrized
 
@@ -70,6 +71,7 @@ def merge(model: nn.Module) -> nn.Module:
         PaCAError: If the model is sharded, or inside ``disable_paca``, or a layer was parametrized since.
     """
     layers = _releasable_layers(model, "merge")
+    end_all_along(model)
     for layer in layers:
         layer.release(trained=True)
     for _, module in saved_modules(model):
@@ -93,6 +95,7 @@ def unload(model: nn.Module) -> nn.Module:
         unmark(module)
     for tensor, original in changed_state(model).values():
         overwrite(tensor, original)
+    end_all_along(model)
     to_root, found = root_names(model), conversions_in(model)
     for layer in layers:
         layer.release(trained=False)
@@ -110,10 +113,14 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
     layers, saved = inventory.layers, inventory.saved
     states = {path: (layer.paca_conversion, layer.paca_path) for path, layer in layers.items()}
     seen = [(conversion, dict(conversion.was_trainable)) for conversion, _, _ in conversions_of(layers)]
+    along = {module for module in inventory.paths if along_names(module)}
     flags = [(parameter, parameter.requires_grad) for parameter in inventory.parameters.values()]
     try:
         yield
     except Exception:
+        for module in inventory.paths:
+            if along_names(module) and module not in along:
+                end_along(module)
         for path, layer in inventory.layers.items():
             if path in states:
                 layer.paca_conversion, layer.paca_path = states[path]

@@ -112,7 +112,9 @@ def resolve(
     result = Resolution(saved=_saved_modules(config, names, inventory))
     inside_saved = {child for module in result.saved.values() for child in module.modules()}
     chosen = _chosen(config, linears, inventory)
-    excluded = _matched_by(config.exclude_modules, linears, "exclude_modules", inventory)
+    leaves = {m: n for m, n in names.items() if next(m.children(), None) is None}  # norms, too
+    excludable = leaves | linears if config.train_norms or config.train_biases else linears
+    excluded = _matched_by(config.exclude_modules, excludable, "exclude_modules", inventory)
     obstacles = {module: _obstacle(module, inventory) for module in linears}
     if config.target_modules == ALL_LINEAR and not config.include_frozen:
         convertible = [m for m in linears if obstacles[m] is None and m not in excluded and m not in inside_saved]

@@ -42,6 +42,9 @@ class PaCAConfig:
         seed: Seed of the random selection. Each layer's draw depends on this and on its path alone.
         quantize: ``nf4`` stores the frozen weights in 4 bits. Default: as they are.
         modules_to_save: Names of modules that are trained whole and saved with the adapter, such as a new head.
+        train_norms: Train the weights of norms along with the columns, in fp32: few parameters, and nothing more kept
+            for the backward. They belong to checkpoints and adapters. An exact LoRA export is not possible then.
+        train_biases: Train the biases of the converted layers and of the norms along, likewise.
         include_frozen: Let ``"all-linear"`` convert layers that were frozen before the conversion, too. Default: what
             was frozen by hand beside trainable layers stays frozen, such as a critic or a teacher. A model that was
             frozen as a whole is converted all the same.
@@ -61,6 +64,8 @@ class PaCAConfig:
     seed: int = 0
     quantize: str | None = None
     modules_to_save: list[str] = field(default_factory=list)
+    train_norms: bool = False
+    train_biases: bool = False
     include_frozen: bool = False
 
     def __post_init__(self) -> None:
@@ -89,8 +94,9 @@ class PaCAConfig:
                 raise PaCAError(f"{name} must be a list of names, such as [{value!r}].")
             if not isinstance(value, (list, tuple)):
                 raise PaCAError(f"{name} must be a list of names, not {value!r}.")
-        if not isinstance(self.include_frozen, bool):
-            raise PaCAError(f"include_frozen must be true or false, not {self.include_frozen!r}.")
+        for name in ("train_norms", "train_biases", "include_frozen"):
+            if not isinstance(getattr(self, name), bool):
+                raise PaCAError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise PaCAError(f"{name} must map names to values, not {getattr(self, name)!r}.")

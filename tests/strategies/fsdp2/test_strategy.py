@@ -50,6 +50,9 @@ RUNS = {
         config=PaCAConfig(r=4, modules_to_save=["lm_head", "input_layernorm"]),
     ),
     "columns with steps of their own": Run(strategy={}, config=PaCAConfig(r=4, alpha=8, column_steps="input_rms")),
+    "norms trained along, bf16-true": Run(
+        strategy={}, config=PaCAConfig(r=4, train_norms=True), trainer={"precision": "bf16-true"}
+    ),
     "NF4": Run(strategy={}, config=NF4),
     "NF4, accumulation, clipping": Run(
         strategy={}, config=NF4, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
