@@ -24,7 +24,7 @@ from paca_lightning.adapters.saved import read_adapter
 from paca_lightning.adapters.settings import settings_of
 from paca_lightning.adapters.tensors import implausible
 from paca_lightning.adapters.update import in_own_steps, whole_update
-from paca_lightning.conversion.changed_state import changed_state, remember_thawed
+from paca_lightning.conversion.changed_state import changed_state, overwrite, remember_thawed
 from paca_lightning.conversion.convert import convert
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.report import ConversionReport, layer_records
@@ -120,6 +120,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
             layer.paca_pending = None
             copy_into(layer.paca_delta, in_own_steps(tensors.deltas[path], layer))
             layer.write_columns()
+        for tensor, original in changed_state(model).values():  # what an adapter does not hold is as in the base model
+            overwrite(tensor, original)
         remember_thawed(model, {id(tensor) for tensor, _ in targets.values()})
         for tensor, value in targets.values():
             copy_into(tensor, value)

@@ -124,7 +124,8 @@ def convert(
         module.requires_grad_(True)
     for module, names in along.items():
         train_along(module, names)
-    remember_thawed(inventory.root, {id(module.get_parameter(name)) for module, own in along.items() for name in own})
+    if along:
+        remember_thawed(inventory.root, {id(module.get_parameter(n)) for module, own in along.items() for n in own})
     return report_on(inventory, config, resolution)
 
 

@@ -6,13 +6,13 @@ computes with a copy of it in its own dtype, as a forward with the merged weight
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from paca_lightning.core.private.torch import apply_of_class, put_parameter, replace_apply
 from paca_lightning.layers.casting import keeping_precision
 
 ALONG = "_paca_along"
@@ -50,7 +50,7 @@ def train_along(module: nn.Module, names: Iterable[str]) -> None:
         module.register_forward_hook(_take_back, always_call=True),
     ]
     vars(module)[ALONG] = _Along(dtypes, hooks)
-    vars(module)["_apply"] = partial(_apply_wide, module)  # hooks and not a subclass: copies and pickles keep them
+    replace_apply(module, _apply_wide)  # an instance's, and no subclass: copies and pickles keep it
     for parameter in parameters.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.grad = None
@@ -66,7 +66,8 @@ def end_along(module: nn.Module) -> None:
         parameter = module.get_parameter(name)
         parameter.grad = None
         parameter.data = parameter.data.to(dtype)
-    del vars(module)[ALONG], vars(module)["_apply"]
+    replace_apply(module, None)
+    del vars(module)[ALONG]
 
 
 def end_all_along(model: nn.Module) -> None:
@@ -79,24 +80,24 @@ def end_all_along(model: nn.Module) -> None:
 def _give_narrow(module: nn.Module, _: Any) -> None:
     along: _Along = vars(module)[ALONG]
     for name, dtype in along.dtypes.items():
-        parameter = module._parameters[name]
-        if parameter is not None and torch.promote_types(parameter.dtype, dtype) != dtype:  # FSDP2 may have narrowed it
+        parameter = module.get_parameter(name)
+        if torch.promote_types(parameter.dtype, dtype) != dtype:  # FSDP2 may have narrowed it
             along.wide[name] = parameter
-            module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]
+            put_parameter(module, name, parameter.to(dtype))
 
 
 def _take_back(module: nn.Module, *_: Any) -> None:
     along: _Along = vars(module)[ALONG]
     for name, parameter in along.wide.items():
-        module._parameters[name] = parameter
+        put_parameter(module, name, parameter)
     along.wide.clear()
 
 
 def _apply_wide(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-    """``Module._apply`` that narrows no parameter that is trained along, and notes the dtype it would have."""
+    """What ``to`` does, but no parameter that is trained along is narrowed; the dtype it would have is noted."""
     along: _Along = vars(module)[ALONG]
     parameters = [module.get_parameter(name) for name in along.dtypes]
     device = parameters[0].device
     along.dtypes = {name: fn(torch.empty(0, dtype=dtype, device=device)).dtype for name, dtype in along.dtypes.items()}
     kept: list[Tensor | None] = [*parameters, *(parameter.grad for parameter in parameters)]
-    return type(module)._apply(module, keeping_precision(fn, kept, ()), recurse)
+    return apply_of_class(module, keeping_precision(fn, kept, ()), recurse)

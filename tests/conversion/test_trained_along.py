@@ -142,3 +142,14 @@ def test_mistakes_are_named_and_leave_the_model_alone(tmp_path: Path) -> None:
     apply_paca(model, CONFIG)
     with pytest.raises(PaCAError, match=r"cannot hold 'model\..*norm.*export_merged"):
         export_lora(model, tmp_path)
+
+
+def test_an_adapter_without_norms_brings_back_those_of_the_base(tmp_path: Path) -> None:
+    columns, along = tiny_llama(), tiny_llama()
+    apply_paca(columns, PaCAConfig(r=4))
+    train(columns, 3)
+    save_adapter(columns, tmp_path / "adapter")
+    apply_paca(along, CONFIG)
+    train(along, 3)
+    load_adapter(along, tmp_path / "adapter")
+    assert torch.equal(along(input_ids=IDS).logits, columns(input_ids=IDS).logits)

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import IO, Any
 
 import torch
@@ -110,6 +111,24 @@ def apply_to_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     ``Module.to_empty`` does this for all tensors, and ``fn`` may choose some.
     """
     module._apply(fn)
+
+
+def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in a parameter's place, be it a parameter or not; ``setattr`` refuses what is none."""
+    module._parameters[name] = tensor  # type: ignore[assignment]
+
+
+def replace_apply(module: nn.Module, replacement: Callable[..., nn.Module] | None) -> None:
+    """Let ``to``, ``half`` and the like of one module call this with it; None: the method of its class again."""
+    if replacement is None:
+        del vars(module)["_apply"]
+    else:
+        vars(module)["_apply"] = partial(replacement, module)
+
+
+def apply_of_class(module: nn.Module, fn: Callable[..., Tensor], recurse: bool) -> nn.Module:
+    """What ``to`` and the like do with a module of this class; no public method takes a function for one tensor."""
+    return type(module)._apply(module, fn, recurse)
 
 
 def transforms_are_active() -> bool:

@@ -48,6 +48,31 @@ def test_schedules_of_schedules() -> None:
     assert whole.get_last_lr() == [0.5]
 
 
+@canary("torch.put_parameter")
+def test_a_tensor_takes_a_parameters_place() -> None:
+    linear = nn.Linear(2, 1, bias=False)
+    own = linear.weight
+    private.put_parameter(linear, "weight", own * 2)
+    linear(torch.ones(1, 2)).sum().backward()
+    assert own.grad is not None
+    assert own.grad.tolist() == [[2, 2]]
+
+
+def _apply_doubled(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    return private.apply_of_class(module, lambda tensor: fn(tensor) * 2, recurse)
+
+
+@canary("torch.replace_apply", "torch.apply_of_class")
+def test_one_module_applies_another_function() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    before = [layer.weight.item() for layer in model]
+    private.replace_apply(model[0], _apply_doubled)
+    copied = pickle.loads(pickle.dumps(model)).double()
+    assert [layer.weight.item() for layer in copied] == [2 * before[0], before[1]]
+    private.replace_apply(copied[0], None)
+    assert copied.float()[0].weight.item() == 2 * before[0]
+
+
 @canary("torch.tensors_in", "torch.map_tensors")
 def test_trees() -> None:
     first, second = torch.ones(1), torch.ones(2)
