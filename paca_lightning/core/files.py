@@ -21,8 +21,10 @@ def check_writable(directory: str | os.PathLike[str], purpose: str) -> None:
         purpose: What it is for, for the message.
 
     Raises:
-        PaCAError: Naming the directory and the cause.
+        PaCAError: Naming the directory and the cause; also if it is a URL.
     """
+    if "://" in str(directory):
+        raise PaCAError(f"{purpose}: {str(directory)!r} is a URL, but must be a directory of this machine.")
     existing = Path(directory).absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

@@ -17,7 +17,7 @@
 Rows of turns may also have a `system` text, `tools`, `documents` and settings of the chat template (`enable_thinking`,
 `chat_template_kwargs`). `messages` and `conversations` are interchangeable. The content of a message may be a list of
 `{"type": "text", "text": "..."}`; an assistant's message may have `tool_calls` and `reasoning_content`, any message a
-mark whether it is trained (`weight`, `train`, `loss` or `loss_weight`). Alpaca rows may have a `history` of
+mark whether it is trained (`weight`, `train`, `training`, `loss` or `loss_weight`). Alpaca rows may have a `history` of
 [question, answer] pairs. `prompt` and `completion` may be lists of messages.
 """
 

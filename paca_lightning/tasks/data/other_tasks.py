@@ -21,11 +21,12 @@ def refuse_other_tasks(row: Row) -> None:
                 "not to InstructionDataModule. To train on the preferred answers alone, make them the last turns of "
                 "the conversations and remove the other ones"
             )
-    if isinstance(row.get("label"), bool):
+    rating = "kto_tag" if "kto_tag" in filled else "label"
+    if rating == "kto_tag" or isinstance(row.get(rating), bool):
         raise PaCAError(
-            "the field 'label' rates the answer as good or bad, which belongs to training on ratings (KTO), not to "
-            "InstructionDataModule. To train on the good answers alone, keep the rows with 'label': true, and remove "
-            "the field"
+            f"the field {rating!r} rates the answer as good or bad, which belongs to training on ratings (KTO), not to "
+            f"InstructionDataModule. To train on the good answers alone, keep the rows with {rating!r}: true, and "
+            "remove the field"
         )
     if found := filled & set(_MEDIA):
         raise PaCAError(

@@ -6,8 +6,10 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.conversation import Message
 from paca_lightning.tasks.data.fields import Fields, Row, checked_json, kind, parsed_json
 
-MASKS = ("weight", "train", "loss", "loss_weight")
+MASKS = ("weight", "train", "training", "loss", "loss_weight")
 """Fields of a message that say whether it is trained: true or false, 1 or 0."""
+_PART_MASKS = ("train_detail", "training_detail")
+"""Fields of a message that say which of its characters are trained, as axolotl names them."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _CHAT_ROLES = {
@@ -138,6 +140,12 @@ def _assistant(fields: Fields, content_field: str) -> Message:
 
 def _mask(fields: Fields) -> bool | None:
     """Whether a message is marked as trained; None without a mark."""
+    for name in _PART_MASKS:
+        if name in fields:
+            raise PaCAError(
+                f"the field '{fields.where}{name}' trains parts of a message, but a message is trained as a whole or "
+                "not at all. Mark whole messages with 'train', or write the row as 'segments'"
+            )
     marks = {name: value for name in MASKS if (value := fields.take(name)) is not None}
     for name, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):

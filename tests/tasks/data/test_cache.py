@@ -145,6 +145,8 @@ def test_a_cache_that_cannot_be_written_is_told_before_anything_is_read(module: 
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(PaCAError, match=r"cache_dir: .* cannot be written"):
         module("nowhere.jsonl", cache_dir=str(tmp_path / "file" / "cache")).prepare_data()
+    with pytest.raises(PaCAError, match="cache_dir: 's3://bucket/cache' is a URL, but must be a directory"):
+        module("nowhere.jsonl", cache_dir="s3://bucket/cache").prepare_data()
 
 
 @pytest.mark.distributed

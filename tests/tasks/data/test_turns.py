@@ -23,7 +23,7 @@ def only(row: dict[str, Any], format: Any = "auto") -> Conversation:
 
 
 @pytest.mark.parametrize(("off", "on"), [(0, 1), (False, True), (0.0, 1.0)])
-@pytest.mark.parametrize("name", ["weight", "train", "loss", "loss_weight"])
+@pytest.mark.parametrize("name", ["weight", "train", "training", "loss", "loss_weight"])
 def test_a_mark_says_whether_a_turn_is_trained(name: str, off: Any, on: Any) -> None:
     marked = [*TURNS[:1], {**TURNS[1], name: off}, *TURNS[:1], {**TURNS[1], name: on}]
     assert only({"messages": marked}).masks == {1: False, 3: True}
