@@ -252,7 +252,7 @@ def runnable(path: Path, directory: Path, devices: int = 1) -> list[str]:
         if data.get("format") == "guanaco":
             data["train"] = data["validation"] = str(guanaco_in(directory))
         elif not Path(data["train"]).exists():  # the user's own, or the study's, which is fetched
-            data["train"] = data["validation"] = "configs/data/quickstart/train.jsonl"
+            data |= dict.fromkeys({"train", "validation"} & data.keys(), "configs/data/quickstart/train.jsonl")
     replaced = directory / "config.yaml"
     replaced.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return ["--config", str(replaced)]

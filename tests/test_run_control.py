@@ -317,7 +317,8 @@ def test_a_command_that_is_stopped_keeps_what_was_trained(how: str, tmp_path: Pa
 
 
 def become_owner_of_terminal() -> None:
-    """Make stdin the terminal that this session gets SIGHUP from."""
+    """Make stdin the terminal that this session gets SIGHUP from, and heed it also where the tests run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
