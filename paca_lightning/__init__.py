@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from paca_lightning.adapters.adapter import load_adapter, save_adapter
     from paca_lightning.adapters.export import export_lora, export_merged
     from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+    from paca_lightning.callbacks.bottleneck_strategy import BottleneckStrategy
     from paca_lightning.callbacks.hf_trainer import PaCATrainerCallback
+    from paca_lightning.callbacks.loreft_strategy import LoReFTStrategy
     from paca_lightning.callbacks.paca import PaCAStrategy
     from paca_lightning.callbacks.peft_strategy import PEFTStrategy
     from paca_lightning.conversion.convert import apply_paca
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterCheckpoint",
+    "BottleneckStrategy",
     "ConversionReport",
+    "LoReFTStrategy",
     "PEFTStrategy",
     "PaCAConfig",
     "PaCAError",
@@ -51,7 +55,9 @@ __all__ = [
 
 _MODULES = {  # the same as above, for Python: tests/test_imports.py compares the two
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
+    "BottleneckStrategy": "callbacks.bottleneck_strategy",
     "ConversionReport": "conversion.report",
+    "LoReFTStrategy": "callbacks.loreft_strategy",
     "PEFTStrategy": "callbacks.peft_strategy",
     "PaCAConfig": "core.config",
     "PaCAError": "core.errors",

@@ -25,7 +25,10 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
     """
     peft = read_json(Path(directory) / CONFIG)
     if peft.get("peft_type") != "PACA":
-        raise PaCAError(f"{Path(directory) / CONFIG}: peft_type is {peft.get('peft_type')!r}, not 'PACA'.")
+        method = (
+            f"it is an adapter of {peft['method']!r}" if "method" in peft else f"peft_type is {peft.get('peft_type')!r}"
+        )
+        raise PaCAError(f"{Path(directory) / CONFIG}: {method}, not 'PACA'.")
     ours = read_settings(Path(directory))
     if ours is not None:
         for name, value in shared_settings(ours.config).items():

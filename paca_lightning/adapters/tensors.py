@@ -48,7 +48,7 @@ def read_tensors(directory: Path, checksums: Mapping[str, str] | None) -> Adapte
             were saved, or its dtype, shape or values are none of a delta or of indices.
     """
     file = directory / TENSORS
-    tensors = _load(file)
+    tensors = load_tensors(file)
     if checksums is not None:
         _check_sums(tensors, checksums)
     return checked_tensors(tensors, file)
@@ -105,8 +105,12 @@ def implausible(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, without PEFT's prefix."""
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name, without PEFT's prefix.
+
+    Raises:
+        PaCAError: If it is missing or damaged.
+    """
     tensors: dict[str, Tensor] = {}
     try:
         check_file(file, LARGEST_FILE)

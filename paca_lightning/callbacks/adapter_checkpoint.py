@@ -91,7 +91,8 @@ class AdapterCheckpoint(Callback):
         """Check before training that there will be an adapter to write."""
         if adapted_model(pl_module) is None and not any(paca_layers(pl_module)):
             raise PaCAError(
-                "AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy or PEFTStrategy."
+                "AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy or another "
+                "method's strategy."
             )
 
     @override

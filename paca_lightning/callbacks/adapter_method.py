@@ -30,9 +30,8 @@ from paca_lightning.callbacks.run_checks import (
 )
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import spawns_workers
-from paca_lightning.other_methods.adapted import AdaptedModel, adapted_model, check_settings
+from paca_lightning.other_methods.adapted import AdaptedModel, adapted_model, check_settings, trained_parameters
 from paca_lightning.other_methods.checkpoint import keep_trained
-from paca_lightning.other_methods.peft_model import trained_parameters
 from paca_lightning.other_methods.report import MethodReport, report_on
 
 

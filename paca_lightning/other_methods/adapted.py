@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from paca_lightning.adapters.tensors import implausible
+from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
@@ -81,6 +82,34 @@ class AdaptedModel(ABC):
 def adapted_model(module: nn.Module) -> AdaptedModel | None:
     """The AdaptedModel of a run's module; None if no method beside PaCA has adapted it."""
     return vars(module).get(ADAPTED)
+
+
+def find_model(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
+    """The path and the model in a run's module that is to be adapted.
+
+    Args:
+        module: Of a run, with its model built.
+        path: Of the model. Default: the first Hugging Face model, or without one the module itself.
+
+    Raises:
+        PaCAError: If there is no such module, or it has no weights yet.
+    """
+    if path is None:
+        path, model = next(iter(take_inventory(module).base_models.items()), ("", module))
+    else:
+        try:
+            model = module.get_submodule(path)
+        except AttributeError as error:
+            children = [name for name, _ in module.named_children()]
+            raise PaCAError(f"path={path!r} names no module: {error}. The outermost modules are {children}.") from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PaCAError("A model on the meta device cannot be adapted. Build it with its weights.")
+    return path, model
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's trained parameters by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:

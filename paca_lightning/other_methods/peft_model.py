@@ -6,15 +6,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from paca_lightning.activation_checkpointing.blocks import are_checkpointed
 from paca_lightning.adapters.files import base_model_entries
-from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.sealed_files import check_weights
-from paca_lightning.other_methods.adapted import AdaptedModel, check_settings, plain
+from paca_lightning.other_methods.adapted import AdaptedModel, check_settings, find_model, plain
 from paca_lightning.other_methods.prompts import OwnPositions
 
 if TYPE_CHECKING:
@@ -142,10 +140,7 @@ def adapt(module: nn.Module, config: "PeftConfig", path: str | None = None) -> P
     peft, config = import_peft(), copy.deepcopy(config)
     if (reason := REFUSED.get(config.peft_type or "")) is not None:
         raise PaCAError(f"{type(config).__name__} cannot be trained by PEFTStrategy: {reason}.")
-    path, base = _find(module, path)
-    for parameter in base.parameters():
-        if parameter.is_meta:
-            raise PaCAError("PEFTStrategy cannot adapt a model on the meta device. Build it with its weights.")
+    path, base = find_model(module, path)
     notes = _complete(config, base)
     prompts = config.is_prompt_learning
     if prompts:
@@ -162,16 +157,6 @@ def adapt(module: nn.Module, config: "PeftConfig", path: str | None = None) -> P
     adapted = PEFTModel(wrapper)
     adapted.notes = notes
     return adapted
-
-
-def _find(module: nn.Module, path: str | None) -> tuple[str, nn.Module]:
-    if path is None:
-        return next(iter(take_inventory(module).base_models.items()), ("", module))
-    try:
-        return path, module.get_submodule(path)
-    except AttributeError as error:
-        children = [name for name, _ in module.named_children()]
-        raise PaCAError(f"path={path!r} names no module: {error}. The outermost modules are {children}.") from error
 
 
 def _complete(config: Any, base: nn.Module) -> list[str]:
@@ -206,8 +191,3 @@ def _title(config: Any) -> str:
     if config.peft_type == "LORA":
         return next((title for flag, title in variants.items() if getattr(config, flag, False)), "LoRA")
     return str(config.peft_type.value)
-
-
-def trained_parameters(module: nn.Module) -> dict[str, torch.nn.Parameter]:
-    """A module's trained parameters by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
