@@ -3,19 +3,16 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from paca_lightning.core.checkpoints import LARGEST_FILE, check_crc, is_plain, read_object
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.private.torch import read_shard_list
 from paca_lightning.core.reading import check_file
+from paca_lightning.core.shard_lists import LARGEST_LIST, SHARDS, ListedTensor, Place, read_shard_list
 
-SHARDS = ".metadata"
-"""PyTorch's name for the list of shards."""
-LARGEST_LIST = 2**30
 STATE = "state_dict."
 """How the names of the module's tensors begin, among those of optimizers."""
 
@@ -27,59 +24,65 @@ class ShardedTensor:
     Attributes:
         directory: The checkpoint.
         name: In the state dict.
-        size: Of the whole tensor.
-        dtype: Of its numbers.
-        shards: Where each shard begins in the tensor, and where it lies: file, first byte, number of bytes.
+        listed: What the list of shards tells of it.
     """
 
     directory: Path
     name: str
-    size: torch.Size
-    dtype: torch.dtype
-    shards: list[tuple[tuple[int, ...], tuple[str, int, int]]]
+    listed: ListedTensor
 
     def read(self) -> Tensor:
         """The whole tensor, in host memory.
 
         Raises:
-            PaCAError: If a file is missing, a shard is damaged, or the shards do not make up the tensor.
+            PaCAError: If a file is missing, or a shard is damaged.
         """
         try:
-            return self._joined()
+            whole = torch.empty(self.listed.size, dtype=self.listed.dtype)
+            for shard in self.listed.shards:
+                file = self.directory / shard.place.file
+                check_file(file, LARGEST_FILE)
+                with file.open("rb") as stream:
+                    rows = read_tensor(stream, shard.place, f"{file} ({self.name!r})", self.listed.dtype, shard.sizes)
+                where = zip(shard.offsets, shard.sizes, strict=True)
+                whole[tuple(slice(first, first + count) for first, count in where)] = rows
         except PaCAError:
             raise
-        except Exception as error:  # of a damaged list of shards, any
+        except Exception as error:  # a missing file, a size that no memory holds, ...
             raise PaCAError(f"{self.directory}: {self.name!r} cannot be read: {error}") from error
-
-    def _joined(self) -> Tensor:
-        shards = [(offsets, self._shard(*location)) for offsets, location in self.shards]
-        complete = self.size.numel() == sum(shard.numel() for _, shard in shards)  # or a huge size would be allocated
-        whole = torch.empty(self.size if complete else 0, dtype=self.dtype)
-        written = torch.zeros_like(whole, dtype=torch.bool)
-        for offsets, shard in shards if complete else ():
-            place = tuple(slice(first, first + count) for first, count in zip(offsets, shard.shape, strict=True))
-            complete = complete and shard.dtype == self.dtype and whole[place].shape == shard.shape
-            whole[place], written[place] = shard, True
-        if not (complete and written.all()):
-            raise PaCAError(f"{self.directory}: the shards of {self.name!r} do not make up the tensor. It is damaged.")
         return whole
 
-    def _shard(self, file_name: str, start: int, length: int) -> Tensor:
-        file = self.directory / file_name
-        if Path(file_name).name != file_name or length < 0:
-            raise PaCAError(
-                f"{self.directory / SHARDS} is damaged: it names {file_name!r}, which is no file beside it."
-            )
-        check_file(file, LARGEST_FILE)
-        with file.open("rb") as stream:
-            stream.seek(start)
-            content = io.BytesIO(stream.read(length))
-        check_crc(content, f"{file} ({self.name!r})")
-        content.seek(0)
-        shard = read_object(content, str(file))
-        if not is_plain(shard):
-            raise PaCAError(f"{file}: a shard of {self.name!r} is no plain tensor. It is damaged.")
-        return shard
+
+def read_tensor(stream: IO[bytes], place: Place, name: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> Tensor:
+    """A shard, in host memory.
+
+    Args:
+        stream: The file that holds it.
+        place: Where in the file.
+        name: For messages.
+        dtype: That it must have.
+        sizes: Shape that it must have.
+
+    Raises:
+        PaCAError: If it is damaged, or something else.
+    """
+    tensor = read_object(shard_content(stream, place, name), name)
+    if not is_plain(tensor) or tensor.dtype != dtype or tuple(tensor.shape) != sizes:
+        raise PaCAError(f"{name}: the shard is no plain tensor of {dtype} and shape {sizes}. It is damaged.")
+    return tensor
+
+
+def shard_content(stream: IO[bytes], place: Place, name: str) -> io.BytesIO:
+    """The bytes of a place, which ``torch.save`` wrote.
+
+    Raises:
+        PaCAError: If the CRC-32 of one of its records differs, or it is cut off.
+    """
+    stream.seek(place.start)
+    content = io.BytesIO(stream.read(place.length))
+    check_crc(content, name)
+    content.seek(0)
+    return content
 
 
 def sharded_tensors(directory: Path) -> dict[str, ShardedTensor]:
@@ -88,26 +91,15 @@ def sharded_tensors(directory: Path) -> dict[str, ShardedTensor]:
     Raises:
         PaCAError: If the list of shards is missing or damaged, or holds objects of other classes.
     """
+    path = directory / SHARDS
     try:
-        check_file(directory / SHARDS, LARGEST_LIST)
-        with (directory / SHARDS).open("rb") as stream:
-            listed = read_shard_list(stream)
-        shards: dict[str, list[Any]] = {}
-        taken = set()
-        for index, where in listed.storage_data.items():
-            location = (where.relative_path, where.offset, where.length)
-            shards.setdefault(index.fqn, []).append((tuple(index.offset or ()), location))
-            taken.add(location[:2])
-        if len(taken) < len(listed.storage_data):
-            raise PaCAError(f"{directory / SHARDS} is damaged: two shards lie in one place.")
-        return {
-            (name := full_name.removeprefix(STATE)): ShardedTensor(
-                directory, name, torch.Size(entry.size), entry.properties.dtype, shards[full_name]
-            )
-            for full_name, entry in listed.state_dict_metadata.items()
-            if full_name.startswith(STATE) and hasattr(entry, "size")
-        }
-    except PaCAError:
-        raise
-    except Exception as error:  # of a damaged pickle, any
-        raise PaCAError(f"{directory / SHARDS} cannot be read: {error}") from error
+        check_file(path, LARGEST_LIST)
+        with path.open("rb") as stream:
+            listed = read_shard_list(stream, str(path))
+    except OSError as error:
+        raise PaCAError(f"{path} cannot be read: {error}") from error
+    return {
+        (name := full_name.removeprefix(STATE)): ShardedTensor(directory, name, tensor)
+        for full_name, tensor in listed.tensors.items()
+        if full_name.startswith(STATE)
+    }

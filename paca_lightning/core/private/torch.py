@@ -1,10 +1,9 @@
 """Private APIs of PyTorch (read in 2.13)."""
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -215,6 +214,7 @@ def shards_copied_before_gathering() -> Iterator[None]:
 
 SHARD_LIST_CLASSES = {
     "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),  # Python 3.13
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
@@ -230,21 +230,3 @@ SHARD_LIST_CLASSES = {
     ),
 }
 """What the list of shards of ``torch.distributed.checkpoint`` is made of, beside dtypes. All are plain data."""
-
-
-def read_shard_list(stream: IO[bytes]) -> Any:
-    """The ``Metadata`` that ``FileSystemReader`` would unpickle without limits. Its ``storage_data`` tells files.
-
-    Raises:
-        pickle.UnpicklingError: If it names anything but :data:`SHARD_LIST_CLASSES` and dtypes.
-    """
-    return _ShardListUnpickler(stream).load()
-
-
-class _ShardListUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        if name not in SHARD_LIST_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place in a list of shards")
-        return super().find_class(module, name)

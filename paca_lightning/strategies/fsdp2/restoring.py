@@ -1,6 +1,5 @@
 """Restoring a sharded model and its optimizers from checkpoints that any number of ranks wrote."""
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ from paca_lightning.core.checkpoints import METADATA, check_crc, read_safely
 from paca_lightning.core.dtensor import sharded_like
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.sealed_files import CHECKSUMS, check_checksums, read_checksums, shared_checksums
+from paca_lightning.core.shard_lists import SHARDS, ShardList
+from paca_lightning.strategies.fsdp2.agreeing import on_all_ranks
 from paca_lightning.strategies.fsdp2.location import Location
+from paca_lightning.strategies.fsdp2.shard_reader import PlainPlanner, ShardReader, shard_list_of
 from paca_lightning.strategies.fsdp2.sharding import local_rows
 
 
@@ -34,8 +36,10 @@ def check_files(directory: Path) -> None:
     """
     if (saved := read_checksums(directory)) is None:
         rank_zero_info(f"{directory} has no {CHECKSUMS}, as earlier versions wrote none: its bytes are not verified.")
-    else:
-        check_checksums(directory, saved, shared_checksums(directory, saved))
+        return
+    if unlisted := {SHARDS, METADATA} - saved.keys():
+        raise PaCAError(f"{directory / CHECKSUMS} is damaged: it has none of {min(unlisted)!r}. Use another copy.")
+    check_checksums(directory, saved, shared_checksums(directory, saved))
 
 
 def load_directory(
@@ -56,12 +60,13 @@ def load_directory(
         PaCAError: If the checkpoint belongs to another model, or is damaged.
     """
     # Read into copies: a layer needs its old indices to restore the old columns before it takes new indices.
+    listed = on_all_ranks(lambda: shard_list_of(location))
     state = {name: _copy(tensor) for name, tensor in get_model_state_dict(model).items()}
-    _read({"state_dict": state}, location)
+    _read({"state_dict": state}, location, listed)
     model.load_state_dict(state, strict=strict)
     for index, optimizer in enumerate(optimizers):
         optimizer_state = {f"optimizer_{index}": get_optimizer_state_dict(model, optimizer)}
-        _read(optimizer_state, location)
+        _read(optimizer_state, location, listed)
         set_optimizer_state_dict(model, optimizer, optim_state_dict=optimizer_state[f"optimizer_{index}"])
     return _torch_load(location / METADATA)
 
@@ -157,10 +162,10 @@ def _sharded_as(saved: Any, current: Tensor | None, name: str) -> Any:
     return sharded_like(saved[local_rows(current)].to(current.to_local().device), current, current.shape)
 
 
-def _read(state: dict[str, Any], location: Location) -> None:
+def _read(state: dict[str, Any], location: Location, listed: ShardList) -> None:
     try:
-        load(state, checkpoint_id=location.name)
-    except (CheckpointException, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        load(state, storage_reader=ShardReader(location, listed), planner=PlainPlanner())
+    except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise PaCAError(
             f"The checkpoint {location.name!r} does not fit this model and optimizer, or is damaged: "
             f"{_first_cause(error)}"

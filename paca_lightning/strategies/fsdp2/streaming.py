@@ -21,6 +21,7 @@ from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
 from paca_lightning.layers.nf4 import CHUNK, quantize_rows, squared_errors
 from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.strategies.fsdp2.agreeing import raise_on_all_ranks
 from paca_lightning.strategies.fsdp2.rows import RowReader
 from paca_lightning.strategies.fsdp2.sharding import local_rows
 
@@ -91,9 +92,9 @@ def stream(model: nn.Module, directory: str | Path) -> RowReader:
         destinations = _matched(model, reader)
     except PaCAError as error:
         failure = error
-    _raise_on_all_ranks(failure)
+    raise_on_all_ranks(failure)
     assert reader is not None
-    _raise_on_all_ranks(_fill(reader, destinations))
+    raise_on_all_ranks(_fill(reader, destinations))
     return reader
 
 
@@ -193,17 +194,6 @@ def _squared_norms(rows: Tensor) -> Tensor:
     """Sum of squares of each column, computed over a few rows at a time."""
     chunks = rows.split(max(1, CHUNK // rows.shape[1]))
     return sum((c.float().square().sum(0) for c in chunks), torch.zeros(rows.shape[1], device=rows.device))
-
-
-def _raise_on_all_ranks(failure: PaCAError | None) -> None:
-    """Raise the failure of any rank on all ranks, so that none waits for a rank that has stopped."""
-    if not dist.is_initialized():
-        failures = [failure and str(failure)]
-    else:
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure and str(failure))
-    if first := next((message for message in failures if message), None):
-        raise PaCAError(first) from failure
 
 
 def _progress() -> AbstractContextManager[Progress | None]:

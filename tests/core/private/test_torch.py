@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private import torch as private
+from paca_lightning.core.shard_lists import read_shard_list
 from tests.core.private.canary import Recorder, canary, check_coverage
 
 
@@ -292,7 +293,7 @@ def test_wrappers_add_these_segments() -> None:
     assert found == private.WRAPPER_SEGMENTS
 
 
-@canary("torch.read_shard_list", "torch.SHARD_LIST_CLASSES")
+@canary("torch.SHARD_LIST_CLASSES")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_list_of_shards_is_of_these_classes(tmp_path: Path) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -306,15 +307,16 @@ def test_the_list_of_shards_is_of_these_classes(tmp_path: Path) -> None:
     named: set[tuple[str, str]] = set()
     save({"state": {"a": torch.ones(4, 2), "b": torch.tensor(3), "c": 1}}, checkpoint_id=tmp_path, no_dist=True)
     with (tmp_path / ".metadata").open("rb") as stream:
-        listed = private.read_shard_list(stream)
+        listed = read_shard_list(stream, ".metadata")
         stream.seek(0)
         Noting(stream).load()
     paths = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
     known = {(module, name) for module, names in private.SHARD_LIST_CLASSES.items() for name in names}
     assert {item for item in known ^ named if item[1] not in paths} == set()
-    assert listed.state_dict_metadata["state.a"].size == (4, 2)
-    (place,) = (place for index, place in listed.storage_data.items() if index.fqn == "state.a")
-    content = (tmp_path / place.relative_path).read_bytes()[place.offset :][: place.length]
+    assert list(listed.values) == ["state.c"]
+    assert (listed.tensors["state.a"].size, listed.tensors["state.b"].size) == ((4, 2), ())
+    (shard,) = listed.tensors["state.a"].shards
+    content = (tmp_path / shard.place.file).read_bytes()[shard.place.start :][: shard.place.length]
     assert torch.equal(torch.load(io.BytesIO(content)), torch.ones(4, 2))
 
 
