@@ -5,7 +5,7 @@ import math
 from torch import Tensor, nn
 
 from paca_lightning.conversion.inventory import take_inventory
-from paca_lightning.core.dtensor import is_sharded
+from paca_lightning.core.dtensor import gathered
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
@@ -28,7 +28,7 @@ def sample_columns(columns: Tensor) -> list[float]:
     """
     last, count = columns.numel() - 1, min(SAMPLES, columns.numel())
     positions = [last * number // max(1, count - 1) for number in range(count)]
-    return columns.reshape(-1)[positions].double().tolist()
+    return columns.reshape(-1)[positions].cpu().double().tolist()
 
 
 def differing_layer(
@@ -51,27 +51,26 @@ def differing_layer(
     return max(errors, key=lambda path: errors[path])
 
 
-def base_samples(model: nn.Module) -> dict[str, list[float]] | None:
-    """Some values of each PaCA layer's base columns, by path; None where they are sharded over ranks."""
+def base_samples(model: nn.Module) -> dict[str, list[float]]:
+    """Some values of each PaCA layer's base columns, by path. Call it on every rank of a sharded model."""
     layers = take_inventory(model).named_layers()
-    if any(is_sharded(layer.paca_base_columns) for layer in layers.values()):
-        return None
-    return {path: sample_columns(layer.paca_base_columns) for path, layer in layers.items()}
+    return {path: sample_columns(gathered(layer.paca_base_columns)) for path, layer in layers.items()}
 
 
 def check_base(saved: dict[str, list[float]], model: nn.Module, *, hint: str = "") -> None:
     """Compare a model, into which a checkpoint was loaded, with the base model of the checkpoint.
 
+    Call it on every rank of a sharded model.
+
     Args:
         saved: What :func:`base_samples` gave when the checkpoint was saved.
-        model: The converted model. One that is sharded is not compared.
+        model: The converted model.
         hint: Ends the error's message.
 
     Raises:
         PaCAError: If they differ by more than rounding.
     """
-    if (here := base_samples(model)) is None:
-        return
+    here = base_samples(model)
     quantized = any(isinstance(module, QPaCALinear) for module in model.modules())
     path = differing_layer(saved, here, QUANTIZED_TOLERANCE if quantized else TOLERANCE)
     if path is not None:

@@ -19,7 +19,7 @@ class AdapterSettings:
     Attributes:
         config: The settings.
         scalings: Of each layer, by path.
-        fingerprint: Samples of each layer's base columns, by path; None in checkpoints of sharded models.
+        fingerprint: Samples of each layer's base columns, by path; None if sharded ranks of version 0.1.0 saved them.
         changed: Names of what else had changed.
         left: Paths of layers that were frozen by hand.
         checksums: Of each tensor, by name; None in files of version 0.1.0, and in checkpoints.

@@ -57,8 +57,8 @@ class PaCAStrategy(FiniteSteps):
     trained columns back after every optimizer step, logs ``paca/scaled_lr``, and keeps frozen weights out of
     checkpoints.
 
-    It is a *callback*, a strategy of fine-tuning: it goes to ``Trainer(callbacks=...)``, not to
-    ``Trainer(strategy=...)``, and works beside the strategies that distribute a run.
+    It is a *callback*: it goes to ``Trainer(callbacks=...)``, not to ``Trainer(strategy=...)``, and works beside the
+    strategies that distribute a run.
 
     Args:
         config: What to train. Default: the settings of the adapter, or 16 columns of every linear layer but the
@@ -105,9 +105,7 @@ class PaCAStrategy(FiniteSteps):
         # A model may be built in __init__, in its own setup hook (after this one) or in configure_model (after both).
         # Averaging callbacks call configure_model early themselves.
         self._hooks.add(pl_module, "configure_model", lambda: self._convert(trainer, pl_module))
-        self._hooks.add(
-            pl_module, "on_load_checkpoint", lambda checkpoint: self._note_checkpoint(checkpoint, trainer, pl_module)
-        )
+        self._hooks.add(pl_module, "on_load_checkpoint", lambda saved: self._note_checkpoint(saved, trainer, pl_module))
         if stage == "fit":
             # Not later: a learning rate finder trains before this callback's on_fit_start.
             self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._attach(trainer, pl_module))
@@ -244,7 +242,8 @@ class PaCAStrategy(FiniteSteps):
         check_scalings(state_dict["scaling"], scalings(self.report))
 
     def _print_report(self, trainer: Trainer) -> None:
-        """Settle the learning rate of a resumed run, and print the summary with it, once a run."""
+        """Compare the base model, which some strategies restore only now, and print the summary; once a run."""
         assert self.report is not None
         if self._resumed.settle(trainer):
+            check_restored_base(self._saved_base, trainer, trainer.lightning_module)
             rank_zero_only(rich.print)(with_learning_rate(self.report, trainer))

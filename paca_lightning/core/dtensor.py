@@ -45,10 +45,15 @@ def sharded_like(rows: Tensor, other: Tensor, shape: Sequence[int]) -> Tensor:
     )
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """A whole tensor on its device, gathered if it is sharded (then call it on every rank)."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()
+
+
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor in host memory, gathered if it is sharded (then call it on every rank)."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu()
+    return gathered(tensor).cpu()
 
 
 def is_first_rank() -> bool:

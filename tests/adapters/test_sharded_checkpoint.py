@@ -5,13 +5,16 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from paca_lightning import AdapterCheckpoint, PaCAConfig, PaCAError, PaCAStrategy, load_adapter
+from paca_lightning.adapters.saved import read_adapter
 from paca_lightning.tools.generate import generate
 from tests.adapters.test_adapter import assert_same
 from tests.adapters.test_checkpoint import Saves
@@ -51,9 +54,79 @@ def test_a_checkpoint_of_ranks_holds_the_adapter_of_its_run_bitwise(
     load_adapter(expected, runs / name / "adapter")
     assert caplog.text == ""
     load_adapter(found, runs / name / "run.ckpt")
-    assert caplog.text.count("has no values of its base model") == 1
+    assert caplog.text == ""
     assert_same(found, expected)
     assert any(tensor.any() for key, tensor in found.state_dict().items() if key.endswith("paca_delta"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_of_ranks_tells_its_base_model_as_its_adapter_does(name: str, runs: Path) -> None:
+    expected = read_adapter(runs / name / "adapter").settings
+    found = read_adapter(runs / name / "run.ckpt").settings
+    assert expected is not None
+    assert found is not None
+    assert found.fingerprint == expected.fingerprint
+    assert found.fingerprint
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_is_refused_by_a_model_with_another_base(name: str, runs: Path) -> None:
+    model, as_before = other_base(), other_base()
+    with pytest.raises(PaCAError, match="it was trained on another base model: its weights differ from those here"):
+        load_adapter(model, runs / name / "run.ckpt")
+    assert_same(model, as_before)
+
+
+def other_base() -> LlamaForCausalLM:
+    """Another model of the same architecture, seed apart."""
+    model = tiny_llama(**SIZES)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            parameter.copy_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_and_one_line_says_what_is_not_verified(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = Path(shutil.copytree(runs / "directory" / "run.ckpt", tmp_path / "run.ckpt"))
+    content = torch.load(checkpoint / "meta.pt", weights_only=True)
+    content["paca_adapter"]["fingerprint"] = None
+    torch.save(content, checkpoint / "meta.pt")
+    load_adapter(tiny_llama(**SIZES), checkpoint)
+    assert caplog.text.count("without values of its base model") == 1
+
+
+class OtherBase(TinyChat):
+    """The same run on another base model."""
+
+    def _build(self) -> LlamaForCausalLM:
+        return other_base()
+
+    val_dataloader = TinyChat.train_dataloader
+
+
+def resume_on_another_base(directory: Path) -> list[str]:
+    """What resuming and evaluating each checkpoint of ranks on another base model says."""
+    messages = []
+    for name, (run, weights_only) in RUNS.items():
+        for work in ("validate",) if weights_only else ("fit", "validate"):
+            module = OtherBase(**run.module)
+            trainer = make_trainer(replace(run, steps=4), limit_val_batches=1)
+            with pytest.raises(PaCAError) as refused:
+                getattr(trainer, work)(module, ckpt_path=directory / name / "run.ckpt")
+            messages.append(str(refused.value))
+            assert module.losses == []  # not one step was trained
+    return messages
+
+
+def test_a_run_does_not_go_on_from_it_on_another_base(runs: Path) -> None:
+    for messages in launch(resume_on_another_base, 2, runs):
+        assert len(messages) == 5
+        assert {message.partition(":")[0] for message in messages} == {
+            "The checkpoint was saved by a run on another base model"
+        }
 
 
 def test_generate_takes_a_sharded_checkpoint(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
