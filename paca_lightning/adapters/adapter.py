@@ -131,8 +131,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
         log.warning("%s: the adapter has no checksums, so whether its bytes are as saved was not verified.", directory)
     if settings is not None and settings.fingerprint is None and is_first_rank():
         log.warning(
-            "%s: an earlier version saved this checkpoint of sharded ranks without values of its base model, so whether "
-            "this is the model it was trained on was not verified.",
+            "%s: an earlier version saved this checkpoint of sharded ranks without values of its base model, so "
+            "whether this is the model it was trained on was not verified.",
             directory,
         )
     return report

@@ -37,7 +37,7 @@ def check_resumable(checkpoint: dict[str, Any]) -> None:
 
 
 def saved_base(checkpoint: dict[str, Any]) -> dict[str, list[float]] | None:
-    """Some values of the base columns of the run that saved a checkpoint; None from sharded ranks of a version before."""
+    """Some values of the base columns of the run that saved a checkpoint; None if it is of sharded ranks and old."""
     samples: dict[str, list[float]] | None = checkpoint.get(NOTE, {}).get("fingerprint", checkpoint.get(BASE))
     return samples
 

@@ -118,7 +118,8 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         trainer = trainer_of(self)
         strategy = None if trainer is None else trainer.strategy
         streamed = settings["pretrained"] and getattr(strategy, "streams_checkpoints", False)
-        self.model = build_for_training(**settings, streamed=streamed)
+        on_cpu = strategy is not None and strategy.root_device.type == "cpu"
+        self.model = build_for_training(**settings, streamed=streamed, in_memory=on_cpu)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of all parameters that require a gradient, and its schedule.

@@ -14,10 +14,13 @@ from paca_lightning.core.dtypes import long_dtype
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import looks_local, where_it_was_sought
 from paca_lightning.core.sealed_files import check_weights
+from paca_lightning.core.unchanged import unchanged
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations, compile_blocks
 
 NOT_LOADED = "could not be loaded"
 """What the error for a model says whose files cannot be read, or are not there."""
+
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin", "*.index.json")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -71,6 +74,7 @@ def build_causal_lm(
     pretrained: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    in_memory: bool = False,
 ) -> PreTrainedModel:
     """A causal language model in train mode, on which activation checkpointing and dropout depend.
 
@@ -84,10 +88,12 @@ def build_causal_lm(
         pretrained: False gives random weights of the shape in ``config.json`` and reads no weight file.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run code that comes with the model.
+        in_memory: Copy the weights into memory. On the CPU they are views of the mapped files otherwise, and change
+            with them.
 
     Raises:
-        PaCAError: If the directory is missing or holds no model, or is an export whose weights changed, the hub cannot
-            be reached, or the model refuses a setting.
+        PaCAError: If the directory is missing or holds no model, or is an export whose weights changed, a file changes
+            while it is read, the hub cannot be reached, or the model refuses a setting.
     """
     dtype = long_dtype(dtype)
     if dtype not in DTYPES:
@@ -96,11 +102,14 @@ def build_causal_lm(
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         if pretrained and torch.get_default_device().type != "meta":
-            check_weights(Path(model).expanduser())
-            result: Any = AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **source
-            )
-            loaded, found = result
+            with unchanged(directory := Path(model).expanduser(), MODEL_FILES):
+                check_weights(directory)
+                result: Any = AutoModelForCausalLM.from_pretrained(
+                    model, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **source
+                )
+                loaded, found = result
+                if in_memory:
+                    _copy_mapped(loaded)
             _check_weights(model, found["missing_keys"])
         else:
             config = AutoConfig.from_pretrained(model, **source)
@@ -143,6 +152,13 @@ def checkpoint_directory(model: str, revision: str | None = None) -> str:
         raise PaCAError(
             f"The weights of {model!r} could not be downloaded: {error}\nWithout network, give a local directory."
         ) from error
+
+
+@torch.no_grad()
+def _copy_mapped(model: PreTrainedModel) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():  # memory that PyTorch did not allocate: the mapped file's
+            tensor.data = tensor.clone()
 
 
 def _check_weights(model: str, missing: Iterable[str]) -> None:

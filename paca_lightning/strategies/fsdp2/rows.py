@@ -9,6 +9,7 @@ from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.reading import parse_json
+from paca_lightning.core.unchanged import Stamp, check_unchanged
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,6 +27,7 @@ class RowReader:
 
     Attributes:
         bytes_read: Bytes that this reader has read so far.
+        stamps: Of each file, as it was opened.
 
     Raises:
         PaCAError: If a file is missing, truncated, or lacks a tensor that the index promises.
@@ -34,6 +36,7 @@ class RowReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.bytes_read = 0
+        self.stamps: dict[Path, Stamp | None] = {}
         self._slices: dict[str, Any] = {}
         self._file_of = self._weight_map()
         for file in sorted(set(self._file_of.values())):
@@ -64,12 +67,21 @@ class RowReader:
         tensor = self._slices[name]
         return tensor[rows] if self.shape(name) else tensor[...]
 
+    def check_unchanged(self) -> None:
+        """Raise if a file is no longer the one that was opened.
+
+        Raises:
+            PaCAError: Naming it.
+        """
+        check_unchanged(self.stamps, {path: Stamp.of(path) for path in self.stamps})
+
     def _weight_map(self) -> dict[str, str]:
         index = self.directory / INDEX
         if not index.is_file():
             if not (self.directory / SINGLE).is_file():
                 raise PaCAError(f"{str(self.directory)!r} has neither {INDEX} nor {SINGLE}: no weights to load.")
             return dict.fromkeys(self._handle(SINGLE, "every tensor").keys(), SINGLE)
+        self.stamps[index] = Stamp.of(index)
         try:
             weight_map = parse_json(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
@@ -89,6 +101,7 @@ class RowReader:
 
     def _handle(self, file: str, tensor: str) -> Any:
         path = self.directory / file
+        self.stamps.setdefault(path, Stamp.of(path))
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:

@@ -21,7 +21,7 @@ from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
 from paca_lightning.layers.nf4 import CHUNK, quantize_rows, squared_errors
 from paca_lightning.layers.nf4_linear import QPaCALinear
-from paca_lightning.strategies.fsdp2.agreeing import raise_on_all_ranks
+from paca_lightning.strategies.fsdp2.agreeing import check_same_files, raise_on_all_ranks
 from paca_lightning.strategies.fsdp2.rows import RowReader
 from paca_lightning.strategies.fsdp2.sharding import local_rows
 
@@ -82,7 +82,8 @@ def stream(model: nn.Module, directory: str | Path) -> RowReader:
         The reader, which has counted the bytes that this rank read.
 
     Raises:
-        PaCAError: On all ranks, if one rank finds a damaged file or a checkpoint of another model.
+        PaCAError: On all ranks, if one rank finds a damaged file or a checkpoint of another model, or a file changes
+            while they read it.
     """
     reader: RowReader | None = None
     destinations: dict[str, _Destination] = {}
@@ -94,6 +95,7 @@ def stream(model: nn.Module, directory: str | Path) -> RowReader:
         failure = error
     raise_on_all_ranks(failure)
     assert reader is not None
+    check_same_files(reader.stamps)
     raise_on_all_ranks(_fill(reader, destinations))
     return reader
 
@@ -112,6 +114,10 @@ def _fill(reader: RowReader, destinations: dict[str, _Destination]) -> PaCAError
                 failure = failure or PaCAError(f"{reader.file_of(name)}: {error}")
             if progress and task is not None:
                 progress.update(task, completed=reader.bytes_read)
+    try:
+        reader.check_unchanged()
+    except PaCAError as error:
+        failure = error
     return failure
 
 
