@@ -21,15 +21,28 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
     """The settings an adapter was trained with.
 
     Raises:
+        PaCAError: As :func:`read_files`.
+    """
+    return read_files(Path(directory))[0]
+
+
+def read_files(directory: Path) -> tuple[PaCAConfig, AdapterSettings | None, str | None]:
+    """The settings of an adapter, what PEFT's layout has no place for (None: PEFT wrote it), and its base model's name.
+
+    Raises:
         PaCAError: If the directory is not a PaCA adapter, or its two files of settings contradict each other.
     """
-    peft = read_json(Path(directory) / CONFIG)
+    peft = read_json(directory / CONFIG)
     if peft.get("peft_type") != "PACA":
         method = (
             f"it is an adapter of {peft['method']!r}" if "method" in peft else f"peft_type is {peft.get('peft_type')!r}"
         )
-        raise PaCAError(f"{Path(directory) / CONFIG}: {method}, not 'PACA'.")
-    ours = read_settings(Path(directory))
+        raise PaCAError(f"{directory / CONFIG}: {method}, not 'PACA'.")
+    ours = read_settings(directory)
+    return _agreed(peft, ours, directory), ours, peft.get("base_model_name_or_path")
+
+
+def _agreed(peft: dict[str, Any], ours: AdapterSettings | None, directory: Path) -> PaCAConfig:
     if ours is not None:
         for name, value in shared_settings(ours.config).items():
             here = peft.get(name)
@@ -51,9 +64,9 @@ def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
             modules_to_save=_as_list(peft.get("modules_to_save")),
         )
     except KeyError as error:
-        raise PaCAError(f"{Path(directory) / CONFIG} has no {error}.") from error
+        raise PaCAError(f"{directory / CONFIG} has no {error}.") from error
     except PaCAError as error:
-        raise PaCAError(f"{Path(directory) / CONFIG}: {error}") from error
+        raise PaCAError(f"{directory / CONFIG}: {error}") from error
 
 
 def _same_setting(here: Any, value: Any) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from paca_lightning.adapters.checkpoint import read_checkpoint, read_note
-from paca_lightning.adapters.files import CONFIG, adapter_config, read_json, read_settings
+from paca_lightning.adapters.files import CONFIG, adapter_config, read_files
 from paca_lightning.adapters.settings import AdapterSettings
 from paca_lightning.adapters.tensors import AdapterTensors, read_tensors
 from paca_lightning.core.checkpoints import SUFFIX, is_checkpoint_directory
@@ -50,9 +50,8 @@ def read_adapter(source: str | os.PathLike[str]) -> SavedAdapter:
     if is_checkpoint(path):
         note, tensors = read_checkpoint(path)
         return SavedAdapter(note.settings.config, note.settings, tensors, note.base_model, verified=True)
-    config, settings = adapter_config(path), read_settings(path)
+    config, settings, base_model = read_files(path)
     checksums = None if settings is None else settings.checksums
-    base_model = read_json(path / CONFIG).get("base_model_name_or_path")
     return SavedAdapter(config, settings, read_tensors(path, checksums), base_model, checksums is not None)
 
 

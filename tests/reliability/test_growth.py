@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from paca_lightning import PaCAConfig, apply_paca, load_adapter, merge, save_adapter, unload
+from paca_lightning.core.reading import parse_json
 
 FEW, MANY = 40, 80
 
@@ -57,6 +58,17 @@ def work(make: Callable[[int], nn.Module], layers: int, directory: Path) -> dict
         "load into a converted model": calls(load_adapter, model, directory),
         "merge": calls(merge, model),
     }
+
+
+def test_an_adapters_settings_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold 16 numbers of each layer."""
+    model = heads(2)
+    apply_paca(model, PaCAConfig(r=2))
+    save_adapter(model, tmp_path)
+    parsed: list[str] = []
+    monkeypatch.setattr("paca_lightning.core.reading.parse_json", lambda text: parsed.append(text) or parse_json(text))
+    load_adapter(model, tmp_path)
+    assert len(parsed) == len(set(parsed)) == 2
 
 
 @pytest.mark.parametrize("make", [heads, shared])
