@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from paca_lightning.adapters.adapter import load_adapter, save_adapter
     from paca_lightning.adapters.export import export_lora, export_merged
     from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+    from paca_lightning.callbacks.adapter_history import AdapterHistory
     from paca_lightning.callbacks.bottleneck_strategy import BottleneckStrategy
     from paca_lightning.callbacks.hf_trainer import PaCATrainerCallback
     from paca_lightning.callbacks.loreft_strategy import LoReFTStrategy
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterHistory",
     "BottleneckStrategy",
     "ConversionReport",
     "LoReFTStrategy",
@@ -55,6 +57,7 @@ __all__ = [
 
 _MODULES = {  # the same as above, for Python: tests/test_imports.py compares the two
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
+    "AdapterHistory": "callbacks.adapter_history",
     "BottleneckStrategy": "callbacks.bottleneck_strategy",
     "ConversionReport": "conversion.report",
     "LoReFTStrategy": "callbacks.loreft_strategy",

@@ -27,6 +27,7 @@ def _register() -> None:
     And let modules check what they load: ``load_from_checkpoint`` runs no callback.
     """
     import paca_lightning.callbacks.adapter_checkpoint
+    import paca_lightning.callbacks.adapter_history
     import paca_lightning.callbacks.bottleneck_strategy
     import paca_lightning.callbacks.loreft_strategy
     import paca_lightning.callbacks.paca

@@ -43,7 +43,7 @@ class Job:
 
 
 JOBS = {
-    "trained": Job("vision_transformer", "fit", ("paca", "adapter", "heldout")),
+    "trained": Job("vision_transformer", "fit", ("paca", "adapter", "history", "heldout")),
     "evaluated": Job(
         "vision_transformer",
         "validate",
@@ -102,7 +102,7 @@ VISION_LAYERS = [f"net.blocks.{i}.{name}" for i in (0, 1) for name in ("mlp.0", 
 
 def test_the_users_own_callbacks_are_still_there(jobs: dict[str, Done]) -> None:
     project = jobs["trained"].directory
-    added = ["PaCAStrategy", "AdapterCheckpoint", "HeldOutLoss", "LossPlot"]
+    added = ["PaCAStrategy", "AdapterCheckpoint", "AdapterHistory", "HeldOutLoss", "LossPlot"]
     assert callbacks_of(project / "logs" / "version_0" / "config.yaml") == ["ModelCheckpoint", "LossNotes", *added]
     assert len((project / "notes.txt").read_text().splitlines()) == 4  # one an epoch
 
@@ -118,6 +118,8 @@ def test_run_leaves_an_adapter_and_a_plot_and_learns(jobs: dict[str, Done]) -> N
     assert trained_layers(logs / "adapter") == VISION_LAYERS
     assert (logs / "loss.png").read_bytes().startswith(PNG)
     losses = logged(logs, "val/loss")
+    steps = [point["step"] for point in json.loads((logs / "history" / "history.json").read_text())["points"]]
+    assert steps[:3] == [0, 1, 2]
     assert losses[-1] < 0.9 * losses[0]
 
 

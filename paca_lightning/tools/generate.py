@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.adapters.adapter import load_adapter
+from paca_lightning.adapters.history import tokenizer_directory
 from paca_lightning.adapters.saved import is_checkpoint, saved_config
 from paca_lightning.conversion.revert import merge
 from paca_lightning.core.errors import PaCAError
@@ -43,8 +44,8 @@ def generate(
         prompts: One prompt, "What is your name?", or a list, '["What is your name?", "Who made you?"]'. Each begins a
             conversation. Default: type them in, one a line; an empty line ends.
         adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or a Lightning checkpoint of a run: a
-            .ckpt file, or the directory of a sharded one. If an adapter has a tokenizer, that one is used, as it has
-            the chat template of training. Default: the base model alone.
+            .ckpt file, or the directory of a sharded one. If an adapter or its history has a tokenizer, that
+            one is used, as it has the chat template of training. Default: the base model alone.
         system: Text of a system message before each prompt. Default: the chat template's own, if it has one.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time. Above 0, tokens are sampled: at 1 from the model's own
@@ -125,8 +126,8 @@ def load_with_adapter(
 
     Args:
         model: Hugging Face directory or hub id.
-        adapter: Adapter directory or checkpoint. If it has a tokenizer, that one is loaded, as it has the chat template
-            of training. None: the base model alone.
+        adapter: Adapter directory or checkpoint. If it or its history has a tokenizer, that one is loaded, as it has
+            the chat template of training. None: the base model alone.
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
         revision: Branch, tag or commit of the model and its tokenizer on the hub.
         trust_remote_code: Whether to run code that comes with the model or the tokenizer.
@@ -137,8 +138,8 @@ def load_with_adapter(
     if adapter is not None:
         saved_config(adapter)  # before a large model is loaded
     built = build_causal_lm(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(adapter, trust_remote_code=trust_remote_code)
+    if adapter is not None and (own := tokenizer_directory(adapter)) is not None:
+        tokenizer = load_tokenizer(str(own), trust_remote_code=trust_remote_code)
     else:
         tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     if adapter is not None:

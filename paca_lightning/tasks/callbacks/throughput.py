@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating, should_log
-from paca_lightning.tasks.data.batch import IGNORE_INDEX
+from paca_lightning.core.tokens import count_tokens
 
 
 def flops_per_token(module: nn.Module, length: int) -> float:
@@ -43,24 +43,6 @@ def flops_per_token(module: nn.Module, length: int) -> float:
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         total += 12 * text.num_hidden_layers * text.num_attention_heads * head_size * length
     return total
-
-
-def count_tokens(batch: Mapping[str, Tensor]) -> Tensor | int:
-    """Number of tokens of a batch that are not padding, without waiting for the device.
-
-    Args:
-        batch: ``input_ids`` (B, T) and what marks the padding: ``attention_mask`` (B, T), or for packed rows
-            ``position_ids`` and ``labels`` (B, T), where the padding is a last document without trained tokens.
-    """
-    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-    if mask is not None:
-        return mask.sum()
-    if positions is None or positions.shape != ids.shape or "labels" not in batch:
-        return ids.numel()
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    starts = torch.where(positions == 0, columns, 0).amax(1, keepdim=True)  # (B, 1), of each row's last document
-    filled = ((batch["labels"] != IGNORE_INDEX) & (columns >= starts)).any(1, keepdim=True)
-    return torch.where(filled, ids.shape[1], starts).sum()
 
 
 class TokenThroughput(Callback):

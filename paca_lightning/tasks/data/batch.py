@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""Label of a token without a loss."""
+from paca_lightning.core.tokens import IGNORE_INDEX as IGNORE_INDEX
 
 TokenBatch = dict[str, Tensor]
 """``input_ids`` and ``labels`` (B, T), and where needed ``attention_mask`` or ``position_ids`` (B, T)."""

@@ -52,6 +52,11 @@ class ResumableLoader:
     def __len__(self) -> int:
         return len(self.sampler)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batches that are handed out."""
+        return self._epoch
+
     def __iter__(self) -> Iterator[Any]:
         # Lightning sets the epoch after it creates the iterator, so nothing is decided before the first batch.
         if self._trainer is not None:

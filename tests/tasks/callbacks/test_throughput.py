@@ -6,8 +6,9 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.tokens import count_tokens
 from paca_lightning.tasks.callbacks import throughput
-from paca_lightning.tasks.callbacks.throughput import TokenThroughput, count_tokens, flops_per_token
+from paca_lightning.tasks.callbacks.throughput import TokenThroughput, flops_per_token
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.collate import Documents, PadCollator
 from tests.tasks.runs import batches, trainer
