@@ -73,6 +73,7 @@ def test_none_is_overlooked() -> None:
             "heldout",
             "mmlu_eval",
             "paca",
+            "paca_norms",
             "peft",
             "qpaca",
             "samples",

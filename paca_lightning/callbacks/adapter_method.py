@@ -20,7 +20,7 @@ from paca_lightning.callbacks.finite_steps import FiniteSteps
 from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.monitors import check_monitors
 from paca_lightning.callbacks.paca import PaCAStrategy
-from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, optimizer_names
+from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, saved_optimizers
 from paca_lightning.callbacks.run_checks import (
     check_moved,
     check_validation_interval,
@@ -159,7 +159,7 @@ class AdapterMethodStrategy(FiniteSteps):
             )
         assert self._adapted is not None
         check_settings(self._adapted, own["settings"], "The checkpoint")
-        self._resumed.note_saved(own["optimizers"])
+        self._resumed.note_saved(own)
 
     def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trained = trained_parameters(pl_module)
@@ -172,7 +172,7 @@ class AdapterMethodStrategy(FiniteSteps):
                 "LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and take "
                 "optimizer: OptimizerCallable."
             )
-        self._resumed.check_classes(trainer)
+        self._resumed.check_optimizers(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,7 +209,7 @@ class AdapterMethodStrategy(FiniteSteps):
         """Note the method's settings and the optimizers."""
         adapted = adapted_model(pl_module)
         assert adapted is not None
-        own = {"settings": adapted.settings, "optimizers": optimizer_names(trainer)}
+        own = {"settings": adapted.settings, **saved_optimizers(trainer)}
         checkpoint["callbacks"][self.state_key] = own
 
     @override

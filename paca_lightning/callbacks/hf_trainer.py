@@ -15,6 +15,7 @@ from paca_lightning.adapters.fingerprint import base_samples, check_base
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
 from paca_lightning.callbacks.checkpoint_compatibility import BASE, check_scalings
 from paca_lightning.callbacks.life_cycle import config_beside_adapter
+from paca_lightning.conversion.along_rates import set_along_rates
 from paca_lightning.conversion.convert import apply_paca
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.state import config_of, conversion_of
@@ -91,6 +92,7 @@ class PaCATrainerCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         model: Any = None,
         optimizer: Any = None,
+        lr_scheduler: Any = None,
         **_: Any,
     ) -> None:
         """Compare with the checkpoint that is resumed, attach the write-back, and print the report."""
@@ -98,9 +100,12 @@ class PaCATrainerCallback(TrainerCallback, ExportableState):
         self._follow(model)
         _check_checkpoint(state, type(self).__name__, model)
         self._detach()
+        # No split: the state of a checkpoint is loaded before this. The Trainer's own optimizer has a group of them.
+        set_along_rates(optimizer, model, [] if lr_scheduler is None else [lr_scheduler], may_split=False)
         self._handle = attach(optimizer, model)
         if self.report is not None and state.is_world_process_zero:
             self.report.learning_rate = args.learning_rate
+            self.report.along_rate = self.report.config.norms_lr * args.learning_rate
             rich.print(self.report)
 
     @override

@@ -3,18 +3,23 @@
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.adapters.adapter import load_adapter
 from paca_lightning.adapters.saved import adapter_layers, saved_config
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
 from paca_lightning.callbacks.averaging import check_bases
 from paca_lightning.callbacks.column_selection import select_on_training_data
+from paca_lightning.callbacks.resumed_rates import schedules_of
+from paca_lightning.callbacks.run_checks import check_trained_layers
+from paca_lightning.conversion.along_rates import set_along_rates
 from paca_lightning.conversion.convert import convert
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.select import has_own_steps, quantize_layers, settle_columns, waits_for_data
 from paca_lightning.conversion.state import Conversion, conversion_of
+from paca_lightning.conversion.write_back import attach, layers_stepped_by
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer, paca_layers
@@ -141,3 +146,18 @@ def present_conversion(pl_module: LightningModule) -> Conversion:
 def _waiting(pl_module: LightningModule) -> list[PaCALayer]:
     """The layers whose columns data has yet to choose."""
     return [layer for _, layer in paca_layers(pl_module) if waits_for_data(layer)]
+
+
+def attach_optimizers(trainer: Trainer, pl_module: LightningModule) -> list[RemovableHandle]:
+    """Attach the write-back to the run's optimizers, and give what is trained along its learning rate.
+
+    Returns:
+        What removes the write-back.
+
+    Raises:
+        PaCAError: If an optimizer leaves something out, or cannot train it so.
+    """
+    check_trained_layers(trainer, pl_module)
+    for optimizer in trainer.optimizers:
+        set_along_rates(optimizer, pl_module, schedules_of(optimizer, trainer))
+    return [attach(each, pl_module) for each in trainer.optimizers if layers_stepped_by(each, pl_module)]

@@ -21,7 +21,9 @@ from paca_lightning.callbacks.checkpoint_compatibility import (
     scalings,
 )
 from paca_lightning.callbacks.finite_steps import FiniteSteps
+from paca_lightning.callbacks.found_rates import apply_to_found_rates
 from paca_lightning.callbacks.life_cycle import (
+    attach_optimizers,
     choose_columns,
     config_beside_adapter,
     convert_module,
@@ -32,11 +34,10 @@ from paca_lightning.callbacks.life_cycle import (
 )
 from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.monitors import check_monitors
-from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, optimizer_names
+from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, saved_optimizers
 from paca_lightning.callbacks.run_checks import (
     check_deltas_moved,
     check_strategy,
-    check_trained_layers,
     check_validation_interval,
     delta_sums,
     learning_rate,
@@ -44,7 +45,6 @@ from paca_lightning.callbacks.run_checks import (
     with_learning_rate,
 )
 from paca_lightning.conversion.report import ConversionReport
-from paca_lightning.conversion.write_back import attach, layers_stepped_by
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.private.lightning import logged_step, should_log, spawns_workers
 
@@ -120,15 +120,12 @@ class PaCAStrategy(FiniteSteps):
             check_resumable(checkpoint)
         self._saved_base = saved_base(checkpoint)
         own = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        self._resumed.note_saved(own.get("optimizers"))
+        self._resumed.note_saved(own)
         present_conversion(pl_module).columns_restored = own.get("selected", True)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_trained_layers(trainer, pl_module)
-        self._resumed.check_classes(trainer)
-        for optimizer in trainer.optimizers:
-            if layers_stepped_by(optimizer, pl_module):
-                self._handles.append(attach(optimizer, pl_module))
+        self._handles += attach_optimizers(trainer, pl_module)
+        self._resumed.check_optimizers(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -228,7 +225,7 @@ class PaCAStrategy(FiniteSteps):
         """Correct averaged models before they are saved, and note the adapter and whether columns are chosen."""
         correct_averages(trainer, pl_module)
         own = checkpoint["callbacks"][self.state_key]
-        own["selected"], own["optimizers"] = columns_are_chosen(pl_module), optimizer_names(trainer)
+        own |= {"selected": columns_are_chosen(pl_module)} | saved_optimizers(trainer)
         note_adapter(checkpoint, pl_module)  # here, too, for checkpoints that are saved after the run
 
     @override
@@ -246,4 +243,5 @@ class PaCAStrategy(FiniteSteps):
         assert self.report is not None
         if self._resumed.settle(trainer):
             check_restored_base(self._saved_base, trainer, trainer.lightning_module)
+            apply_to_found_rates(trainer, self.config.norms_lr)
             rank_zero_only(rich.print)(with_learning_rate(self.report, trainer))

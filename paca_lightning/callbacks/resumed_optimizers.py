@@ -10,9 +10,12 @@ from paca_lightning.callbacks.resumed_rates import apply_rates, first_rate
 from paca_lightning.core.errors import PaCAError
 
 
-def optimizer_names(trainer: Trainer) -> list[str]:
-    """The class of each optimizer, for a checkpoint."""
-    return [type(optimizer).__qualname__ for optimizer in trainer.optimizers]
+def saved_optimizers(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint tells of the optimizers: the class of each, and how many parameter groups it has."""
+    return {
+        "optimizers": [type(optimizer).__qualname__ for optimizer in trainer.optimizers],
+        "groups": [len(optimizer.param_groups) for optimizer in trainer.optimizers],
+    }
 
 
 def optimizer_settings(trainer: Trainer) -> list[dict[str, Any]]:
@@ -47,31 +50,39 @@ class ResumedOptimizers:
     def forget(self) -> None:
         """Forget the checkpoint and the optimizers of a run."""
         self._resumes = False
-        self._saved_names: list[str] | None = None
+        self._saved: dict[str, Any] = {}
         self._configured: list[dict[str, Any]] | None = None
         self._rates: list[float | None] = []
 
-    def note_saved(self, names: list[str] | None) -> None:
-        """Note that the run goes on from a checkpoint, and the classes of its optimizers, if they are known."""
-        self._resumes, self._saved_names = True, names
+    def note_saved(self, saved: dict[str, Any]) -> None:
+        """Note that the run goes on from a checkpoint, and what that tells as :func:`saved_optimizers`, if anything."""
+        self._resumes, self._saved = True, saved
 
     def note_configured(self, trainer: Trainer) -> None:
         """Note the settings of this run's optimizers, before those of a checkpoint replace them."""
         self._configured = optimizer_settings(trainer)
         self._rates = [first_rate(group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
-    def check_classes(self, trainer: Trainer) -> None:
+    def check_optimizers(self, trainer: Trainer) -> None:
         """Refuse a checkpoint whose optimizer states belong to other optimizers.
 
         Raises:
-            PaCAError: If a class differs: PyTorch would load the settings of one into the other.
+            PaCAError: If a class differs, as PyTorch would load the settings of one into the other, or the number of
+                parameter groups.
         """
-        here = optimizer_names(trainer)
-        if self._saved_names is not None and self._saved_names != here:
+        here = saved_optimizers(trainer)
+        names, groups = (self._saved.get(name, here[name]) for name in ("optimizers", "groups"))
+        if names != here["optimizers"]:
             raise PaCAError(
-                f"The checkpoint was saved by a run with {', '.join(self._saved_names)}, and this one has "
-                f"{', '.join(here)}, which cannot go on with its state. Use the optimizer of the checkpoint, or begin "
-                "from its adapter: PaCAStrategy(adapter=...)."
+                f"The checkpoint was saved by a run with {', '.join(names)}, and this one has "
+                f"{', '.join(here['optimizers'])}, which cannot go on with its state. Use the optimizer of the "
+                "checkpoint, or begin from its adapter: PaCAStrategy(adapter=...)."
+            )
+        if groups != here["groups"]:
+            raise PaCAError(
+                f"The checkpoint's optimizers have {groups} parameter groups, and this run's {here['groups']}. Norms "
+                "that are trained along have a group of their own if norms_lr is not 1 or there is weight decay. Use "
+                "the settings of the checkpoint, or begin from its adapter: PaCAStrategy(adapter=...)."
             )
 
     def settle(self, trainer: Trainer) -> bool:

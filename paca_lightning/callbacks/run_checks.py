@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 from torch import Tensor
 
+from paca_lightning.conversion.along_rates import along_parameters
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.write_back import layers_stepped_by
 from paca_lightning.core.dtensor import local
@@ -187,8 +188,9 @@ def learning_rate(trainer: Trainer, name: str, tensors: Iterable[Tensor] | None 
 
 
 def with_learning_rate(report: ConversionReport, trainer: Trainer) -> ConversionReport:
-    """A report that shows the learning rate of the deltas, and knows whether an Adam takes it."""
+    """A report that shows the learning rates of what is trained, and knows whether an Adam takes them."""
     report.learning_rate = learning_rate(trainer, "initial_lr")
+    report.along_rate = learning_rate(trainer, "initial_lr", along_parameters(trainer.lightning_module))
     report.adam = all("adam" in type(optimizer).__name__.lower() for optimizer in trainer.optimizers)
     return report
 

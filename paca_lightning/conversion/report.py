@@ -50,6 +50,7 @@ class ConversionReport:
         saved: Paths of the modules that are trained whole.
         trainable_parameters: Of the deltas and the modules trained whole.
         total_parameters: Of the base model and the deltas.
+        along_rate: Once known, the learning rate of what is trained along.
         learning_rate: Once known, the optimizer's; ``scaling * learning_rate`` is Adam's step on a column.
         adam: Whether the optimizer is an Adam, for which there is a suitable ``scaling * learning_rate``.
         optimizer_bytes: Of Adam's state, two fp32 values a trained parameter.
@@ -64,6 +65,7 @@ class ConversionReport:
     saved: list[str] = field(default_factory=list)
     trainable_parameters: int = 0
     total_parameters: int = 0
+    along_rate: float | None = None
     learning_rate: float | None = None
     adam: bool = False
 
@@ -105,7 +107,11 @@ class ConversionReport:
             if self.adam and (remark := remark_on(scalings[-1] * self.learning_rate, self.total_parameters)):
                 notes.append(remark)
         for kind, (tensors, parameters) in self.along.items():
-            notes.append(f"Trained along: {kind}, {tensors} tensors, {parameters:,} parameters, in fp32.")
+            rate = "" if self.along_rate is None else f" at lr {self.along_rate:.3g}"
+            notes.append(
+                f"Trained along: {kind}, {tensors} tensors, {parameters:,} parameters, in fp32,{rate} without weight "
+                "decay."
+            )
         if self.saved:
             notes.append(f"Trained whole: {', '.join(self.saved)}.")
         if self.thawed:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from paca_lightning.conversion.along_rates import set_along_rates
 from paca_lightning.conversion.changed_state import remember_thawed
 from paca_lightning.conversion.heads import names_to_save
 from paca_lightning.conversion.inventory import Inventory, take_inventory
@@ -42,6 +43,8 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
 
     Columns are also written where an optimizer moves parameters elsewhere: before each evaluation of a step's closure
     (LBFGS, SAM), and after ``first_step``, ``second_step`` (SAM), ``train`` and ``eval`` (schedule-free optimizers).
+    Norms and biases that are trained along get a parameter group of their own if ``norms_lr`` or the optimizer's weight
+    decay asks for it: attach before a schedule is built, and before a saved state is loaded into the optimizer.
 
     Args:
         optimizer: Has some or all of the model's deltas. One that wraps PyTorch's as ``optimizer`` (Lightning's,
@@ -53,7 +56,8 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
 
     Raises:
         PaCAError: If the optimizer has none of the model's deltas, or takes no step hooks; if columns were never
-            chosen, or a weight is not sharded by rows. On a later step, if the model was merged or unloaded since.
+            chosen, or a weight is not sharded by rows; if the optimizer cannot have the group that ``norms_lr`` needs.
+            On a later step, if the model was merged or unloaded since.
     """
     optimizers = optimizers_within(optimizer)
     layers = layers_stepped_by(optimizers[0], model)
@@ -64,6 +68,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
         )
     inventory = take_inventory(model)
     _check_layers(model, layers, inventory)
+    set_along_rates(optimizer, model)
     warn_of_small_steps(optimizers[0], {id(layer.paca_delta) for layer in layers.values()})
     _warn_of_frozen_heads(inventory, {id(p) for p in _parameters(optimizers[0]) if p.requires_grad})
     handles = [optimizers[0].register_step_pre_hook(_ThawedParameters(optimizers[0], model))]

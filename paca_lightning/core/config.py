@@ -45,6 +45,8 @@ class PaCAConfig:
         train_norms: Train the weights of norms along with the columns, in fp32: few parameters, and nothing more kept
             for the backward. They belong to checkpoints and adapters. An exact LoRA export is not possible then.
         train_biases: Train the biases of the converted layers and of the norms along, likewise.
+        norms_lr: Learning rate of the norms and biases that are trained along, as a multiple of the optimizer's own,
+            under any schedule. They have no weight decay, which would pull them to zero.
         include_frozen: Let ``"all-linear"`` convert layers that were frozen before the conversion, too. Default: what
             was frozen by hand beside trainable layers stays frozen, such as a critic or a teacher. A model that was
             frozen as a whole is converted all the same.
@@ -66,6 +68,7 @@ class PaCAConfig:
     modules_to_save: list[str] = field(default_factory=list)
     train_norms: bool = False
     train_biases: bool = False
+    norms_lr: float = 1.0
     include_frozen: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +84,9 @@ class PaCAConfig:
         _check_choice("column_steps", self.column_steps, COLUMN_STEPS)
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTIZATIONS)
+        _check_positive("norms_lr", self.norms_lr)
+        if self.norms_lr != 1 and not (self.train_norms or self.train_biases):
+            raise PaCAError(f"norms_lr={self.norms_lr:g} is of norms that are trained along: set train_norms=True.")
         if self.selection == "quant_error" and self.quantize is None:
             raise PaCAError("selection='quant_error' needs a quantized base. Set quantize='nf4' or another selection.")
         if not _is_integer(self.seed):
@@ -160,10 +166,14 @@ def _check_rank(name: str, value: object) -> None:
         raise PaCAError(f"{name} must be a positive integer, not {value!r}.")
 
 
-def _check_alpha(name: str, value: object) -> None:
+def _check_positive(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:  # type: ignore[operator]
         raise PaCAError(f"{name} must be a positive number, not {value!r}.")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    _check_positive(name, value)
     if not 1 / LARGEST_ALPHA <= value <= LARGEST_ALPHA:  # type: ignore[operator]
         raise PaCAError(f"{name} must lie between {1 / LARGEST_ALPHA:g} and {LARGEST_ALPHA:g}, not {value!r}.")
 

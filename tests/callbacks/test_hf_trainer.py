@@ -304,3 +304,29 @@ def test_the_state_of_the_callback_is_json(tmp_path: Path) -> None:
     state = json.loads(json.dumps(callback.state()))
     assert set(state["attributes"]["checkpoint"]["scaling"].values()) == {2.0}
     assert PaCATrainerCallback.from_state(state).full_checkpoints is False
+
+
+def test_norms_have_a_rate_of_their_own_also_when_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(CONFIG, train_norms=True, norms_lr=0.25)
+
+    def trainer(name: str, **settings: Any) -> Trainer:
+        return trainer_of(tmp_path / name, PaCATrainerCallback(config), weight_decay=0.1, **settings)
+
+    def rates(trainer: Trainer) -> list[float]:
+        return [group["initial_lr"] for group in trainer.optimizer.param_groups]
+
+    whole = trainer("a", save_strategy="steps", save_steps=3)
+    whole.train()
+    assert rates(whole) == [1e-2, 2.5e-3]  # its optimizer has a group without weight decay
+    assert "in fp32, at lr 0.0025 without weight decay" in " ".join(capsys.readouterr().out.split())
+    resumed = trainer("b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert rates(resumed) == rates(whole)
+    assert same(dict(resumed.model.named_parameters()), dict(whole.model.named_parameters()))
+
+    model = tiny_llama()
+    apply_paca(model, config)
+    one_group = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    refused = trainer("c", model=model, optimizers=(one_group, None))
+    with pytest.raises(PaCAError, match=r"AdamW has them beside other parameters\. Build it with a group of just them"):
+        refused.train()

@@ -31,6 +31,7 @@ from tests.distributed_training import (
 from tests.tiny import tiny_llama
 
 NF4 = PaCAConfig(r=4, alpha=8, quantize="nf4")
+NORMS = PaCAConfig(r=4, alpha=8, train_norms=True, norms_lr=0.25)
 RUNS = {
     "dense": Run(strategy={}),
     "in __init__": Run(strategy={}, module={"in_init": True}),
@@ -53,6 +54,7 @@ RUNS = {
     "norms trained along, bf16-true": Run(
         strategy={}, config=PaCAConfig(r=4, train_norms=True), trainer={"precision": "bf16-true"}
     ),
+    "norms at a rate of their own": Run(strategy={}, config=NORMS),
     "NF4": Run(strategy={}, config=NF4),
     "NF4, accumulation, clipping": Run(
         strategy={}, config=NF4, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.01}

@@ -75,6 +75,9 @@ def test_paca_takes_every_setting_of_its_config(task: Task) -> None:
     assert isinstance(method, PaCAMethod)
     expected = PaCAConfig(r=4, selection="weight_norm", modules_to_save=["lm_head"], seed=3)
     assert method.config(PaCAConfig(r=8, alpha=None), seed=3) == expected
+    along = parse_method("paca:16,train_norms=true,norms_lr=0.25")
+    assert isinstance(along, PaCAMethod)
+    assert along.config(PaCAConfig(r=8)) == PaCAConfig(r=16, train_norms=True, norms_lr=0.25)
     with pytest.raises(PaCAError, match="Unknown PaCA settings"):
         parse_methods(["paca:4,selectoin=random", "full"], RANK, task)[0].count(task)
 

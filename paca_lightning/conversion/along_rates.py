@@ -1,0 +1,161 @@
+"""The learning rate of what is trained along (``norms_lr``): a parameter group of its own, in optimizer and schedule.
+
+A group has one learning rate, and a schedule keeps the rates of each group from when it was built. So the group is
+split, and each schedule gets what it would have, had it been built on the split groups.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paca_lightning.conversion.optimizers import optimizers_within
+from paca_lightning.conversion.state import config_of
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import note_last_rates, parts_of_schedule
+from paca_lightning.layers.along import along_names
+
+ALONG_GROUP = "paca_along"
+"""Key of a parameter group whose rate was set: it is saved with the group, so that resuming does not set it again."""
+
+RATES_OF_GROUP = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
+"""Learning rates in a group: the present one, and those that schedules note there (OneCycleLR, SWALR)."""
+
+RATES_OF_SCHEDULE = ("base_lrs", "max_lrs", "min_lrs")
+BESIDE_RATES = ("lr_lambdas", "base_momentums", "max_momentums")
+"""Lists with an entry for each group in the schedules of PyTorch: learning rates, and others."""
+
+
+def along_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The norms and biases of a model that are trained along."""
+    return [module.get_parameter(name) for module in model.modules() for name in along_names(module)]
+
+
+def set_along_rates(
+    optimizer: Optimizer, model: nn.Module, schedules: Sequence[Any] | None = None, *, may_split: bool = True
+) -> None:
+    """Give what is trained along its own learning rate, ``norms_lr`` times its group's, and no weight decay.
+
+    A group of an optimizer that holds other parameters, too, is split: the new one comes last. A learning rate that a
+    schedule has changed already, in a warm-up, is multiplied as it is, so it may differ by one rounding from that of an
+    optimizer that was built with two groups. A group that has been set stays as it is, also after loading its state.
+
+    Args:
+        optimizer: Before its first step.
+        model: The converted model.
+        schedules: All schedules of the optimizer. None: they are not known, so there must be none yet.
+        may_split: Whether the optimizer may get another group.
+
+    Raises:
+        PaCAError: If the optimizer or a schedule cannot have such a group. Nothing is changed then.
+    """
+    along = {id(parameter) for parameter in along_parameters(model)}
+    config = config_of(model)
+    if config is None or not along:
+        return
+    chain = optimizers_within(optimizer)
+    groups, factor = chain[0].param_groups, config.norms_lr
+    affected = [
+        index
+        for index, group in enumerate(groups)
+        if any(id(parameter) in along for parameter in group["params"])
+        and ALONG_GROUP not in group
+        and (factor != 1 or group.get("weight_decay"))
+    ]
+    for index in affected:
+        whole = all(id(parameter) in along for parameter in groups[index]["params"])
+        _check_group(chain[0], groups[index], factor, known=schedules is not None, fits=whole or may_split)
+    parts = [part for schedule in schedules or () for part in parts_of_schedule(schedule)]
+    for part in parts if affected else ():
+        _check_schedule(part, factor)
+    for index in affected:
+        position = _own_group(chain[0], groups[index], along)
+        _set_group(groups[position], factor)
+        for part in parts:
+            _set_schedule(part, index, position, factor)
+    for part in parts if affected else ():
+        note_last_rates(part, [group["lr"] for group in groups])
+    for outer in chain[1:]:
+        if len(outer.param_groups) != len(groups):
+            raise PaCAError(f"{_wants(factor)}, and {type(outer).__name__} keeps groups of its own. {_INSTEAD}")
+
+
+_INSTEAD = "Leave norms_lr at 1 and set weight_decay=0, or take another optimizer, such as AdamW."
+
+
+def _wants(factor: float) -> str:
+    return f"Norms and biases are trained along with norms_lr={factor:g} and without weight decay"
+
+
+def _check_group(optimizer: Optimizer, group: dict[str, Any], factor: float, *, known: bool, fits: bool) -> None:
+    name = type(optimizer).__name__
+    if not known and "initial_lr" in group:
+        raise PaCAError(
+            f"{_wants(factor)}, so {name} gets another parameter group, and it has a schedule already. Call "
+            "attach(optimizer, model) before the schedule is built."
+        )
+    if not fits:
+        raise PaCAError(
+            f"{_wants(factor)}, which needs a parameter group of their own, and {name} has them beside other "
+            "parameters. Build it with a group of just them."
+        )
+    if isinstance(optimizer, LBFGS) or hasattr(optimizer, "consolidate_state_dict"):  # ZeroRedundancyOptimizer
+        raise PaCAError(f"{_wants(factor)}, and {name} cannot be given another parameter group. {_INSTEAD}")
+    # Adafactor, and D-Adaptation with its kin
+    if factor != 1 and (group["lr"] is None or {"d", "growth_rate"} <= group.keys()):
+        raise PaCAError(f"norms_lr={factor:g} is a fraction of the learning rate, and {name} finds its own. {_INSTEAD}")
+
+
+def _check_schedule(schedule: Any, factor: float) -> None:
+    name = type(schedule).__name__
+    if not isinstance(schedule, LRScheduler):
+        raise PaCAError(
+            f"{_wants(factor)}, in a parameter group that {name} was not built with, and it is no LRScheduler of "
+            "PyTorch. Use one, or leave norms_lr at 1 and set weight_decay=0."
+        )
+    if factor != 1 and (least := getattr(schedule, "eta_min", 0)):
+        raise PaCAError(
+            f"norms_lr={factor:g} is a fraction of the learning rate, and {name}(eta_min={least}) ends at the same "
+            "rate for all. Use eta_min=0, or paca_lightning.tasks.schedules.CosineSchedule(min_ratio=...)."
+        )
+
+
+def _own_group(optimizer: Optimizer, group: dict[str, Any], along: set[int]) -> int:
+    """Position of a group that holds what is trained along from ``group``, and nothing else: itself, or a new one."""
+    groups = optimizer.param_groups
+    kept = [id(parameter) not in along for parameter in group["params"]]
+    if not any(kept):
+        return next(index for index, other in enumerate(groups) if other is group)
+    named = "param_names" in group
+    items = list(zip(group["param_names"], group["params"], strict=True)) if named else list(group["params"])
+    split = {name: copy.deepcopy(value) for name, value in group.items() if name not in ("params", "param_names")}
+    for name in ("params", "param_names")[: 1 + named]:
+        group[name] = [item for item, keep in zip(group[name], kept, strict=True) if keep]
+    split["params"] = [item for item, keep in zip(items, kept, strict=True) if not keep]
+    optimizer.add_param_group(split)
+    return len(groups) - 1
+
+
+def _set_group(group: dict[str, Any], factor: float) -> None:
+    for name in RATES_OF_GROUP:
+        if group.get(name) is not None and factor != 1:
+            group[name] = _scaled(group[name], factor)
+    if group.get("weight_decay"):
+        group["weight_decay"] = 0.0
+    group[ALONG_GROUP] = True
+
+
+def _set_schedule(schedule: LRScheduler, source: int, position: int, factor: float) -> None:
+    """Give a schedule the entries of a group that came from another one, which may be the same."""
+    for name in (*RATES_OF_SCHEDULE, *BESIDE_RATES):
+        if isinstance(entries := getattr(schedule, name, None), list):
+            entry = _scaled(entries[source], factor) if name in RATES_OF_SCHEDULE else entries[source]
+            entries[position : position + 1] = [entry]
+
+
+def _scaled(rate: float | Tensor, factor: float) -> float | Tensor:
+    """A rate times a factor; a tensor is a new one, which the group does not share."""
+    return rate * factor
