@@ -41,6 +41,7 @@ RUNS = {
 LOOKS = {
     "data": "Show what a file or a config trains on: samples with the trained tokens marked, and statistics.",
     "estimate": "Predict the memory of a config's run, without its weights and its devices.",
+    "dynamics": "Look along a history of adapters: losses, memorization, how far columns moved.",
     "compare": "Train methods on a config's run, each at its best learning rate, and compare what they learn.",
 }
 TOOLS = {
@@ -131,6 +132,10 @@ def _run(arguments: list[str]) -> None:
         from paca_lightning.tools.compare.command import main as run_compare
 
         run_compare(arguments[1:])
+    elif command == "dynamics":
+        from paca_lightning.tools.dynamics.command import main as run_dynamics
+
+        run_dynamics(arguments[1:])
     elif command in RUNS:
         from paca_lightning.tools.compare.auto import HELP, asks_for_search, with_learning_rate
         from paca_lightning.tools.run_config import lightning_cli

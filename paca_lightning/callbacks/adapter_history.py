@@ -28,8 +28,8 @@ class AdapterHistory(Callback):
 
     Each is an adapter directory, ``step-00000064``, which ``load_adapter``, ``PaCAStrategy(adapter=...)``,
     ``paca-lightning generate`` and ``export`` take. Its ``point.json`` holds step, tokens, losses and the position in
-    the data (:class:`~paca_lightning.adapters.history.Point`).
-    The last step of a run that ends is written, too.
+    the data (:class:`~paca_lightning.adapters.history.Point`). ``paca-lightning dynamics`` looks along a history. The
+    last step of a run that ends is written, too.
 
     A resumed run goes on with the history of its checkpoint: in the same directory if ``dirpath`` is given, otherwise
     in its own version's, which takes over the points so far. Points after the checkpoint's step, which are trained
