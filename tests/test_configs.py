@@ -51,6 +51,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_none_is_overlooked() -> None:
     assert names_of(CONFIGS) == [
         "configs/debug.yaml",
+        "configs/diloco.yaml",
         "configs/gaudi/mmlu-llama2-7b.yaml",
         "configs/gaudi/oasst1-llama3-8b.yaml",
         "configs/gaudi/oasst1-llama3.1-70b.yaml",

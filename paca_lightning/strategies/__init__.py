@@ -1,13 +1,22 @@
 """Lightning strategies and plugins, registered by name when this package is imported.
 
-``fsdp2/`` shards any LightningModule (``strategy="paca_fsdp2"``); ``hpu/`` brings Intel Gaudi to Lightning 2.6
+``diloco/`` trains over slow connections (``strategy="paca_diloco"``); ``fsdp2/`` shards any LightningModule
+(``strategy="paca_fsdp2"``); ``hpu/`` brings Intel Gaudi to Lightning 2.6
 (``accelerator="hpu"``). May import ``core``, ``layers`` and ``activation_checkpointing``; knows nothing of callbacks,
 tasks and the command line. Limits: no tensor parallelism and no pipeline parallelism.
 """
 
 import lightning.pytorch  # noqa: F401  (first: its import registers these strategies, which must not be half imported)
 
+from paca_lightning.strategies.diloco.strategy import DiLoCoStrategy
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from paca_lightning.strategies.hpu import HPUAccelerator, HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy
 
-__all__ = ["FSDP2Strategy", "HPUAccelerator", "HPUDDPStrategy", "HPUFSDP2Strategy", "SingleHPUStrategy"]
+__all__ = [
+    "DiLoCoStrategy",
+    "FSDP2Strategy",
+    "HPUAccelerator",
+    "HPUDDPStrategy",
+    "HPUFSDP2Strategy",
+    "SingleHPUStrategy",
+]
