@@ -114,7 +114,11 @@ FOUR = {
     "NF4, selective checkpointing": Run(strategy={"activation_checkpointing": "selective"}, config=NF4),
 }
 FORMATS = {"directory": True, "file": False}
-SAVED = {name: (Run().config, sharded) for name, sharded in FORMATS.items()} | {"NF4 directory": (NF4, True)}
+SAVED = {name: (Run().config, sharded) for name, sharded in FORMATS.items()} | {
+    "NF4 directory": (NF4, True),
+    "norms directory": (NORMS, True),
+    "norms file": (NORMS, False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +137,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     whole = {
         f"whole {kind}": Run(strategy={}, config=config, module={"by_step": True})
-        for kind, config in (("dense", Run().config), ("NF4", NF4))
+        for kind, config in (("dense", Run().config), ("NF4", NF4), ("norms", NORMS))
     }
     return {"checkpoints": directory, **launch(train_all, 4, FOUR | half | whole)[0]}
 
@@ -161,6 +165,8 @@ def test_resume_on_two_ranks(four_ranks: dict[str, Any]) -> None:
     other_columns = PaCAConfig(r=4, alpha=8, seed=1)
     runs = {name: resumed(four_ranks, name, strategy={}, config=other_columns) for name in FORMATS}
     runs["NF4 directory"] = resumed(four_ranks, "NF4 directory", strategy={}, config=NF4)
+    for name in ("norms directory", "norms file"):
+        runs[name] = resumed(four_ranks, name, strategy={}, config=NORMS)
     refused = {name: dataclasses.replace(runs[name], config=PaCAConfig(r=8)) for name in FORMATS}
     refused["nowhere"] = dataclasses.replace(runs["file"], resume=Path("/tmp/nowhere.ckpt"))
     results = launch(resume_all, 2, runs, refused)[0]
@@ -193,7 +199,8 @@ def resumed(four_ranks: dict[str, Any], name: str, **changes: Any) -> Run:
 
 
 def latter_half(four_ranks: dict[str, Any], name: str) -> dict[str, Any]:
-    whole: dict[str, Any] = four_ranks["whole NF4" if name.startswith("NF4") else "whole dense"]
+    kind = next((kind for kind in ("NF4", "norms") if name.startswith(kind)), "dense")
+    whole: dict[str, Any] = four_ranks[f"whole {kind}"]
     return whole | {"losses": whole["losses"][5:]}
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, disable_paca, load_adapter, paca_layers, save_adapter
 from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.core.dtensor import local
 from paca_lightning.layers.columns import largest_indices
@@ -26,11 +26,12 @@ from paca_lightning.strategies.fsdp2.rows import RowReader
 from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
 from paca_lightning.strategies.fsdp2.streaming import stream
 from tests.distributed_launch import launch
-from tests.distributed_training import Run, train, train_all
+from tests.distributed_training import Run, TinyChat, make_trainer, train, train_all
 from tests.peak_memory import peak_bytes
 from tests.tiny import tiny_llama
 
 DENSE, NF4 = PaCAConfig(r=4), PaCAConfig(r=4, quantize="nf4")
+NORMS = PaCAConfig(r=4, train_norms=True, norms_lr=0.25)
 IDS = torch.arange(32).view(2, 16)
 
 
@@ -144,6 +145,35 @@ def test_a_run_streams_a_model_that_was_built_on_meta(directories: dict[str, Pat
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-6)
         for path, delta in one["deltas"].items():
             torch.testing.assert_close(result["deltas"][path], delta, rtol=0, atol=1e-5)
+
+
+def norms_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in whole_tensors(module).items() if "norm" in name}
+
+
+def train_norms_of_a_streamed_model(directory: Path, adapter: Path) -> dict[str, Any]:
+    """Losses, and the norms as they were trained and as they are without the adapter; the adapter is saved."""
+    module = TinyChat(directory=directory)
+    make_trainer(Run(strategy={}, steps=3, config=NORMS)).fit(module)
+    assert module.model is not None
+    save_adapter(module.model, adapter)
+    trained = norms_of(module.model)
+    with disable_paca(module):
+        return {"losses": module.losses, "trained": trained, "base": norms_of(module.model)}
+
+
+@pytest.mark.distributed
+def test_norms_of_a_streamed_model_are_trained_and_go_back(directories: dict[str, Path], tmp_path: Path) -> None:
+    result = launch(train_norms_of_a_streamed_model, 2, directories["dense"], tmp_path / "adapter")[0]
+    run = Run(steps=3, module={"directory": directories["dense"]}, config=NORMS, ranks_of_one=2)
+    assert result["losses"] == pytest.approx(train(run)["losses"], rel=1e-6)
+    model = loaded(directories["dense"], None)
+    base = norms_of(model)
+    load_adapter(model, tmp_path / "adapter")
+    for name, tensor in norms_of(model).items():
+        assert torch.equal(result["base"][name], base[name])
+        assert torch.equal(result["trained"][name], tensor)
+        assert not torch.equal(tensor, base[name])
 
 
 @pytest.mark.distributed
