@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from jinja2 import Template, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +26,8 @@ LARGEST = 10_000_000
 """Characters of a text, elements of a list, and numbers given to a function."""
 SHORT = 1_000
 """Characters of a text that any operation handles in microseconds."""
+UNTIMED = 64 * SHORT
+"""Characters after which the clock is read, which costs more than most steps; a step counts as `SHORT` at least."""
 _WIDTH = re.compile(r"\d{6,}")  # of a field in a format
 
 
@@ -66,22 +68,29 @@ class Limits:
     """What a render may still use."""
 
     def __init__(self) -> None:
-        self.steps, self.until = STEPS, time.thread_time() + SECONDS
+        self.steps, self.untimed = STEPS, 0
+        self.until: float | None = None  # unknown before the clock is read, which a short render never does
 
-    def charge(self, steps: int = 1, *, timed: bool = True) -> None:
-        """Take steps off.
+    def charge(self, steps: int = 1, size: int = 0) -> None:
+        """Take steps off, and read the clock if enough was done since.
 
         Args:
             steps: How many.
-            timed: Read the clock too. Work on short texts is timed at every 64th step alone: the clock costs more.
+            size: Characters or elements that are handled; `UNTIMED` for work of unknown size.
 
         Raises:
             SecurityError: None are left, or the time is over.
         """
         self.steps -= steps
-        timed = timed or self.steps % 64 == 0
-        if self.steps < 0 or (timed and time.thread_time() > self.until):
+        self.untimed += size if size > SHORT else SHORT
+        if self.steps < 0 or (self.untimed >= UNTIMED and self._late()):
             raise SecurityError(f"it runs without end: more than {STEPS:,} steps, or {SECONDS:g} s, for a conversation")
+
+    def _late(self) -> bool:
+        now, self.untimed = time.thread_time(), 0
+        if self.until is None:
+            self.until = now + SECONDS
+        return now > self.until
 
 
 COUNTED, MEASURED = "paca_counted", "paca_measured"
@@ -124,9 +133,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             size = len(left) + len(right)
             _refuse_above(LARGEST, size)
-            self.limits.charge(timed=size >= SHORT)
+            self.limits.charge(size=size)
             return left + right
-        self.limits.charge()
+        self.limits.charge(size=0 if _is_short(left) and _is_short(right) else UNTIMED)
         sizes = [_size(side) for side in (left, right)]
         whole = isinstance(left, int) and isinstance(right, int)
         if operator == "%" and isinstance(left, str):
@@ -160,9 +169,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """The same value, if its size is within the limits."""
         if isinstance(value, str):
             _refuse_above(LARGEST, len(value))
-            self.limits.charge(1 + len(value) // 1000, timed=len(value) >= SHORT)
+            self.limits.charge(1 + len(value) // 1000, len(value))
         elif isinstance(value, list | tuple | dict):
-            self.limits.charge(1 + _size(value) // 1000)
+            size = _size(value)
+            self.limits.charge(1 + size // 1000, size)
+        elif not _is_short(value):  # such as a range, whose elements a filter goes through
+            self.limits.charge(0, UNTIMED)
         return value
 
     def _check(self, name: str, *arguments: Any) -> None:
@@ -173,6 +185,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 _refuse_above(LARGEST, abs(argument))
             if name in ("format", "format_map") and isinstance(argument, str) and _WIDTH.search(argument):
                 raise SecurityError("it formats a field of a width of six digits or more")
+
+
+def _is_short(value: Any) -> bool:
+    """Whether any operation on a number, or on what has no value, takes microseconds."""
+    return abs(value) < SHORT if isinstance(value, int | float) else value is None or isinstance(value, Undefined)
 
 
 def _size(value: Any) -> int:

@@ -71,7 +71,8 @@ class ChatEncoder:
         self.loss_on = loss_on
         self.template = ChatTemplate(tokenizer)
         starts = tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]
-        self._bos = str(tokenizer.bos_token) if starts else ""
+        self._bos_token = tokenizer.bos_token
+        self._bos = str(self._bos_token) if starts else ""
         self._eos = str(tokenizer.eos_token or "")
 
     def spans(self, conversation: Conversation) -> Rendered:
@@ -125,9 +126,10 @@ class ChatEncoder:
         messages = [dict(message) for message in conversation.messages]
         for message in messages:
             content = message["content"].rstrip()
-            if message["role"] == "assistant" and self._eos and content.endswith(self._eos) and content != self._eos:
-                message["content"] = content[: -len(self._eos)]
-        bos = self.tokenizer.bos_token
+            if message["role"] == "assistant" and self._eos and content.endswith(self._eos):
+                kept = content[: -len(self._eos)]
+                message["content"] = kept if kept.strip() else message["content"]
+        bos = self._bos_token
         if bos and messages[0]["content"].startswith(bos):
             messages[0]["content"] = messages[0]["content"][len(bos) :]
         return Conversation(messages, conversation.arguments, conversation.masks)
@@ -143,7 +145,7 @@ class ChatEncoder:
     def _trimmed(self, rendered: Rendered) -> Rendered:
         """A text whose first and last token are not doubled by the template."""
         text, spans = rendered.text, rendered.spans
-        bos, eos = self.tokenizer.bos_token, self._eos
+        bos, eos = self._bos_token, self._eos
         while bos and text.startswith(bos * 2):
             text = text[len(bos) :]
             spans = [(max(0, start - len(bos)), end - len(bos)) for start, end in spans]
@@ -161,7 +163,8 @@ class ChatEncoder:
             return []
         texts = [one.text for one in rendered]
         if self.tokenizer.is_fast:
-            encoding = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            unused = {"return_attention_mask": False, "return_token_type_ids": False}
+            encoding = self.tokenizer(texts, add_special_tokens=False, verbose=False, **unused)
             ids, found = encoding["input_ids"], encoding.encodings
             bounds = [_overlapping(one, row) for row, one in zip(rendered, found, strict=True)]
         else:

@@ -8,9 +8,12 @@ from paca_lightning.core.errors import PaCAError
 Row = dict[str, Any]
 
 
+_SIZED = (str, list, dict)
+
+
 def is_empty(value: object) -> bool:
     """Whether a field holds nothing: null, NaN (as pandas writes null), or an empty text, list or object."""
-    return value is None or _is_nan(value) or (isinstance(value, str | list | dict) and not value)
+    return value is None or (not value if isinstance(value, _SIZED) else _is_nan(value))
 
 
 def _is_nan(value: object) -> bool:
@@ -40,8 +43,12 @@ class Fields:
 
     def take(self, *names: str) -> Any:
         """The value of the first of these fields that holds something, else None. All of them count as read."""
-        found = [value for name in names if not is_empty(value := self._left.pop(name, None))]
-        return found[0] if found else None
+        found = None
+        for name in names:
+            value = self._left.pop(name, None)
+            if found is None and not is_empty(value):
+                found = value
+        return found
 
     def text(self, name: str) -> str:
         """A field that must hold a text.
@@ -59,6 +66,8 @@ class Fields:
 
     def optional_text(self, *names: str) -> str | None:
         """The text of the first of these fields that holds something, else None."""
+        if self.values.keys().isdisjoint(names):
+            return None
         name = next((name for name in names if name in self), names[0])
         value = self.take(*names)
         return None if value is None else checked_text(value, f"{self.where}{name}")

@@ -24,26 +24,28 @@ def remarks(template: ChatTemplate, conversation: Conversation, text: str, spans
         spans: The span of each answer in the text, by the number of its message.
     """
     found = set()
-    everything = _squeezed(text)
     for turn, message in enumerate(conversation.messages):
-        content = _squeezed(message["content"])
         if turn not in spans:
-            if content not in everything:
+            if not _holds(text, message["content"]):
                 found.add("left_out" if message["role"] == "assistant" else "context")
             continue
         start, end = spans[turn]
         answer = text[start:end]
-        squeezed = _squeezed(answer)
-        if content not in squeezed:
+        if not _holds(answer, message["content"]):
             found.add("left_out")
         reasoning = message.get("reasoning_content")
-        if reasoning is not None and _squeezed(reasoning) not in squeezed:
+        if reasoning is not None and not _holds(answer, reasoning):
             found.add("reasoning")
         if not template.ends_turn(answer):
             found.add("unended")
         if reasoning is None and "tool_calls" not in message and _adds_text(template, answer, message["content"]):
             found.add("added")
     return sorted(found)
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text has another in it, whatever their white space."""
+    return part.strip() in text or _squeezed(part) in _squeezed(text)
 
 
 def _squeezed(text: str) -> str:
@@ -56,7 +58,9 @@ def _adds_text(template: ChatTemplate, answer: str, content: str) -> bool:
     before, found, after = answer.partition(content.strip())
     if not found:
         return False
+    header = before.strip()
+    if header and not header.startswith(tuple(template.tokenizer.all_special_tokens)):  # as gpt-oss's <|channel|>
+        return True
     for stop in template.stops:
         after = after.replace(stop, "")
-    header = before.strip().startswith(tuple(template.tokenizer.all_special_tokens))  # as gpt-oss's <|channel|>
-    return bool(after.strip()) or bool(before.strip() and not header)
+    return bool(after.strip())

@@ -1,7 +1,6 @@
 """Tokenizes the rows of a source in several processes, and caches the documents as memory-mapped Arrow."""
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,8 +15,8 @@ import pyarrow as pa
 import tokenizers
 import transformers
 from datasets import Dataset, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.utils import tqdm
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.cache import cached_files
@@ -30,6 +29,7 @@ from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
 _VERSION = 5  # of the cached documents: raise it when the same rows and settings give others
 _RECORDS_PER_PROCESS = 2000  # fewer are not worth starting a process
+_RECORDS_PER_BATCH = 1000
 
 _RECORDS = Features(
     {
@@ -133,8 +133,8 @@ def tokenized(
 
 def _build(directory: Path, rows: Rows, encode: DocumentEncoder, num_proc: int | None, name: str) -> None:
     """Write the documents as Arrow files."""
-    scratch = directory / "records"
-    read = _written_records(rows, encode.text_column, scratch)
+    scratch = directory / "records.arrow"
+    read = _written_records(rows, encode.text_column, scratch, name)
     processes = num_proc or min(_cores(), len(read) // _RECORDS_PER_PROCESS)
     try:
         read.with_format("arrow").map(
@@ -153,7 +153,7 @@ def _build(directory: Path, rows: Rows, encode: DocumentEncoder, num_proc: int |
         raise PaCAError(
             f"A process that tokenizes {name} died ({error}); was memory short? Set num_proc to less than {processes}."
         ) from error
-    shutil.rmtree(scratch)
+    scratch.unlink()
 
 
 def _cores() -> int:
@@ -161,25 +161,25 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _written_records(rows: Rows, text_column: str, directory: Path) -> Dataset:
+def _written_records(rows: Rows, text_column: str, file: Path, name: str) -> Dataset:
     """The records as memory-mapped Arrow: a cheap pass, which leaves all that is costly to the processes."""
+    found = rows.records(text_column)
+    schema = _RECORDS.arrow_schema
+    with pa.ipc.new_stream(str(file), schema) as stream, tqdm(desc=f"Reading {name}", unit=" rows") as progress:
+        while batch := list(islice(found, _RECORDS_PER_BATCH)):
+            stream.write_batch(pa.RecordBatch.from_pylist([_as_columns(*record) for record in batch], schema))
+            progress.update(len(batch))
+    return Dataset.from_file(str(file))
 
-    def generate() -> Iterator[dict[str, Any]]:
-        for file, record in rows.records(text_column):
-            content, error = None, record.error
-            if error is None:
-                try:
-                    content = to_json(record.content)
-                except PaCAError as mistake:
-                    error = str(mistake)
-            yield {"content": content, "error": error, "format": record.format, "file": file, "row": record.row}
 
-    try:
-        return Dataset.from_generator(generate, features=_RECORDS, cache_dir=str(directory), fingerprint="records")
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, PaCAError):
-            raise error.__cause__ from None
-        raise
+def _as_columns(file: int, record: Record) -> dict[str, Any]:
+    content, error = None, record.error
+    if error is None:
+        try:
+            content = to_json(record.content)
+        except PaCAError as mistake:
+            error = str(mistake)
+    return {"content": content, "error": error, "format": record.format, "file": file, "row": record.row}
 
 
 def _encode_batch(batch: pa.Table, encode: DocumentEncoder) -> pa.Table:

@@ -9,6 +9,7 @@ from paca_lightning.tasks.data.fields import Fields, Row, checked_json, kind, pa
 MASKS = ("weight", "train", "training", "loss", "loss_weight")
 """Fields of a message that say whether it is trained: true or false, 1 or 0."""
 _PART_MASKS = ("train_detail", "training_detail")
+_MARKS = frozenset((*MASKS, *_PART_MASKS))
 """Fields of a message that say which of its characters are trained, as axolotl names them."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -140,6 +141,8 @@ def _assistant(fields: Fields, content_field: str) -> Message:
 
 def _mask(fields: Fields) -> bool | None:
     """Whether a message is marked as trained; None without a mark."""
+    if _MARKS.isdisjoint(fields.values):
+        return None
     for name in _PART_MASKS:
         if name in fields:
             raise PaCAError(
@@ -181,7 +184,7 @@ def template_arguments(fields: Fields) -> dict[str, Any]:
     extra = fields.parsed("chat_template_kwargs")
     if extra is not None and not isinstance(extra, dict):
         raise PaCAError(f"the field 'chat_template_kwargs' is {kind(extra)}, expected an object")
-    return arguments | checked_json(extra or {}, "chat_template_kwargs")
+    return arguments | checked_json(extra, "chat_template_kwargs") if extra else arguments
 
 
 def _tool(tool: Row) -> Row:

@@ -6,7 +6,7 @@ import pytest
 from jinja2.exceptions import SecurityError
 
 from paca_lightning import PaCAError
-from paca_lightning.tasks.data.bounded_template import SHORT, BoundedEnvironment, Limits, render_chat
+from paca_lightning.tasks.data.bounded_template import SHORT, UNTIMED, BoundedEnvironment, Limits, render_chat
 from paca_lightning.tasks.data.template import ChatTemplate
 from paca_lightning.tasks.generation import answer
 from tests.tasks.data import templates
@@ -73,7 +73,7 @@ def test_the_limit_is_of_one_conversation() -> None:
         assert render_chat(tokenizer, MESSAGES, tokenize=False) == "done"
 
 
-def test_the_clock_is_read_for_long_texts_and_at_times_for_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_is_read_after_much_work_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[float] = []
 
     def clock() -> float:
@@ -82,13 +82,40 @@ def test_the_clock_is_read_for_long_texts_and_at_times_for_short_ones(monkeypatc
 
     monkeypatch.setattr(time, "thread_time", clock)
     environment = BoundedEnvironment()
+
+    def counted(value: object, times: int) -> int:
+        environment.limits = Limits()
+        reads.clear()
+        for _ in range(times):
+            environment.measured(value)
+        return len(reads)
+
+    assert counted("short", 63) == 0
+    assert counted("short", 640) == 10
+    assert counted("x" * SHORT * 2, 64) == 2
+    assert counted("x" * UNTIMED, 3) == 3
+    assert counted(range(10), 3) == 3
+
+
+@pytest.mark.parametrize("value", ["x" * UNTIMED, range(10)], ids=["a long text", "a value of unknown size"])
+def test_work_that_may_take_long_is_stopped_at_once_when_the_time_is_over(value: object) -> None:
+    environment = BoundedEnvironment()
     environment.limits = Limits()
-    reads.clear()
-    for _ in range(640):
-        environment.measured("short")
-    assert len(reads) == 10
+    environment.limits.until = -1.0
+    for work in (
+        lambda: environment.measured(value),
+        lambda: environment.bounded_filter("list", list)(value),
+        lambda: [environment.measured("short") for _ in range(64)],
+    ):
+        with pytest.raises(SecurityError, match="runs without end"):
+            work()
+
+
+@pytest.mark.parametrize("operands", [(10**SHORT, 2), (["a"], 2), (2.5, 10**400)], ids=["power", "list", "float"])
+def test_operators_on_other_than_small_numbers_read_the_clock(operands: tuple[object, object]) -> None:
+    environment = BoundedEnvironment()
+    environment.limits = Limits()
     environment.limits.until = -1.0
     with pytest.raises(SecurityError, match="runs without end"):
-        environment.measured("x" * SHORT)
-    with pytest.raises(SecurityError, match="runs without end"):
-        list(map(environment.measured, ["short"] * 64))
+        environment.call_binop(None, "*", *operands)
+    environment.call_binop(None, "*", 3, 2)

@@ -176,6 +176,20 @@ def test_tokens_that_begin_and_end_a_text_are_not_doubled() -> None:
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["1<|im_end|>", "2<|im_end|>"]
 
 
+@pytest.mark.parametrize("answer", ["<|im_end|>", " <|im_end|>", "\n<|im_end|> "])
+def test_an_answer_of_an_end_of_turn_token_alone_is_trained_as_one(answer: str) -> None:
+    talk = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": answer}]
+    rendered = ChatEncoder(tiny_tokenizer(), 1000).spans(Conversation(talk))
+    assert [rendered.text[start:end].strip() for start, end in rendered.spans] == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize(("change", "expected"), [("trim", []), ("upper", ["context", "left_out"])])
+def test_white_space_that_a_template_changes_is_not_text_left_out(change: str, expected: list[str]) -> None:
+    template = QWEN.replace("{{ m['content'] }}", f"{{{{ m['content'].replace('  ', ' ') | {change} }}}}")
+    talk = [{"role": "user", "content": " a  b "}, {"role": "assistant", "content": " c  d "}]
+    assert remarks(template, talk) == expected
+
+
 def test_a_warning_shows_the_first_conversation_or_strict_template_refuses(module: Any, tmp_path: Path) -> None:
     thought = chat("6*7?", "<think>six sevens</think>42")
     path = write_rows(tmp_path / "train.jsonl", [GOOD, thought, thought])
