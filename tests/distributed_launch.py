@@ -24,6 +24,7 @@ _CONTEXT.set_forkserver_preload(
         "paca_lightning.tasks",
         "peft",
         "tests.distributed_training",
+        "tests.warm_caches",
         "torch._dynamo",
         "transformers.models.llama.modeling_llama",
     ]

@@ -156,17 +156,12 @@ def complaints(orders: tuple[str, ...], preloaded: str = "torchmetrics") -> list
 
 
 @pytest.mark.slow
-def test_lightning_knows_us_in_whatever_order_we_are_imported() -> None:
+def test_lightning_knows_us_in_whatever_order_we_are_imported_also_by_threads_at_once() -> None:
     # What Lightning and the package import of others, also once for all.
     others = "jsonargparse, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, transformers"
-    assert complaints(ORDERS, preloaded=f"torchmetrics, {others}") == []
+    assert complaints((*ORDERS, THREADS), preloaded=f"torchmetrics, {others}") == []
 
 
 @pytest.mark.slow
 def test_a_failed_import_of_lightning_is_reported_and_the_next_one_registers() -> None:
     assert complaints((FAILED,), preloaded="json") == []
-
-
-@pytest.mark.slow
-def test_threads_that_import_at_once_find_everything_registered() -> None:
-    assert complaints((THREADS,)) == []

@@ -3,8 +3,8 @@
 from importlib.util import find_spec
 
 import torch
+import transformers
 from transformers import PreTrainedModel
-from transformers.integrations.liger import apply_liger_kernel
 
 from paca_lightning.core.errors import PaCAError
 
@@ -44,8 +44,12 @@ def replace_modules(model: PreTrainedModel) -> None:
     """Let transformers' integration replace what Liger has kernels for.
 
     Raises:
-        PaCAError: If it replaces nothing.
+        PaCAError: If it replaces nothing, or transformers has no such integration.
     """
+    try:
+        from transformers.integrations.liger import apply_liger_kernel
+    except ImportError as error:  # 5.0
+        raise PaCAError(f"liger=True needs a later transformers than {transformers.__version__}.") from error
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     leaves = (module for module in model.modules() if next(module.children(), None) is None)
     if not any(repr(leaf).startswith("Liger") for leaf in leaves):  # norms, which every supported model has

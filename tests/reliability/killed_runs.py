@@ -8,6 +8,7 @@ counts, so that they do not depend on the machine's speed, and, with ``--random`
 
 import argparse
 import ctypes
+import importlib
 import json
 import os
 import pickle
@@ -44,6 +45,7 @@ PRELOADED = (
     "paca_lightning.tools.compare.auto",
     "paca_lightning.tools.run_config",
     "peft",
+    "tests.warm_caches",
     "torch._dynamo",
     "torch.distributed.checkpoint.format_utils",
     "transformers.models.llama.modeling_llama",
@@ -390,6 +392,8 @@ def main() -> None:
     if "faulty_disk" not in os.environ.get("LD_PRELOAD", ""):
         os.execve(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:]], os.environ | preloaded())
 
+    for name in PRELOADED:
+        importlib.import_module(name)
     failed = False
     for name in options.cases.split(","):
         with tempfile.TemporaryDirectory() as scratch:

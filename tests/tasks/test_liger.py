@@ -1,5 +1,7 @@
 """Liger's kernels in a model: what a machine without a GPU can see of them."""
 
+import sys
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -48,3 +50,10 @@ def test_a_machine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(PaCAError, match="needs a GPU"):
         use_liger(tiny_llama())
+
+
+def test_a_transformers_without_the_integration_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.0 has none; the package itself must be imported all the same."""
+    monkeypatch.setitem(sys.modules, "transformers.integrations.liger", None)
+    with pytest.raises(PaCAError, match="needs a later transformers than"):
+        replace_modules(tiny_llama())

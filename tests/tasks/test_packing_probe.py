@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -38,13 +39,11 @@ APART = {
     "attention masks": {
         "gpt_oss": hf.GptOssConfig(**_LLAMA, **_EXPERTS, num_local_experts=4, sliding_window=4),
         "opt": hf.OPTConfig(**_SHAPE, ffn_dim=96, max_position_embeddings=128, word_embed_proj_dim=64),
-        "falcon": hf.FalconConfig(**_SHAPE),
         "mpt": hf.MptConfig(vocab_size=384, d_model=64, n_layers=2, n_heads=4, max_seq_len=128),
     },
 }
 MIXED = {
     "bloom": hf.BloomConfig(vocab_size=384, hidden_size=64, n_layer=2, n_head=4),
-    "falcon with ALiBi": hf.FalconConfig(**_SHAPE, alibi=True),
     "mamba": hf.MambaConfig(vocab_size=384, hidden_size=64, num_hidden_layers=2),
     "bamba": hf.BambaConfig(**_LLAMA, **_MAMBA, mamba_chunk_size=8, attn_layer_indices=[1]),
     "lfm2": hf.Lfm2Config(**_LLAMA, layer_types=["conv", "full_attention"]),
@@ -61,6 +60,14 @@ MIXED = {
         linear_value_head_dim=16,
     ),
 }
+
+# Since 5.24, transformers' Falcon makes its masks of the positions, also with ALiBi.
+_FALCON, _ALIBI = hf.FalconConfig(**_SHAPE), hf.FalconConfig(**_SHAPE, alibi=True)
+if Version(hf.__version__) >= Version("5.24"):
+    APART["position_ids"] |= {"falcon": _FALCON, "falcon with ALiBi": _ALIBI}
+else:
+    APART["attention masks"]["falcon"] = _FALCON
+    MIXED["falcon with ALiBi"] = _ALIBI
 
 
 def module_of(config: Any, dtype: torch.dtype = torch.float32) -> CausalLMModule:
