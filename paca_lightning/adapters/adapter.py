@@ -31,7 +31,7 @@ from paca_lightning.conversion.report import ConversionReport, layer_records
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.select import check_quantizable, quantize_layers
 from paca_lightning.conversion.state import config_of
-from paca_lightning.core.checksums import tensor_checksums
+from paca_lightning.core.checksums import tensor_checksum
 from paca_lightning.core.dtensor import copy_into, is_first_rank, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
@@ -78,9 +78,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if not is_first_rank():
         return
     with written_aside(directory) as scratch:
-        save_file(_copies(tensors), scratch / TENSORS, metadata={"format": "pt"})
+        copies, checksums = _copies(tensors)
+        save_file(copies, scratch / TENSORS, metadata={"format": "pt"})
         write_json(scratch / CONFIG, peft_config(inventory.base_model, config))
-        ours = settings_of(inventory, config, changed, samples) | {"checksums": tensor_checksums(tensors)}
+        ours = settings_of(inventory, config, changed, samples) | {"checksums": checksums}
         write_json(scratch / SETTINGS, sealed(ours))
 
 
@@ -147,6 +148,10 @@ def _directory_in_errors(directory: str | os.PathLike[str]) -> Iterator[None]:
         raise PaCAError(f"{directory}: {error}") from error
 
 
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies under PEFT's names, as safetensors writes no two names of one memory."""
-    return {f"{PREFIX}{name}": tensor.contiguous().clone() for name, tensor in tensors.items()}
+def _copies(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copies under PEFT's names, as safetensors writes no two names of one memory, and the checksum of each tensor."""
+    copies, checksums = {}, {}
+    for name, tensor in tensors.items():
+        copies[f"{PREFIX}{name}"] = copy = tensor.contiguous().clone()
+        checksums[name] = tensor_checksum(copy)  # while it is in the core's cache
+    return copies, checksums

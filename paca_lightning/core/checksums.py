@@ -21,11 +21,6 @@ def tensor_checksum(tensor: Tensor) -> str:
     return hashed.hexdigest()
 
 
-def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The checksum of each tensor, by name."""
-    return {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
-
-
 def settings_checksum(content: Mapping[str, Any]) -> str:
     """Hash of plain values that JSON can hold, whatever their order and spacing in the file."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, paca_layers, save_adapter, write_columns
 from paca_lightning.adapters.files import PREFIX, adapter_config, sealed
 from paca_lightning.adapters.fingerprint import sample_columns
-from paca_lightning.core.checksums import tensor_checksums
+from paca_lightning.core.checksums import tensor_checksum
 from tests.tiny import tiny_llama
 
 UP = "model.layers.0.mlp.up_proj"
@@ -228,7 +228,7 @@ def seal(adapter: Path) -> None:
     if (adapter / "paca_lightning.json").exists():
         tensors = load_file(adapter / "adapter_model.safetensors")
         content = json.loads((adapter / "paca_lightning.json").read_text())
-        content["checksums"] = tensor_checksums({name.removeprefix(PREFIX): t for name, t in tensors.items()})
+        content["checksums"] = {name.removeprefix(PREFIX): tensor_checksum(t) for name, t in tensors.items()}
         content.pop("checksum", None)
         (adapter / "paca_lightning.json").write_text(json.dumps(sealed(content)))
 
