@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from paca_lightning.callbacks.loreft_strategy import LoReFTStrategy
     from paca_lightning.callbacks.paca import PaCAStrategy
     from paca_lightning.callbacks.peft_strategy import PEFTStrategy
+    from paca_lightning.callbacks.projected_gradients import ProjectedGradients
     from paca_lightning.conversion.convert import apply_paca
     from paca_lightning.conversion.report import ConversionReport
     from paca_lightning.conversion.revert import disable_paca, merge, unload
@@ -41,6 +42,7 @@ __all__ = [
     "PaCALinear",
     "PaCAStrategy",
     "PaCATrainerCallback",
+    "ProjectedGradients",
     "QPaCALinear",
     "apply_paca",
     "attach",
@@ -67,6 +69,7 @@ _MODULES = {  # the same as above, for Python: tests/test_imports.py compares th
     "PaCALinear": "layers.linear",
     "PaCAStrategy": "callbacks.paca",
     "PaCATrainerCallback": "callbacks.hf_trainer",
+    "ProjectedGradients": "callbacks.projected_gradients",
     "QPaCALinear": "layers.nf4_linear",
     "apply_paca": "conversion.convert",
     "attach": "conversion.write_back",

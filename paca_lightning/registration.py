@@ -32,6 +32,7 @@ def _register() -> None:
     import paca_lightning.callbacks.loreft_strategy
     import paca_lightning.callbacks.paca
     import paca_lightning.callbacks.peft_strategy
+    import paca_lightning.callbacks.projected_gradients
     import paca_lightning.strategies  # noqa: F401
     from paca_lightning.callbacks.plain_modules import check_plain_modules
 

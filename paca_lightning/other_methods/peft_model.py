@@ -27,6 +27,7 @@ REFUSED = {
     "MULTITASK_PROMPT_TUNING": "each batch must carry task_ids",
     "OSF": "it projects gradients by hooks on full weights",
     "POLY": "each batch must carry task_ids",
+    "SHADOW": "it passes an object of its own between the blocks, which losses in the head do not take",
     "XLORA": "it mixes adapters that were trained before",
 }
 """PEFT types that need more than a loss and an optimizer, and what."""
@@ -141,6 +142,8 @@ def adapt(module: nn.Module, config: "PeftConfig", path: str | None = None) -> P
     if (reason := REFUSED.get(config.peft_type or "")) is not None:
         raise PaCAError(f"{type(config).__name__} cannot be trained by PEFTStrategy: {reason}.")
     path, base = find_model(module, path)
+    if config.peft_type == "TRAINABLE_TOKENS" and not getattr(config, "token_indices", None):
+        raise PaCAError("TrainableTokensConfig trains no token. List some: token_indices=[5, 6].")
     notes = _complete(config, base)
     prompts = config.is_prompt_learning
     if prompts:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.conversion.convert import apply_paca
@@ -81,6 +82,15 @@ class Method:
         if self.recompute is not None:
             checkpoint_blocks(find_blocks(model), selective=self.recompute == "selective")
         return model
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of what such a model trains."""
+        return fused_adamw(model)
+
+
+def fused_adamw(model: nn.Module) -> Optimizer:
+    """The optimizer of all methods that bring none of their own."""
+    return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
 
 
 def train_nothing(model: nn.Module) -> nn.Module:

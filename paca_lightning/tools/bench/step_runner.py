@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.conversion.write_back import attach
@@ -37,6 +38,10 @@ class Measured(Protocol):
         """A model for this method, made from a base model that is left as it is."""
         ...
 
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of what such a model trains."""
+        ...
+
 
 class StepTime(NamedTuple):
     """Seconds of one optimizer step."""
@@ -52,7 +57,7 @@ class StepTime(NamedTuple):
 
 
 class StepRunner:
-    """Takes training steps with one method and AdamW.
+    """Takes training steps with one method and its optimizer.
 
     Args:
         method: How the model is trained.
@@ -73,7 +78,7 @@ class StepRunner:
         self.trainable_parameters = sum(parameter.numel() for parameter in trained)
         self.resident: list[Tensor] = [*model.parameters(), *model.buffers()]
         self.compiled = workload.compile
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+        self._optimizer = method.optimizer(model) if trained else None
         if self._optimizer is not None and any(True for _ in paca_layers(model)):
             attach(self._optimizer, model)
         if workload.compile:

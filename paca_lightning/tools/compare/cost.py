@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
@@ -61,6 +62,10 @@ class CostMethod:
         changed |= {id(layer.base) for _, layer in paca_layers(probe)}
         shared = {id(p): p for p in base.parameters() if id(empty[id(p)]) not in changed}
         return self.method.apply(copy.deepcopy(base, memo=dict(shared)), self.paca)
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The method's optimizer."""
+        return self.method.optimizer(model)
 
 
 def measure(task: Task, runs: Sequence[MethodRuns], steps: int, threads: int) -> dict[str, Timing]:

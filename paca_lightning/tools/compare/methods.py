@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from paca_lightning.conversion.convert import apply_paca
 from paca_lightning.core.config import PaCAConfig
-from paca_lightning.tools.bench.methods import train_nothing
+from paca_lightning.tools.bench.methods import fused_adamw, train_nothing
 from paca_lightning.tools.compare.search import Space
 from paca_lightning.tools.compare.task import Settings, Task
 
@@ -55,6 +56,14 @@ class Method:
         """The callbacks that train this way, as a config has them."""
         return []
 
+    def changed(self, settings: Settings, task: Task) -> Settings:
+        """The settings of a run, with what the method changes beside callbacks.
+
+        Raises:
+            PaCAError: If the run does not allow it.
+        """
+        return settings
+
     def apply(self, model: nn.Module, paca: PaCAConfig) -> nn.Module:
         """Change a model as the method does; only what it trains requires a gradient then.
 
@@ -66,6 +75,10 @@ class Method:
             PaCAError: If the model, or one of the options, is refused.
         """
         return model.requires_grad_(True)
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer whose steps are timed: of what a model trains that the method was applied to."""
+        return fused_adamw(model)
 
     def count(self, task: Task) -> int:
         """How many parameters it trains in a task's model."""

@@ -19,6 +19,10 @@ A method is NAME[:SIZE][,OPTION=VALUE]...:
   lora:8, dora:8, ia3, prefix:20, prompt:20, llama-adapter:10, layernorm, ...
                   PEFT's methods, by the names of its registry as well.
                   Options: every field of the method's PEFT config
+  bottleneck:64, loreft:4
+                  bottleneck adapters of that width, LoReFT of that rank
+  galore:128, apollo:128
+                  all parameters, by an optimizer that projects to that rank
   full            all parameters are trained
   floor           nothing is trained
 Options of every method: name (its label) and lr (auto, 1e-3 or 1e-4:1e-2).

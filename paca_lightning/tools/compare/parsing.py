@@ -10,6 +10,7 @@ import yaml
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tools.compare.methods import FloorMethod, Method, PaCAMethod
+from paca_lightning.tools.compare.own_methods import INSERTED, PROJECTED, own_method
 from paca_lightning.tools.compare.peft_methods import peft_method
 from paca_lightning.tools.compare.search import parse_space
 from paca_lightning.tools.compare.task import Task
@@ -63,6 +64,8 @@ def _option(part: str, text: str) -> tuple[str, Any]:
 def _named(name: str, label: str, options: dict[str, Any]) -> Method:
     if name == PACA:
         return PaCAMethod(label, options=options)
+    if name in (*INSERTED, *PROJECTED):
+        return own_method(name, label, options)
     if name not in (FLOOR, FULL):
         return peft_method(name, label, options)
     if options:

@@ -13,6 +13,7 @@ from paca_lightning.conversion.targets import resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tools.compare.methods import Method
+from paca_lightning.tools.compare.own_methods import INSERTED, PROJECTED
 from paca_lightning.tools.compare.task import Settings, Task
 
 ALIASES: dict[str, tuple[str, Settings]] = {
@@ -29,6 +30,9 @@ ALIASES: dict[str, tuple[str, Settings]] = {
 
 SIZES = {"r": None, "num_virtual_tokens": 20, "adapter_len": 10, "n_frequency": None}
 """Fields that say how much is trained, and what they are where PEFT has no default."""
+
+OWN = ("floor", "full", "paca", *INSERTED, *PROJECTED)
+"""Names of the methods that are not PEFT's."""
 
 ALPHAS = ("lora_alpha", "alpha")
 
@@ -102,7 +106,7 @@ def registry() -> dict[str, type]:
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError as error:
         raise PaCAError(
-            "Methods other than floor, full and paca need PEFT, which is not installed. Run: pip install "
+            f"Methods other than {', '.join(OWN)} need PEFT, which is not installed. Run: pip install "
             "'paca-lightning[peft]'."
         ) from error
     return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -117,7 +121,7 @@ def peft_method(name: str, label: str, options: dict[str, Any]) -> PEFTMethod:
     peft_name, own = ALIASES.get(name, (name, {}))
     known = registry()
     if peft_name not in known:
-        names = ["floor", "full", "paca", *ALIASES, *sorted(known)]
+        names = [*OWN, *ALIASES, *sorted(known)]
         similar = difflib.get_close_matches(name, names, n=1)
         meant = f" Did you mean {similar[0]!r}?" if similar else ""
         raise PaCAError(f"There is no method {name!r}.{meant} Methods: {', '.join(names)}.")

@@ -2,6 +2,7 @@
 
 from paca_lightning.conversion.learning_rates import suitable_step
 from paca_lightning.tools.compare.methods import AsConfigured, Method, PaCAMethod
+from paca_lightning.tools.compare.own_methods import InsertedMethod
 from paca_lightning.tools.compare.peft_methods import PEFTMethod
 from paca_lightning.tools.compare.search import Space, between
 from paca_lightning.tools.compare.task import PACA, Task, short_name
@@ -26,6 +27,8 @@ def _factor(method: Method, task: Task) -> float:
     if isinstance(method, PaCAMethod) or (isinstance(method, AsConfigured) and PACA in callbacks):
         config = method.config(task.paca) if isinstance(method, PaCAMethod) else task.paca
         return config.r / config.alpha_of(None, config.r)
+    if isinstance(method, InsertedMethod):
+        return LORA
     if isinstance(method, PEFTMethod):
         return LORA if method.size_field == "r" else FEW_PARAMETERS
     return LORA if isinstance(method, AsConfigured) and "PEFTStrategy" in callbacks else FULL

@@ -18,7 +18,7 @@ Settings = dict[str, Any]
 Key = tuple[str, ...]
 LEARNING_RATES = ("lr", "learning_rate")
 PACA = "PaCAStrategy"
-METHODS = (PACA, "PEFTStrategy")
+METHODS = (PACA, "BottleneckStrategy", "LoReFTStrategy", "PEFTStrategy", "ProjectedGradients")
 """Callbacks that say how a run fine-tunes."""
 
 

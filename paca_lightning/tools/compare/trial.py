@@ -97,7 +97,7 @@ def make_trial(
         metric: What is compared.
         parent: Directory of the task.
     """
-    settings = replaced(task.settings, task.lr_key, lr)
+    settings = method.changed(replaced(task.settings, task.lr_key, lr), task)
     for key in task.seed_keys:
         settings = replaced(settings, key, seed)
     callbacks = [
