@@ -108,6 +108,45 @@ def test_a_saved_config_does_not_undo_the_checkpoint(finished: Path, tmp_path: P
     assert torch.load(next((run / "version_2" / "checkpoints").glob("*.ckpt")), weights_only=True)["global_step"] == 6
 
 
+def test_the_config_of_a_run_serves_other_commands(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(finished, tmp_path)
+    saved = str(run / "version_0" / "config.yaml")
+    main(["data", "--config", saved, "--samples=0"])
+    assert "215" in capsys.readouterr().out
+    main(["estimate", "--config", saved, "--tokens=16", "--batch=1"])
+    main(["validate", "--config", saved, *output_to(run), *SHORT[1:2], "--ckpt_path=best"])
+    evaluation = str(run / "version_1" / "config.yaml")  # with a setting that only `validate` takes
+    assert yaml.safe_load(Path(evaluation).read_text())["verbose"] is True
+    main(["fit", "--config", evaluation, *output_to(run), "--trainer.max_epochs=2"])
+    assert [path.name for path in (run / "version_2" / "checkpoints").glob("epoch=*")] == ["epoch=1-step=6.ckpt"]
+    for command in (["compare", "--methods=paca:4"], ["fit", "--lr=auto"]):
+        code, message = failure([*command, "--config", evaluation], capsys)
+        assert code == 2
+        assert "the config resumes a run (ckpt_path: best), which has its learning rate" in message
+    code, message = failure(["generate", "--config", saved, "--prompts=Hi"], capsys)
+    assert code == 2
+    assert "this one is the config of a run. Give what is needed of it: --model configs/tiny-llama, and" in message
+
+
+def test_a_run_that_took_no_step_has_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = ["--trainer.max_steps=0", "--trainer.limit_val_batches=1"]
+    code, message = failure(["fit", *DEBUG, *output_to(tmp_path), *nothing], capsys)
+    assert code == 2
+    assert "There is no adapter: this run took no step. Look at max_steps" in message
+    assert not (tmp_path / "version_0" / "adapter").exists()
+
+
+def test_a_trial_of_the_code_leaves_what_was_trained(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path)
+    adapter = run / "version_0" / "adapter"
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    trial = ["--trainer.fast_dev_run=true", f"--trainer.callbacks.dirpath={adapter}"]
+    main(["fit", *DEBUG, *output_to(run), "--trainer.callbacks+=AdapterCheckpoint", *trial[1:], trial[0]])
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+
+
 def directory_of_checkpoints(run: Path) -> tuple[list[str], str]:
     return [f"--ckpt_path={run / 'version_0' / 'checkpoints'}"], "no sharded checkpoint. Name a checkpoint in it: best"
 

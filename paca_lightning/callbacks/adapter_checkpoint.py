@@ -31,7 +31,8 @@ class AdapterCheckpoint(Callback):
     ``adapter-interrupted``. To resume a run, use Lightning's ModelCheckpoint: its files hold the adapter and the state
     of the run. What reads an adapter directory reads such a file, too. To make a directory of it, run ``fit`` with the
     same config and ``limit_train_batches=0``:
-    ``paca-lightning fit --config ... --ckpt_path best.ckpt --trainer.limit_train_batches=0``.
+    ``paca-lightning fit --config ... --ckpt_path best.ckpt --trainer.limit_train_batches=0``. With ``fast_dev_run``,
+    nothing is written.
 
     Args:
         dirpath: Directory to write. Default: ``adapter`` in the logger's directory.
@@ -43,7 +44,8 @@ class AdapterCheckpoint(Callback):
 
     Raises:
         PaCAError: If the directory cannot be written or belongs to two of these callbacks, nothing is trained by a
-            method, the metric is not logged, or an averaging callback makes another model than the validated one.
+            method, or in no step, the metric is not logged, or an averaging callback makes another model than the
+            validated one.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class AdapterCheckpoint(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the directory before training."""
-        if stage != "fit":
+        if stage != "fit" or _is_trial(trainer):
             return
         self.best, self._elsewhere, self._trained = None, None, False
         self._directory = self._find_directory(trainer)
@@ -105,6 +107,8 @@ class AdapterCheckpoint(Callback):
         """Write the adapter if it is the best so far."""
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
+        if _is_trial(trainer):
+            return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise PaCAError(
@@ -122,6 +126,14 @@ class AdapterCheckpoint(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the adapter, unless the best one is there, or is elsewhere and this run had nothing to train."""
+        if _is_trial(trainer):
+            rank_zero_info("No adapter is written with fast_dev_run.")
+            return
+        if not self._trained and trainer.ckpt_path is None and not _has_moved(pl_module):
+            raise PaCAError(
+                "There is no adapter: this run took no step. Look at max_steps, max_epochs, max_time and "
+                "limit_train_batches, and at the number of training batches."
+            )
         unpacks = trainer.limit_train_batches == 0 and not self._trained  # on purpose: the checkpoint's own adapter
         if self.monitor is not None and not unpacks:
             # All ranks do as the first one, which sees the files.
@@ -144,7 +156,7 @@ class AdapterCheckpoint(Callback):
         sharded adapter cannot be gathered after an error, which other ranks may not have.
         """
         stopped = isinstance(exception, STOPPED)
-        if not self._trained or trainer.state.fn != TrainerFn.FITTING or not _has_moved(pl_module):
+        if _is_trial(trainer) or not self._trained or trainer.state.fn != TrainerFn.FITTING or not _has_moved(pl_module):
             return
         if not stopped and any(is_sharded(layer.paca_delta) for _, layer in paca_layers(pl_module)):
             return
@@ -191,6 +203,11 @@ class AdapterCheckpoint(Callback):
 
     def _find_directory(self, trainer: Trainer) -> Path:
         return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    """Whether a run only tries its code, and Lightning saves nothing."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def _has_moved(pl_module: LightningModule) -> bool:

@@ -4,9 +4,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import yaml
 from jsonargparse import auto_cli
 from typing_extensions import override
 
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.tools.short_errors import ShortErrors
 
 
@@ -19,6 +21,25 @@ class SwitchParser(ShortErrors):
         if isinstance(kwargs.get("default"), bool):
             kwargs |= {"nargs": "?", "const": True}
         return super().add_argument(*args, **kwargs)
+
+    @override
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config of the options.
+
+        Raises:
+            PaCAError: If it is the config of a run.
+        """
+        try:
+            settings = yaml.safe_load(content)
+        except yaml.YAMLError:
+            settings = None  # reported by jsonargparse, with the place
+        if isinstance(settings, dict) and isinstance(run := settings.get("model"), dict):
+            model = (run.get("init_args") or run).get("model", "DIRECTORY")
+            raise PaCAError(
+                f"--config holds options of {self.prog}, and this one is the config of a run. Give what is needed of it: "
+                f"--model {model}, and the run's adapter directory or checkpoint as --adapter if there is such an option."
+            )
+        return super().parse_string(content, *args, **kwargs)
 
 
 def run_function(function: Callable[..., Any], arguments: Sequence[str], *, prog: str, example: str) -> None:

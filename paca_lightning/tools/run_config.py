@@ -1,7 +1,6 @@
 """How every command reads a run's config: LightningCLI, for modules and data of any class."""
 
 import errno
-import os
 import signal
 import sys
 from pathlib import Path
@@ -17,14 +16,14 @@ from paca_lightning.callbacks.run_checks import guard_checkpoints
 from paca_lightning.callbacks.stop_signals import StopSignals
 from paca_lightning.core.checkpoints import is_checkpoint_directory
 from paca_lightning.core.errors import PaCAError, first_message, raised_by, users_mistake
-from paca_lightning.core.files import check_writable_if_local, disk_error, replacing
+from paca_lightning.core.files import check_writable_if_local, disk_error
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
 from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint
 from paca_lightning.tools.lost_ranks import watch_first_rank
 from paca_lightning.tools.machine_faults import fault_of_the_machine
+from paca_lightning.tools.run_parser import RunParser, checkpoint_last
 from paca_lightning.tools.run_version import claim_versions, remove_empty
-from paca_lightning.tools.short_errors import ShortErrors
 
 FOUND_BY_LIGHTNING = ("hpc", "registry")
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
@@ -32,24 +31,6 @@ REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError, Runti
 LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 """Settings of the trainer that Lightning does not check: the least value of each."""
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class RunParser(ShortErrors, LightningArgumentParser):
-    """LightningCLI's parser with short errors, which saves a config whole or not at all."""
-
-    @override
-    def save(self, namespace: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write a config.
-
-        Raises:
-            PaCAError: If the disk fails or is full.
-        """
-        refused = Path(path).exists() and not kwargs.get("overwrite")
-        if refused or "://" in str(path):
-            super().save(namespace, path, *args, **kwargs)
-            return
-        with replacing(Path(path)) as temporary:
-            super().save(namespace, temporary, *args, **kwargs)
 
 
 class RunCLI(LightningCLI):
@@ -190,20 +171,6 @@ def with_progress_bar(callbacks: list[Callback]) -> list[Callback]:
     if any(isinstance(callback, ProgressBar) for callback in callbacks):
         return callbacks
     return [*callbacks, EpochProgressBar()]
-
-
-def checkpoint_last(arguments: list[str]) -> list[str]:
-    """The arguments with ``--ckpt_path`` at the end: a saved config has ``ckpt_path: null``, which would undo it."""
-    others, moved = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--ckpt_path":
-            moved += [argument, *([value] if (value := next(rest, None)) is not None else [])]
-        elif argument.startswith("--ckpt_path="):
-            moved.append(argument)
-        else:
-            others.append(argument)
-    return others + moved
 
 
 def lightning_cli(

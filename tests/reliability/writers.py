@@ -15,7 +15,7 @@ from paca_lightning.strategies.fsdp2.location import Location
 from paca_lightning.strategies.fsdp2.saving import save_directory
 from paca_lightning.tasks.mmlu.accuracy import Score
 from paca_lightning.tasks.mmlu.report import write_results
-from paca_lightning.tools.run_config import RunParser
+from paca_lightning.tools.run_parser import RunParser
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 

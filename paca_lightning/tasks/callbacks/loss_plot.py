@@ -17,6 +17,8 @@ Curve = tuple[list[int], list[float]]
 class LossPlot(Callback):
     """Plots the training and held-out loss over the steps to ``loss.png``, beside ``metrics.csv``, when a run ends.
 
+    With ``fast_dev_run``, Lightning keeps no metrics, and nothing is drawn.
+
     Args:
         train: Column of the training loss in ``metrics.csv``.
         held_out: Column of the held-out loss.
@@ -30,7 +32,7 @@ class LossPlot(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check before training that there will be metrics to plot."""
-        if stage != "fit":
+        if stage != "fit" or _keeps_no_metrics(trainer):
             return
         if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
             raise PaCAError(
@@ -42,6 +44,8 @@ class LossPlot(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plot the losses."""
+        if _keeps_no_metrics(trainer):
+            return
         logger = next(logger for logger in trainer.loggers if isinstance(logger, CSVLogger))
         logger.save()
         metrics = Path(logger.log_dir) / "metrics.csv"
@@ -68,6 +72,10 @@ class LossPlot(Callback):
         axes.legend()
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=150)
+
+
+def _keeps_no_metrics(trainer: Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def read_curves(metrics: Path, names: list[str]) -> dict[str, Curve]:

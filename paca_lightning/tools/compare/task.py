@@ -62,9 +62,14 @@ def read_task(arguments: Sequence[str], name: str, lr_key: str | None, prog: str
         prog: The command, for messages.
 
     Raises:
-        PaCAError: If the config cannot be read, or has no learning rate or several.
+        PaCAError: If the config cannot be read, resumes a run, or has no learning rate or several.
     """
     cli = lightning_cli(list(arguments), run=False, cli_class=SettingsCLI, prog=prog)
+    if (resumed := cli.parser.left_out.get("ckpt_path")) is not None:
+        raise PaCAError(
+            f"{name}: the config resumes a run (ckpt_path: {resumed}), which has its learning rate. Set ckpt_path to "
+            "null in it."
+        )
     settings: Settings = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))
     callbacks = settings["trainer"]["callbacks"] or []
     callbacks = settings["trainer"]["callbacks"] = callbacks if isinstance(callbacks, list) else [callbacks]
