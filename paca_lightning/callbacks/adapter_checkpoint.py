@@ -156,7 +156,12 @@ class AdapterCheckpoint(Callback):
         sharded adapter cannot be gathered after an error, which other ranks may not have.
         """
         stopped = isinstance(exception, STOPPED)
-        if _is_trial(trainer) or not self._trained or trainer.state.fn != TrainerFn.FITTING or not _has_moved(pl_module):
+        if (
+            _is_trial(trainer)
+            or not self._trained
+            or trainer.state.fn != TrainerFn.FITTING
+            or not _has_moved(pl_module)
+        ):
             return
         if not stopped and any(is_sharded(layer.paca_delta) for _, layer in paca_layers(pl_module)):
             return

@@ -36,8 +36,9 @@ class SwitchParser(ShortErrors):
         if isinstance(settings, dict) and isinstance(run := settings.get("model"), dict):
             model = (run.get("init_args") or run).get("model", "DIRECTORY")
             raise PaCAError(
-                f"--config holds options of {self.prog}, and this one is the config of a run. Give what is needed of it: "
-                f"--model {model}, and the run's adapter directory or checkpoint as --adapter if there is such an option."
+                f"--config holds options of {self.prog}, and this one is the config of a run. Give what is needed of "
+                f"it: --model {model}, and the run's adapter directory or checkpoint as --adapter if there is such an "
+                "option."
             )
         return super().parse_string(content, *args, **kwargs)
 

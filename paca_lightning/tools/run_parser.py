@@ -33,9 +33,8 @@ class RunParser(ShortErrors, LightningArgumentParser):
         except yaml.YAMLError:
             settings = None  # reported by LightningCLI, with the place
         if isinstance(settings, dict) and "trainer" in settings:
-            taken = {action.dest for action in self._actions}
-            for name in options_of_runs() - taken:
-                if name in settings:
+            for name in options_of_runs() & set(settings):
+                if name not in self.get_defaults():
                     self.left_out[name] = settings.pop(name)
                     content = yaml.safe_dump(settings, sort_keys=False)
         return super().parse_string(content, *args, **kwargs)

@@ -31,6 +31,7 @@ from paca_lightning.tasks.data.converters import GUANACO_MARK, LIST_FIELDS, QUES
 from paca_lightning.tasks.data.fields import Row
 from paca_lightning.tasks.data.oasst import identity
 from paca_lightning.tasks.data.other_tasks import refuse_other_tasks
+from paca_lightning.tasks.data.records import WHOLE_FILE
 
 Format = Literal[
     "auto",
@@ -53,7 +54,7 @@ class Record:
     """A row as it was read; of `oasst_messages`, the rows of a tree.
 
     Attributes:
-        row: Its number, or that of the tree's first row.
+        row: Its number, or that of the tree's first row; `records.WHOLE_FILE` if the rest of its file cannot be read.
         format: Its format.
         content: The row, or (number, row) pairs.
         error: What is wrong with it instead, if it cannot be read.
@@ -76,21 +77,19 @@ def records(
         format: One of the formats above; "auto" goes by the fields of the first row.
         text_column: The field that holds the text of `guanaco` and `text` rows.
 
-    Raises:
-        PaCAError: The first row that can be read fits no format.
+    If the first row that can be read fits no format, an error of the whole file is the last record.
     """
-    broken = None
     trees: dict[object, list[tuple[int, Row]]] = {}
     for number, row in rows:
         if isinstance(row, PaCAError):
-            broken = broken or PaCAError(f"{name}, row {number}: {row}")
             yield Record(number, error=str(row))
             continue
         if format == "auto":
             try:
                 format = detect(row, f"{name}, row {number}", text_column)
             except PaCAError as error:
-                raise broken or error from error
+                yield Record(WHOLE_FILE, error=str(error))
+                return
         if format == "oasst_messages":
             try:
                 trees.setdefault(identity(row, "message_tree_id"), []).append((number, row))

@@ -146,7 +146,7 @@ def checked_split(
     """
     report = split_report(documents, locations, encode.encoder.tokenizer)
     bad = len(report.bad_rows)
-    if bad and (on_bad_row == "error" or bad == len(documents)):
+    if bad and (on_bad_row == "error" or report.bad_files or bad == len(documents)):
         raise PaCAError(report.bad_row_list(location))
     split = TokenizedSplit(name, location, documents, 0, locations, report)
     used = split.column("length") > 0

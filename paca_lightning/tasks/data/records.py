@@ -26,6 +26,15 @@ from paca_lightning.tasks.data.locations import DATA_SUFFIXES, describe_director
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls")
 
 
+WHOLE_FILE = 0
+"""Number of a row that stands for the rest of its file: its error has the place in it."""
+
+
+def with_place(error: str, location: str, number: int) -> str:
+    """What is wrong with a row, with its place."""
+    return error if number == WHOLE_FILE else f"{location}, row {number}: {error}"
+
+
 @dataclass(frozen=True)
 class Source:
     """A file or data set that rows are read from.
@@ -63,20 +72,27 @@ class Source:
         """
         for number, row in self.read():
             if isinstance(row, PaCAError):
-                raise PaCAError(f"{self.location}, row {number}: {row}")
+                raise PaCAError(with_place(str(row), self.location, number)) from row
             yield number, row
 
     def read(self) -> Iterator[tuple[int, Row | PaCAError]]:
         """Yield rows as `rows` does; for a row that cannot be read, what is wrong with it, without its place.
 
+        A file that is empty or cannot be read to its end has a last row of number `WHOLE_FILE`.
+
         Raises:
-            PaCAError: The source is missing or empty, or cannot be read beyond a row.
+            PaCAError: The source is missing, or is no file and cannot be read.
         """
         rows = self._file_rows() if self.path.is_file() else enumerate(self._dataset(), start=1)
-        first = next(rows, None)
-        if first is None:
-            raise PaCAError(f"{self.location}: has no rows.")
-        yield from chain([first], rows)
+        try:
+            first = next(rows, None)
+            if first is None:
+                raise PaCAError(f"{self.location}: has no rows.")
+            yield from chain([first], rows)
+        except PaCAError as error:
+            if not self.path.is_file():
+                raise
+            yield WHOLE_FILE, error
 
     def _file_rows(self) -> Iterator[tuple[int, Any]]:
         if self.path.suffix.lower() in _TABLES:

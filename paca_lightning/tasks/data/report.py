@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.tasks.data.decode import marked_text
+from paca_lightning.tasks.data.records import WHOLE_FILE, with_place
 from paca_lightning.tasks.data.remarks import REMARKS
 
 _LISTED = 20  # bad rows that a message lists
@@ -20,7 +21,8 @@ class SplitReport:
     """What became of the rows of a split.
 
     Attributes:
-        bad_rows: What is wrong with each row that cannot be used.
+        bad_rows: What is wrong with each row, or file, that cannot be used.
+        bad_files: How many of them are files that cannot be read to their end.
         formats: Conversations by the format of their rows.
         unread: Conversations by the name of a field that nothing used.
         remarks: Conversations by the kind of what the chat template did to them (`remarks.REMARKS`).
@@ -28,21 +30,23 @@ class SplitReport:
     """
 
     bad_rows: list[str] = field(default_factory=list)
+    bad_files: int = 0
     formats: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     remarks: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     def bad_row_list(self, location: str) -> str:
-        """The bad rows as a message: one alone, or a count and the first of them."""
+        """The bad rows and files as a message: one alone, or a count and the first of them."""
         if len(self.bad_rows) == 1:
             return self.bad_rows[0]
         listed = "\n".join(f"  {row}" for row in self.bad_rows[:_LISTED])
         more = f"\n  and {len(self.bad_rows) - _LISTED:,} more" if len(self.bad_rows) > _LISTED else ""
-        return (
-            f"{location}: {len(self.bad_rows):,} rows cannot be used. Correct them, or set on_bad_row: drop to leave "
-            f"them out.\n{listed}{more}"
-        )
+        rows = len(self.bad_rows) - self.bad_files
+        files = f"{self.bad_files:,} files cannot be read to their end" if self.bad_files else ""
+        unused = f"{rows:,} rows cannot be used" if rows else ""
+        remedy = "Correct them" if files else "Correct them, or set on_bad_row: drop to leave them out"
+        return f"{location}: {' and '.join(filter(None, (unused, files)))}. {remedy}.\n{listed}{more}"
 
     def describe_unused(self) -> list[str]:
         """Sentences on dropped rows and unused fields."""
@@ -73,10 +77,8 @@ def split_report(tokens: Dataset, locations: Sequence[str], tokenizer: PreTraine
     """
     names = ["error", "format", "unread", "remarks", "piece", "file", "row"]
     table = tokens.select_columns(names).with_format("arrow")[:]
-    errors = [
-        f"{locations[row['file']]}, row {row['row']}: {row['error']}"
-        for row in table.filter(pc.is_valid(table.column("error"))).to_pylist()
-    ]
+    wrong = table.filter(pc.is_valid(table.column("error")))
+    errors = [with_place(row["error"], locations[row["file"]], row["row"]) for row in wrong.to_pylist()]
     first_pieces = table.filter(pc.equal(table.column("piece"), 0))
     counts = {}
     for name in ("format", "unread", "remarks"):
@@ -92,4 +94,5 @@ def split_report(tokens: Dataset, locations: Sequence[str], tokenizer: PreTraine
         more = "..." * (len(text) > _EXAMPLE)
         examples[kind] = f"{locations[sample['file']]}, row {sample['row']}: {text[:_EXAMPLE]}{more}"
     unread = dict(counts["unread"].most_common())
-    return SplitReport(errors, dict(counts["format"]), unread, dict(counts["remarks"]), examples)
+    files = pc.sum(pc.equal(wrong.column("row"), WHOLE_FILE)).as_py() or 0
+    return SplitReport(errors, files, dict(counts["format"]), unread, dict(counts["remarks"]), examples)

@@ -13,6 +13,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.collate import DocumentReader, Documents
 from paca_lightning.tasks.data.documents import Document, DocumentEncoder
 from paca_lightning.tasks.data.formats import Record
+from paca_lightning.tasks.data.records import WHOLE_FILE, with_place
 from paca_lightning.tasks.data.report import SplitReport
 from paca_lightning.tasks.data.sampler import BatchOrder
 from paca_lightning.tasks.data.tokenization import Rows, document_table
@@ -137,9 +138,11 @@ class DocumentStream:
         chunks = range(0, len(share), _ENCODED_AT_ONCE)
         found = [one for first in chunks for one in self.encode(share[first : first + _ENCODED_AT_ONCE])]
         locations = self.locations()
-        bad = [f"{locations[one.file]}, row {one.row}: {one.error}" for one in found if one.error is not None]
-        if bad and not self.drop_bad_rows:
-            raise PaCAError(SplitReport(bad).bad_row_list("a block of the stream"))
+        wrong = [one for one in found if one.error is not None]
+        bad = [with_place(one.error or "", locations[one.file], one.row) for one in wrong]
+        files = sum(one.row == WHOLE_FILE for one in wrong)
+        if bad and (files or not self.drop_bad_rows):
+            raise PaCAError(SplitReport(bad, files).bad_row_list("a block of the stream"))
         return [one for one in found if len(one.encoded.input_ids)], bad
 
     def identity(self) -> dict[str, Any]:

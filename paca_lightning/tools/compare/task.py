@@ -13,6 +13,7 @@ from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tools.memory.from_config import SettingsCLI
 from paca_lightning.tools.run_config import lightning_cli
+from paca_lightning.tools.run_parser import RunParser
 
 Settings = dict[str, Any]
 Key = tuple[str, ...]
@@ -65,6 +66,7 @@ def read_task(arguments: Sequence[str], name: str, lr_key: str | None, prog: str
         PaCAError: If the config cannot be read, resumes a run, or has no learning rate or several.
     """
     cli = lightning_cli(list(arguments), run=False, cli_class=SettingsCLI, prog=prog)
+    assert isinstance(cli.parser, RunParser)
     if (resumed := cli.parser.left_out.get("ckpt_path")) is not None:
         raise PaCAError(
             f"{name}: the config resumes a run (ckpt_path: {resumed}), which has its learning rate. Set ckpt_path to "

@@ -93,6 +93,31 @@ def test_a_bad_row_is_named_with_its_file(module: Any, shards: Path) -> None:
         module(shards).prepare_data()
 
 
+@pytest.mark.parametrize("settings", [{}, {"on_bad_row": "drop"}, {"streaming": True, "on_bad_row": "drop"}])
+def test_all_bad_files_and_rows_of_a_directory_come_in_one_list(
+    settings: dict[str, Any], module: Any, shards: Path
+) -> None:
+    write_rows(shards / "train-00001-of-00002.jsonl", [{"instruction": "e", "output": "f"}, {"instruction": "g"}])
+    write_rows(shards / "a.jsonl", [{"unheard": "of"}, GOOD])
+    (shards / "b.json").write_text("")
+    (shards / "c.json.gz").write_bytes(gzip.compress(json.dumps([GOOD] * 99).encode())[:40])
+    (shards / "d.json").write_text('[{"messages": [{"role": "user", "content": "a"}]}, {"mess')
+    with pytest.raises(PaCAError) as caught:
+        module(shards, **settings).prepare_data()
+    first, *listed = str(caught.value).splitlines()
+    assert "2 rows cannot be used and 4 files cannot be read to their end. Correct them." in first
+    expected = (
+        "a.jsonl, row 1: the fields 'unheard' fit",
+        "b.json: has no rows",
+        "c.json.gz: cannot be read",
+        "d.json",
+    )
+    for line, start in zip(
+        listed, (*expected, "d.json, row 2: is not", "train-00001-of-00002.jsonl, row 2"), strict=True
+    ):
+        assert line.startswith(f"  {shards / start}")
+
+
 def test_files_that_do_not_belong_together_or_are_not_there_are_refused(module: Any, shards: Path) -> None:
     with pytest.raises(PaCAError, match=r"no file matches \(looked for .*shards/\*\.gz"):
         module(shards / "*.gz").prepare_data()
