@@ -35,6 +35,7 @@ from paca_lightning.core.checksums import tensor_checksum
 from paca_lightning.core.dtensor import copy_into, is_first_rank, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
+from paca_lightning.layers.experts import ExpertWeight
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
         config = known or adapter.config
         # Whatever the selection, the columns are the adapter's: no data needs to follow.
         given = tensors.indices if known is None else None
-        report = convert(inventory, config, given, data_follows=True, left=adapter.left, quantize=False)
+        # Adapters of other programs, and of our version 0.1.0, leave stacked experts alone where all-linear has them.
+        stacked = {inventory.relative(paths[0]) for m, paths in inventory.paths.items() if isinstance(m, ExpertWeight)}
+        left = {*adapter.left, *(stacked - tensors.deltas.keys())}
+        report = convert(inventory, config, given, data_follows=True, left=left, quantize=False)
         layers = inventory.named_layers()
         check_layers(layers, tensors, settings)
         targets = whole_targets(inventory, tensors.whole, settings)

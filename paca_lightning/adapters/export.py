@@ -29,6 +29,7 @@ from paca_lightning.core.files import written_aside
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.sealed_files import seal_weights
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.layers.linear4bit import from_linear4bit, linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4 import dequantize_rows
 from paca_lightning.layers.nf4_linear import QPaCALinear
@@ -195,7 +196,8 @@ def _plain_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if key.endswith(".bias") or not any(parent in special for parent in _parents(key)):
             yield key, whole_tensor(_narrow(tensor))
     for path, module in special.items():
-        yield f"{path}.weight", whole_tensor(_dense_weight(path, module))
+        name = module.base_path(path) if isinstance(module, PaCAExperts) else f"{path}.weight"
+        yield name, whole_tensor(_dense_weight(path, module))
 
 
 def _parents(key: str) -> list[str]:

@@ -11,6 +11,7 @@ from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.core.dtensor import is_first_rank, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.layers.nf4 import dequantize_rows
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
@@ -141,6 +142,12 @@ def check_lora_can_hold(model: nn.Module) -> None:
         raise PaCAError(
             f"PEFT refuses a LoRA adapter on {refused[0]!r} of a Mamba model ({len(refused)} such layers). Use "
             "export_merged, or train with exclude_modules=['out_proj']."
+        )
+    stacked = [path for path, layer in inventory.layers.items() if isinstance(layer, PaCAExperts)]
+    if stacked:
+        raise PaCAError(
+            f"The columns of stacked experts ({stacked[0]!r} is one of {len(stacked)} weights) cannot be exported as a "
+            "LoRA adapter. Use export_merged."
         )
     outside = [path for path in (*inventory.layers, *inventory.saved) if not path.startswith(inventory.prefix)]
     if outside:

@@ -38,7 +38,7 @@ def check_layers(layers: Mapping[str, PaCALayer], adapter: AdapterTensors, setti
                 f"{path!r} was trained with r={len(indices[path])}, the model has r={layer.r}. Use the adapter's "
                 "settings (PaCAStrategy(adapter=...) takes them), or unload(model) first."
             )
-        expected = (layer.out_features, layer.r)
+        expected = tuple(layer.paca_delta.shape)
         if tuple(deltas[path].shape) != expected:
             raise PaCAError(
                 f"the delta of {path!r} has shape {tuple(deltas[path].shape)}, the model needs {expected}. Use the "

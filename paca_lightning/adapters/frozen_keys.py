@@ -30,7 +30,8 @@ def drop_frozen(module: nn.Module, state_dict: dict[str, Any], prefix: str, froz
             continue
         name = clean_path(key.removeprefix(prefix))
         # Some quantized layers keep their scales beside the weight, as "weight.absmax".
-        if any(part in left_out for part in _with_parents(name)):
+        of_layer = name.endswith((".paca_delta", ".paca_indices", ".paca_scale"))  # experts' have their weight's path
+        if name in left_out or (not of_layer and any(part in left_out for part in _with_parents(name))):
             del state_dict[key]
 
 

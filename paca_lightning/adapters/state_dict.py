@@ -61,8 +61,8 @@ def _note_thawed(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     Checkpoints and adapters hold them from now on. A checkpoint with the whole base model tells nothing of that kind.
     """
     conversion = conversion_of(module)
-    layers = [path for path, _ in paca_layers(module)]
-    if conversion is None or any(f"{prefix}{path}.weight" in state_dict for path in layers):
+    layers = dict(paca_layers(module))
+    if conversion is None or any(prefix + layer.base_path(path) in state_dict for path, layer in layers.items()):
         return
     thawed = {id(p) for name, p in module.named_parameters() if f"{prefix}{name}" in state_dict and not p.requires_grad}
     if thawed and any(f"{prefix}{path}.paca_delta" in state_dict for path in layers):

@@ -28,7 +28,7 @@ class AdapterTensors:
 
     Attributes:
         indices: Shape (r,), int64, by layer path.
-        deltas: Shape (out_features, r), by layer path.
+        deltas: Shape (out_features, r), or (experts, out_features, r), by layer path.
         whole: Those of modules trained whole and what else had changed, by name.
     """
 
@@ -83,7 +83,7 @@ def checked_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike[str])
             raise PaCAError(
                 f"{file}: the delta of {path!r} is {delta.dtype}, no floating-point numbers. It is damaged."
             )
-        if delta.dim() != 2 or found["paca_indices"][path].dim() != 1:
+        if delta.dim() not in (2, 3) or found["paca_indices"][path].dim() != 1:
             shapes = tuple(delta.shape), tuple(found["paca_indices"][path].shape)
             raise PaCAError(f"{file}: delta and indices of {path!r} have shapes {shapes}, no matrix and list.")
     if (problem := implausible(tensors)) is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from paca_lightning.conversion.inventory import Inventory
+from paca_lightning.conversion.stacked import weight_name, weight_of
 from paca_lightning.layers.base import PaCALayer
 
 
@@ -21,10 +22,10 @@ def frozen_by_hand(
     """
 
     def trainable(module: nn.Module) -> bool:
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        weight = weight_of(module)
         if isinstance(module, PaCALayer) or weight is None or not weight.is_floating_point():
             return True  # quantized weights are never trainable
-        return was_trainable.get(f"{inventory.paths[module][0]}.weight", weight.requires_grad)
+        return was_trainable.get(weight_name(module, inventory.paths[module][0]), weight.requires_grad)
 
     frozen = [module for module in linears if not trainable(module)]
     if not frozen:

@@ -15,6 +15,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path, lies_in
 from paca_lightning.core.private.torch import non_persistent_buffers, storage_id
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.experts import expert_weights
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
@@ -29,7 +30,7 @@ class Inventory:
     Attributes:
         root: The model.
         paths: Every path of each module without wrappers' segments, the root's own empty one included. The first
-            path names the module.
+            path names the module. Stacked weights of experts are among them as if they were modules.
         base_models: The outermost Hugging Face models by path.
         base_path: Path of the one that names count from: the first that is trained, or the first of all.
         parameters: Each parameter once, by its first name.
@@ -126,6 +127,8 @@ def take_inventory(model: nn.Module) -> Inventory:
         if len(inventory.paths[module]) > 1:
             continue
         _note_tensors(inventory, module, path)
+        for name, weight in expert_weights(module):
+            inventory.paths[weight] = [f"{path}.{name}".lstrip(".")]
         if is_base_model(module) and not any(lies_in(path, outer) for outer in inventory.base_models):
             inventory.base_models[path] = module
         if isinstance(module, nn.MultiheadAttention):

@@ -13,6 +13,7 @@ from paca_lightning.conversion.learning_rates import remark_on
 from paca_lightning.conversion.targets import Resolution
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.layers.along import along_names
+from paca_lightning.layers.experts import PaCAExperts
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -29,11 +30,12 @@ class LayerRecord:
     r: int
     scaling: float
     delta_bytes: int
+    experts: int = 1
 
     @property
     def trainable(self) -> int:
         """Parameters trained in this layer."""
-        return self.out_features * self.r
+        return self.experts * self.out_features * self.r
 
 
 @dataclass
@@ -88,10 +90,11 @@ class ConversionReport:
         table.add_column("layers")
         for name in ("count", "shape", "r", "scaling", "trained"):
             table.add_column(name, justify="right")
-        kinds = Counter((lr.kind, lr.in_features, lr.out_features, lr.r, lr.scaling) for lr in self.layers)
-        for (kind, inputs, outputs, r, scaling), count in kinds.items():
-            trained = count * outputs * r
-            table.add_row(kind, str(count), f"{inputs} -> {outputs}", str(r), f"{scaling:g}", f"{trained:,}")
+        kinds = Counter((lr.kind, lr.experts, lr.in_features, lr.out_features, lr.r, lr.scaling) for lr in self.layers)
+        for (kind, experts, inputs, outputs, r, scaling), count in kinds.items():
+            trained = count * experts * outputs * r
+            shape = f"{experts} x " * (experts > 1) + f"{inputs} -> {outputs}"
+            table.add_row(kind, str(count), shape, str(r), f"{scaling:g}", f"{trained:,}")
         return Group(table, *self._notes())
 
     def _notes(self) -> list[str]:
@@ -148,6 +151,7 @@ def layer_records(inventory: Inventory) -> list[LayerRecord]:
             r=layer.r,
             scaling=layer.scaling,
             delta_bytes=layer.paca_delta.numel() * layer.paca_delta.element_size(),
+            experts=layer.experts if isinstance(layer, PaCAExperts) else 1,
         )
         for path, layer in inventory.layers.items()
     ]
@@ -170,7 +174,7 @@ def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) 
         trainable_parameters=deltas + beside,
         total_parameters=deltas
         + sum(parameter.numel() for parameter in base.values())
-        + sum(layer.in_features * layer.out_features for layer in layers.values()),
+        + sum(layer.paca_delta.numel() // layer.r * layer.in_features for layer in layers.values()),
     )
 
 
@@ -187,7 +191,7 @@ def _base_parameters(inventory: Inventory) -> Iterator[tuple[str, nn.Parameter]]
     layers = inventory.layers
     for name, parameter in inventory.parameters.items():
         path, _, own_name = name.rpartition(".")
-        if path not in layers or own_name == "bias":
+        if name not in layers and (path not in layers or own_name == "bias"):
             yield name, parameter
 
 

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.experts import ExpertWeight
 from paca_lightning.layers.linear import PaCAConv1D
 from paca_lightning.layers.linear4bit import from_linear4bit
 from paca_lightning.layers.nf4 import dequantize_rows, squared_errors
@@ -47,9 +48,12 @@ def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: st
         rows = dequantize_rows(packed, scales, 2 * packed.shape[1], dtype)
     elif layer_class is PaCAConv1D:
         rows = rows.t()
+    elif isinstance(module, ExpertWeight):
+        rows = module.rows()
     if selection == "quant_error":
         return squared_errors(rows, path)
-    return torch.linalg.vector_norm(rows, dim=0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    dims = tuple(range(rows.dim() - 1))
+    return torch.linalg.vector_norm(rows, dim=dims, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def calibrate(

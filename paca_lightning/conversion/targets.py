@@ -12,11 +12,13 @@ from paca_lightning.conversion.forward_check import computes_as_linear
 from paca_lightning.conversion.frozen_by_hand import frozen_by_hand
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.mismatch import no_match, nothing_matched
+from paca_lightning.conversion.stacked import experts_obstacle, weight_name, weight_of
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import matches, matches_wholly
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import is_expanded
+from paca_lightning.layers.experts import ExpertWeight, PaCAExperts
 from paca_lightning.layers.linear import PaCAConv1D, PaCALinear
 from paca_lightning.layers.linear4bit import linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4_linear import QPaCALinear
@@ -63,7 +65,7 @@ class Resolution:
 
 
 def base_class_of(module: nn.Module) -> type[nn.Module] | None:
-    """The linear class of a module: ``nn.Linear``, bitsandbytes' ``Linear4bit``, Hugging Face's ``Conv1D``, or None."""
+    """The linear class of a module: ``nn.Linear``, ``Linear4bit``, ``Conv1D``, stacked experts' weights, or None."""
     return next((base for base in _layer_classes() if isinstance(module, base)), None)
 
 
@@ -73,6 +75,7 @@ def _layer_classes() -> dict[type[nn.Module], type[PaCALayer]]:
     linear4bit = linear4bit_class()
     # Linear4bit is a subclass of nn.Linear, so it comes first.
     classes: dict[type[nn.Module] | None, type[PaCALayer]] = {
+        ExpertWeight: PaCAExperts,
         linear4bit: QPaCALinear,
         nn.Linear: PaCALinear,
         conv1d: PaCAConv1D,
@@ -113,11 +116,12 @@ def resolve(
     linears = {module: names[module] for module in names if isinstance(module, PaCALayer) or base_class_of(module)}
     result = Resolution(saved=_saved_modules(config, names, inventory))
     inside_saved = {child for module in result.saved.values() for child in module.modules()}
+    inside_saved |= {m for m in linears if isinstance(m, ExpertWeight) and m.owner in inside_saved}
     chosen = _chosen(config, linears, inventory)
     leaves = {m: n for m, n in names.items() if next(m.children(), None) is None}  # norms, too
     excludable = leaves | linears if config.train_norms or config.train_biases else linears
     excluded = result.excluded = _matched_by(config.exclude_modules, excludable, "exclude_modules", inventory)
-    obstacles = {module: _obstacle(module, inventory) for module in linears}
+    obstacles = {module: _obstacle(module, inventory, config) for module in linears}
     if config.target_modules == ALL_LINEAR and not config.include_frozen:
         convertible = [m for m in linears if obstacles[m] is None and m not in excluded and m not in inside_saved]
         frozen, result.thawed = frozen_by_hand(inventory, convertible, was_trainable or {})
@@ -190,17 +194,20 @@ def _target(path: str, module: nn.Module, names: set[str], config: PaCAConfig) -
     return Target(path, module, layer_class, r, config.alpha_of(key_of(config.alpha_pattern), r))
 
 
-def _obstacle(module: nn.Module, inventory: Inventory) -> str | None:
+def _obstacle(module: nn.Module, inventory: Inventory, config: PaCAConfig) -> str | None:
     """The reason why a linear layer cannot be converted, or not unless it is named; None if it can."""
-    if module in inventory.unreachable:
-        return inventory.unreachable[module]
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    own_name = f"{inventory.paths[module][0]}.weight"
+    called = module.owner if isinstance(module, ExpertWeight) else module
+    if called in inventory.unreachable:
+        return inventory.unreachable[called]
+    weight = weight_of(module)
+    own_name = weight_name(module, inventory.paths[module][0])
     ties = [name for name in inventory.owners.get(weight, ()) if name != own_name] if weight is not None else []
     if ties:
         return f"weight tied to {ties[0]}"
     if module in inventory.heads.all:
         return CLASS_HEAD if module in inventory.heads.over_classes else OUTPUT_HEAD
+    if isinstance(module, ExpertWeight) and (obstacle := experts_obstacle(module, config)) is not None:
+        return obstacle
     if isinstance(module, PaCALayer):
         return None
     if parametrize.is_parametrized(module) or weight is None:
@@ -208,7 +215,7 @@ def _obstacle(module: nn.Module, inventory: Inventory) -> str | None:
         return "its weight has a pruning mask" if masked else "its weight is parametrized"
     base_class = base_class_of(module)
     assert base_class is not None
-    if "forward" in vars(module) or not computes_as_linear(module, base_class):
+    if base_class is not ExpertWeight and ("forward" in vars(module) or not computes_as_linear(module, base_class)):
         return f"{type(module).__name__} has a forward of its own"
     if base_class is linear4bit_class():
         return linear4bit_obstacle(module)

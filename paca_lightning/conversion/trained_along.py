@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from paca_lightning.conversion.inventory import Inventory
+from paca_lightning.conversion.stacked import weight_name
 from paca_lightning.conversion.targets import Resolution, base_class_of
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
@@ -48,7 +49,7 @@ def find_trained_along(
     def trainable(name: str) -> bool:
         return was_trainable.get(name, inventory.parameters[name].requires_grad)
 
-    weights = [name for target in targets if (name := f"{target.path}.weight") in inventory.parameters]
+    weights = [name for t in targets if (name := weight_name(t.module, t.path)) in inventory.parameters]
     frozen_as_a_whole = config.include_frozen or not any(trainable(name) for name in weights)
     found: dict[nn.Module, list[str]] = {}
     for module, (path, *_) in inventory.paths.items():

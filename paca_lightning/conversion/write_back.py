@@ -21,6 +21,7 @@ from paca_lightning.conversion.optimizers import (
 )
 from paca_lightning.core.dtensor import is_first_rank, is_sharded, local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer, paca_layers
 from paca_lightning.layers.columns import check_not_parametrized
 from paca_lightning.layers.fused_write import ColumnWriter
@@ -104,7 +105,7 @@ class _WriteBack:
         self.write()
         if self._first:  # after the write, every delta is this rank's own, which has the gradient
             self._first = False
-            _warn_of_idle([path for path, layer in self._layers.items() if layer.paca_delta.grad is None])
+            _warn_of_idle([clean_path(path) for path, layer in self._layers.items() if layer.paca_delta.grad is None])
 
     def write(self) -> None:
         """Write the columns now."""
@@ -183,8 +184,9 @@ def _check_layers(model: nn.Module, layers: dict[str, PaCALayer], inventory: Inv
                 "by rows. Leave the layer whole, or shard it with fully_shard."
             )
     for path, layer in inventory.layers.items():
-        own_name = f"{path}.{layer.base_name}".lstrip(".")  # the model may be the layer itself
-        if others := [name for name in inventory.owners[layer.get_parameter(layer.base_name)] if name != own_name]:
+        own_name = layer.base_path(path)
+        owners = inventory.owners[layer.base]  # type: ignore[index]
+        if others := [name for name in owners if name != own_name]:
             raise PaCAError(
                 f"{own_name!r} shares its memory with {others[0]!r} since the conversion: columns written into one "
                 "would change the other. Tie weights before the conversion, which leaves them frozen."

@@ -27,7 +27,7 @@ class PaCAConfig:
         r: Rank: how many input columns of each weight are trained. Trainable parameters grow with it.
         alpha: Numerator of the scaling ``alpha / r``. Default: ``r``, a scaling of 1. Adam moves a column by about
             ``scaling * lr`` each step.
-        target_modules: ``"all-linear"`` (all linear layers but the output head), a list of names
+        target_modules: ``"all-linear"`` (all linear layers and stacked experts, but the output head), a list of names
             (``["q_proj", "v_proj"]``), or one regular expression that must match the whole path.
         exclude_modules: Names or regular expressions of modules to leave alone.
         rank_pattern: Ranks that differ from ``r``, by name or regular expression.

@@ -9,13 +9,17 @@ from paca_lightning.core.private.torch import WRAPPER_SEGMENTS
 MATCH_SECONDS = 0.5
 """Of CPU time for one pattern on one path, which takes microseconds unless the pattern backtracks without end."""
 
+EXPERT_COLUMNS = "paca_columns_of_"
+"""Begins the name of a layer beside a stacked parameter of experts. Its path is that of the parameter, without this."""
+
 LOCAL_FOLDERS = ("adapters", "checkpoints", "configs", "data", "datasets", "models", "output", "outputs", "runs")
 """Folders of projects, as ours has them: ``models/tiny`` is a path, though it is spelled as the hub's owner/name."""
 
 
 def clean_path(path: str) -> str:
-    """A module's path without the segments that wrappers add."""
-    return ".".join(segment for segment in path.split(".") if segment not in WRAPPER_SEGMENTS)
+    """A module's path without the segments that wrappers add. Of experts' columns, it is the parameter's path."""
+    segments = (segment.removeprefix(EXPERT_COLUMNS) for segment in path.split("."))
+    return ".".join(segment for segment in segments if segment not in WRAPPER_SEGMENTS)
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -1,7 +1,8 @@
 """What computes: the gradient tap and the layers that it trains.
 
-``autograd`` has the maths, ``base`` what all layers share, ``linear`` and ``nf4_linear`` the layers. ``nf4`` is the
-codec, ``linear4bit`` adopts bitsandbytes' layers, ``plain`` serves torch.func, and ``write_watch`` finds stale weights.
+``autograd`` has the maths, ``base`` what all layers share, ``linear`` and ``nf4_linear`` the layers; ``experts`` and
+``expert_taps`` do the same for stacked experts. ``nf4`` is the codec, ``linear4bit`` adopts bitsandbytes' layers,
+``plain`` serves torch.func, and ``write_watch`` finds stale weights.
 May import ``core`` only. bitsandbytes stays in ``bitsandbytes`` and ``linear4bit``, imported at first use.
 Limits: a layer takes flat arguments and knows nothing of configs, models or Lightning.
 """

@@ -73,6 +73,10 @@ class PaCALayer(nn.Module):
         """What the delta is multiplied by in the weight: the scaling, times each column's step."""
         return column_factor(self.scaling, self.paca_scale)
 
+    def base_path(self, path: str) -> str:
+        """Name of the base parameter, where the layer has a path."""
+        return f"{path}.{self.base_name}".lstrip(".")  # the model may be the layer itself
+
     @classmethod
     def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
         """Turn a linear layer into one of this class, in place.
@@ -98,8 +102,7 @@ class PaCALayer(nn.Module):
         self.register_buffer("paca_scale", None)
         self.paca_base_columns = nn.Parameter(self._read_columns(), requires_grad=False)
         dtype = torch.promote_types(self.paca_base_columns.dtype, torch.float32)
-        shape = (self.out_features, self.r)
-        self.paca_delta = nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.base.device))
+        self.paca_delta = nn.Parameter(torch.zeros_like(self.paca_base_columns, dtype=dtype))
         if self.keeps_weight:
             note_written(self, self.paca_delta)
 
@@ -130,11 +133,11 @@ class PaCALayer(nn.Module):
 
     def _read_columns(self, indices: Tensor | None = None) -> Tensor:
         """Columns of this rank's rows of the weight, shape (rows, r). Default: the selected ones."""
-        return self._rows().index_select(1, (self.paca_indices if indices is None else indices).to(self.base.device))
+        return self._rows().index_select(-1, (self.paca_indices if indices is None else indices).to(self.base.device))
 
     def _put_columns(self, columns: Tensor) -> None:
         """Overwrite the selected columns of this rank's rows of the weight, shape (rows, r)."""
-        self._rows().index_copy_(1, self.paca_indices.to(self.base.device), columns.to(self.base.dtype))
+        self._rows().index_copy_(-1, self.paca_indices.to(self.base.device), columns.to(self.base.dtype))
 
     @torch.no_grad()
     def write_columns(self) -> None:
@@ -154,11 +157,7 @@ class PaCALayer(nn.Module):
 
     @torch.no_grad()
     def move_to_columns(self, indices: Tensor) -> None:
-        """Train other columns from now on. The delta stays, and the previous columns are restored.
-
-        Args:
-            indices: The new columns, shape (r,).
-        """
+        """Train other columns (r,) from now on. The delta stays, and the previous columns are restored."""
         if torch.equal(indices, self.paca_indices):
             return  # the base columns may be more precise than the weight
         self.restore_columns()
@@ -237,7 +236,7 @@ class PaCALayer(nn.Module):
 
     def _check_loaded(self, state_dict: dict[str, Any], prefix: str, path: str) -> None:
         delta, indices = (state_dict.get(prefix + name) for name in ("paca_delta", "paca_indices"))
-        check_loaded_columns(delta, indices, (self.out_features, self.in_features, self.r), path=path)
+        check_loaded_columns(delta, indices, self.paca_delta.shape, self.in_features, path=path)
 
     def _describe(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"

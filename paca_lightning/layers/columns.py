@@ -1,6 +1,7 @@
 """Choosing columns: pure functions from seeds and scores to indices, and checks of indices."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,27 +120,27 @@ def check_not_parametrized(layer: nn.Module, weight: Tensor, path: str) -> None:
 
 
 def check_loaded_columns(
-    delta: Tensor | None, indices: Tensor | None, sizes: tuple[int, int, int], *, path: str
+    delta: Tensor | None, indices: Tensor | None, shape: Sequence[int], in_features: int, *, path: str
 ) -> None:
     """Raise unless a state dict has both delta and indices of a layer or neither, and they fit.
 
     Args:
         delta: Its delta for the layer, if it has one.
         indices: Its indices for the layer, if it has some.
-        sizes: The layer's out_features, in_features and r.
+        shape: Of the layer's delta.
+        in_features: Of the layer.
         path: Names the layer in the error.
 
     Raises:
         PaCAError: If they do not fit.
     """
-    out_features, in_features, r = sizes
     if (delta is None) != (indices is None):
         present, missing = ("paca_delta", "paca_indices") if indices is None else ("paca_indices", "paca_delta")
         raise PaCAError(f"The checkpoint has {present} of {path!r} but not its {missing}. It is incomplete.")
-    if delta is not None and tuple(delta.shape) != (out_features, r):
+    if delta is not None and tuple(delta.shape) != tuple(shape):
         raise PaCAError(
-            f"The delta of {path!r} has shape {tuple(delta.shape)} in the checkpoint and {(out_features, r)} in the "
+            f"The delta of {path!r} has shape {tuple(delta.shape)} in the checkpoint and {tuple(shape)} in the "
             "model. Use the rank and the base model it was trained with."
         )
     if indices is not None and not indices.is_meta:
-        check_indices(local(indices), in_features, r, path=path)
+        check_indices(local(indices), in_features, shape[-1], path=path)

@@ -26,6 +26,6 @@ def base_columns_at(layer: PaCALayer, indices: Tensor) -> Tensor:
     columns = layer._read_columns(indices)
     if layer.keeps_weight:  # which holds the trained values of the present columns
         where = (indices[:, None] == layer.paca_indices[None, :]).nonzero()
-        own = local(layer.paca_base_columns).index_select(1, where[:, 1])
-        columns.index_copy_(1, where[:, 0], own.to(columns.dtype))
+        own = local(layer.paca_base_columns).index_select(-1, where[:, 1])
+        columns.index_copy_(-1, where[:, 0], own.to(columns.dtype))
     return sharded_like(columns, layer.paca_base_columns, layer.paca_base_columns.shape)

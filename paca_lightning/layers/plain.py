@@ -37,9 +37,9 @@ def with_columns(
     """A new weight with the trained columns, differentiable with respect to the delta.
 
     Args:
-        weight: Shape (out_features, in_features), or its transpose.
-        columns: Base columns, shape (out_features, r).
-        delta: Update of the columns, shape (out_features, r). None: the weight as it is.
+        weight: Shape (out_features, in_features), or its transpose; or one for each of several experts.
+        columns: Base columns, shape (out_features, r), or one for each expert.
+        delta: Update of the columns, shaped like them. None: the weight as it is.
         indices: Selected columns, shape (r,), int64.
         scaling: ``alpha / r``, or a number for each column, shape (r,).
         transposed: Whether the weight is the transpose.
@@ -55,7 +55,7 @@ def with_columns(
             "torch.func.vmap over torch.func.grad, with the deltas passed to torch.func.functional_call."
         )
     trained = trained_columns(columns, delta, scaling).to(weight.dtype)
-    return weight.index_copy(0, indices, trained.t()) if transposed else weight.index_copy(1, indices, trained)
+    return weight.index_copy(-2, indices, trained.mT) if transposed else weight.index_copy(-1, indices, trained)
 
 
 def on_jagged_rows(forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:

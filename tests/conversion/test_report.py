@@ -32,7 +32,8 @@ def test_fused_experts_and_routers_are_named() -> None:
         num_key_value_heads=2,
         num_local_experts=4,
     )
-    report = apply_paca(MixtralForCausalLM(config), PaCAConfig(r=4))
+    left = PaCAConfig(r=4, exclude_modules=["experts.gate_up_proj", "experts.down_proj"])
+    report = apply_paca(MixtralForCausalLM(config), left)
     experts = 2 * 4 * 3 * 64 * 96
     kind = "3-D parameters that no linear layer holds (fused experts are such)"
     assert shares(report)[kind] == experts

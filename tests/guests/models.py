@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paca_lightning import PaCAConfig
 from tests.guests.timm_import import import_timm
+from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
 
 IDS = torch.randint(3, 60, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -200,7 +201,20 @@ MODELS: dict[str, Guest] = {
     "GPT-2 (transposed layers)": Guest(gpt2, language_loss, HF, 8),
     "Falcon (linear layers with a forward of their own)": Guest(falcon, language_loss, HF, 8),
     "Gemma 2": Guest(gemma, language_loss, HF, 14),
-    "Mixtral (fused experts stay frozen)": Guest(mixtral, language_loss, HF, 8),
+    "Mixtral, with its experts": Guest(mixtral, language_loss, HF, 12),
+    "Mixtral, experts alone": Guest(
+        mixtral, language_loss, HF, 4, PaCAConfig(r=2, target_modules=["experts.gate_up_proj", "experts.down_proj"])
+    ),
+    **{
+        f"{name}, with its experts": Guest(functools.partial(tiny_moe, kind), language_loss, HF, layers)
+        for kind, (name, layers) in {
+            "qwen2_moe": ("Qwen2-MoE", 20),
+            "qwen3_moe": ("Qwen3-MoE", 12),
+            "deepseek_v2": ("DeepSeek-V2", 18),
+            "deepseek_v3": ("DeepSeek-V3", 18),
+            "gpt_oss": ("GPT-OSS", 12),
+        }.items()
+    },
     "Mamba (`dt_proj`, whose weight it reads without calling it, stays frozen)": Guest(mamba, language_loss, HF, 6),
     "T5": Guest(t5, language_loss, HF, 32),
     "Whisper": Guest(whisper, speech_loss, HF, 16),

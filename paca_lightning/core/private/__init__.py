@@ -36,13 +36,20 @@ OVERRIDES = (
     Override(
         ("torch.nn.Module",),
         "_apply",
-        ("layers.base", "layers.nf4_linear", "tasks.metrics", "tasks.wide_buffers", "tools.memory.baselines"),
+        (
+            "layers.base",
+            "layers.experts",
+            "layers.nf4_linear",
+            "tasks.metrics",
+            "tasks.wide_buffers",
+            "tools.memory.baselines",
+        ),
         "to(), half(), cuda() and Lightning's precision plugins all call it, and fp32 tensors stay wide in it",
     ),
     Override(
         ("torch.nn.Module",),
         "_load_from_state_dict",
-        ("layers.base",),
+        ("layers.base", "layers.experts"),
         "PyTorch documents it for subclasses: it loads a layer's own tensors, whose hooks cannot reorder them",
     ),
     Override(

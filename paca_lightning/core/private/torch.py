@@ -104,12 +104,12 @@ def clear_load_hooks(module: nn.Module) -> None:
     module._load_state_dict_post_hooks.clear()
 
 
-def apply_to_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """Replace every parameter, gradient and buffer in a module by ``fn`` of it.
+def apply_to_tensors(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
+    """Replace every parameter, gradient and buffer in a module, or of its own, by ``fn`` of it.
 
     ``Module.to_empty`` does this for all tensors, and ``fn`` may choose some.
     """
-    module._apply(fn)
+    module._apply(fn, recurse)
 
 
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:

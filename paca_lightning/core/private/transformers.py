@@ -6,6 +6,19 @@ from typing import Any
 
 from torch import nn
 
+GROUPED_PRODUCTS = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
+"""Names of the functions by which experts multiply sorted tokens: PyTorch's, what it calls, and transformers' own."""
+
+
+def experts_implementation(config: Any) -> str | None:
+    """The forward of experts that a model runs: the public argument can be set, but not read."""
+    return getattr(config, "_experts_implementation", None)
+
+
+def splits_experts(module: nn.Module) -> bool:
+    """Whether transformers has spread a module's experts over devices; it tells nobody else."""
+    return bool(getattr(module, "_is_expert_parallel", False))
+
 
 def is_pretrained_model(module: nn.Module) -> bool:
     """Whether a module is a Hugging Face model, told without importing transformers."""

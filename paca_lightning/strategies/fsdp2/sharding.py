@@ -10,8 +10,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private.transformers import is_pretrained_model
 from paca_lightning.layers.base import PaCALayer
+from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.layers.linear import PaCAConv1D
 from paca_lightning.layers.nf4_linear import QPaCALinear
 
@@ -194,6 +196,11 @@ def _check_parameters(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise PaCAError(f"{path!r} is wrapped in FSDP1. Remove it: strategy='paca_fsdp2' shards the model.")
+        if isinstance(module, PaCAExperts):
+            raise PaCAError(
+                f"{clean_path(path)!r} has the weights of stacked experts, whose columns cannot be sharded yet. Leave "
+                "them frozen, exclude_modules=['experts.gate_up_proj', 'experts.down_proj'], or use strategy='ddp'."
+            )
         if isinstance(module, PaCAConv1D):
             raise PaCAError(
                 f"The weight of {path!r} (Hugging Face's Conv1D) is transposed, so that its rows are not those of its "

@@ -17,8 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.layers.bitsandbytes import check_hpu_backend
+from paca_lightning.layers.experts import PaCAExperts
 
 SUPPORTED_PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 
@@ -52,9 +54,14 @@ class HPUStrategyMixin(Strategy):
         """Check that bitsandbytes supports NF4 on HPUs if the model has such layers, then set up as Lightning does.
 
         Raises:
-            PaCAError: If there are NF4 layers and bitsandbytes is too old for HPUs.
+            PaCAError: If there are NF4 layers and bitsandbytes is too old for HPUs, or columns of stacked experts.
         """
         assert self.model is not None
+        if path := next((path for path, layer in paca_layers(self.model) if isinstance(layer, PaCAExperts)), None):
+            raise PaCAError(
+                f"{clean_path(path)!r} has the weights of stacked experts, whose columns were never trained on HPUs. "
+                "Leave them frozen: exclude_modules=['experts.gate_up_proj', 'experts.down_proj']."
+            )
         if any(layer.base_name == "packed" for _, layer in paca_layers(self.model)):
             check_hpu_backend()
         super().setup(trainer)

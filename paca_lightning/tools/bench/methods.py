@@ -14,10 +14,9 @@ from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, fi
 from paca_lightning.conversion.convert import apply_paca
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.linear4bit_base import quantize_targets
-from paca_lightning.conversion.targets import Target, resolve
+from paca_lightning.conversion.targets import Target, in_features_of, resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.layers.linear import PaCAConv1D
 
 FLOOR = "floor"
 QFLOOR = "qfloor"
@@ -230,10 +229,9 @@ def _features(base: nn.Module) -> tuple[int, int]:
     """Sums of the input and output features of all layers that PaCA would train."""
     inputs = outputs = 0
     for target in resolve(take_inventory(base), PaCAConfig()).targets:
-        rows, columns = target.module.get_parameter("weight").shape
-        transposed = target.layer_class is PaCAConv1D
-        inputs += rows if transposed else columns
-        outputs += columns if transposed else rows
+        columns = in_features_of(target.module)
+        inputs += columns
+        outputs += target.module.get_parameter("weight").numel() // columns  # of all experts, if they are stacked
     return inputs, outputs
 
 

@@ -1,5 +1,7 @@
 """Canaries for the private APIs of transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from paca_lightning.core.private import transformers as private
 from tests.core.private.canary import canary, check_coverage
+from tests.moe import tiny_moe
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -49,6 +52,30 @@ def test_attention_of() -> None:
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         assert private.attention_of(model.config) == implementation
+
+
+@canary("transformers.experts_implementation", "transformers.splits_experts", "transformers.GROUPED_PRODUCTS")
+def test_experts_say_how_they_compute() -> None:
+    model = tiny_moe("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    for implementation in ("eager", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        assert private.experts_implementation(experts.config) == implementation
+    assert not private.splits_experts(experts)
+    experts._is_expert_parallel = True
+    assert private.splits_experts(experts)
+    products = []
+
+    class Weight:
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> None:
+            products.append(func.__name__)
+
+    ends = torch.tensor([1, 3], dtype=torch.int32)
+    nn.functional.grouped_mm(torch.zeros(3, 4), Weight(), offs=ends)  # type: ignore[arg-type]
+    torch.ops.transformers.grouped_mm_fallback(torch.zeros(3, 4), Weight(), offs=ends)
+    assert set(products) <= private.GROUPED_PRODUCTS
+    assert len(set(products)) == 2
 
 
 @canary("transformers.packing_not_detected")
