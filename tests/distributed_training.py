@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, disable_paca, paca_layers, write_columns
 from paca_lightning.core.dtensor import local
+from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
+from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
 
 TOKENS = 16
@@ -34,6 +36,7 @@ class TinyChat(LightningModule):
         dtype: torch.dtype = torch.float32,
         by_step: bool = False,
         directory: Path | None = None,
+        experts: str | None = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
@@ -41,6 +44,7 @@ class TinyChat(LightningModule):
         self.dtype_ = dtype
         self.by_step = by_step  # a step's data depends on its number alone: Lightning replays a plain DataLoader
         self.directory = directory
+        self.experts = experts  # the kind of a mixture of experts
         self.losses: list[float] = []
         self.ranks_of_one = 1
         self.model: nn.Module | None = self._build() if in_init else None
@@ -53,6 +57,8 @@ class TinyChat(LightningModule):
             return model
         if self.directory:
             return AutoModelForCausalLM.from_pretrained(self.directory).train()
+        if self.experts:
+            return tiny_moe(self.experts, vocab_size=383)
         return tiny_llama(**self.overrides).to(self.dtype_)
 
     def configure_model(self) -> None:
@@ -152,7 +158,8 @@ def whole_deltas(module: nn.Module) -> dict[str, Tensor]:
         delta = layer.paca_delta.detach()
         deltas[path] = (delta.full_tensor() if hasattr(delta, "full_tensor") else delta).clone()
         if layer.base_name == "weight":
-            columns = local(layer.weight)[:, layer.paca_indices]
+            rows = local(layer.weight)
+            columns = (layer.rows(rows) if isinstance(layer, PaCAExperts) else rows)[..., layer.paca_indices]
             expected = local(layer.paca_base_columns) + layer.scaling * local(layer.paca_delta)
             assert torch.equal(columns, expected.to(columns.dtype))
     return deltas

@@ -43,6 +43,16 @@ STRATEGIES = [
     ("`paca_fsdp2` on two ranks", "equal to one process", "test_two_ranks_equal_one_process"),
     ("`paca_fsdp2` on four ranks", "equal to one process", "test_four_ranks_equal_one_process"),
     ("`paca_fsdp2`, then one device, and back", "resume", "test_resume_a_file_on_a_single_device_and_back"),
+    (
+        "`paca_fsdp2` on two ranks, with stacked experts (Mixtral, Qwen3-MoE, DeepSeek-V3, GPT-OSS)",
+        "equal to one process",
+        "test_experts_on_two_ranks_train_as_on_one",
+    ),
+    (
+        "`paca_fsdp2`, from files that hold each expert by itself (Mixtral, DeepSeek-V2)",
+        "equal to from_pretrained",
+        "test_each_rank_fills_its_experts",
+    ),
     ("`hpu_ddp` on two simulated cards", "equal to one CPU", "test_two_cards_compute_what_one_cpu_computes"),
     ("every precision of Lightning on a CPU", "fit", "test_precisions"),
 ]

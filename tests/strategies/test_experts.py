@@ -1,4 +1,4 @@
-"""Strategies that have not been tried with stacked experts refuse them before training."""
+"""A strategy that has not been tried with stacked experts refuses them before training."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca
-from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
 from paca_lightning.strategies.hpu.mixins import HPUStrategyMixin
 from tests.moe import tiny_moe
 
@@ -17,11 +16,3 @@ def test_stacked_experts_are_refused_on_hpus() -> None:
     strategy: Any = SimpleNamespace(model=model)
     with pytest.raises(PaCAError, match=r"'model\.layers\.0\.mlp\.experts\.gate_up_proj' has .* never trained on HPUs"):
         HPUStrategyMixin.setup(strategy, SimpleNamespace())  # type: ignore[arg-type]
-
-
-def test_stacked_experts_are_refused_by_fsdp2() -> None:
-    model = tiny_moe("mixtral")
-    apply_paca(model, PaCAConfig(r=2))
-    mesh: Any = SimpleNamespace()
-    with pytest.raises(PaCAError, match="whose columns cannot be sharded yet"):
-        shard(model, mesh, [], ShardingOptions())

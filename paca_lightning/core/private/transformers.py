@@ -1,10 +1,13 @@
 """Private APIs of transformers (read in 5.23)."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 GROUPED_PRODUCTS = frozenset({"grouped_mm", "_grouped_mm", "grouped_mm_fallback"})
 """Names of the functions by which experts multiply sorted tokens: PyTorch's, what it calls, and transformers' own."""
@@ -18,6 +21,79 @@ def experts_implementation(config: Any) -> str | None:
 def splits_experts(module: nn.Module) -> bool:
     """Whether transformers has spread a module's experts over devices; it tells nobody else."""
     return bool(getattr(module, "_is_expert_parallel", False))
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """A tensor of a model that a checkpoint holds in parts, one or several for each of its rows on dim 0.
+
+    Attributes:
+        rule: Of transformers, that makes the tensor.
+        parts: Names in the checkpoint, those of one kind in the order of the rows, by kind.
+    """
+
+    rule: Any
+    parts: dict[str, list[str]] = field(default_factory=dict)
+
+    @staticmethod
+    def can_follow(rule: Any) -> bool:
+        """Whether a rule stacks tensors on dim 0, and then works on each of them alone."""
+        first, *others = rule.operations
+        dims = [dim for each in others for dim in (getattr(each, name, 1) for name in ("dim", "dim0", "dim1"))]
+        known = all(type(each).__name__ in ("Concatenate", "Transpose") for each in others)
+        return type(first).__name__ == "MergeModulelist" and first.dim == 0 and known and 0 not in dims
+
+    def merge(self, parts: dict[str, list[Tensor]]) -> Tensor:
+        """Some rows of the tensor, from the parts of these rows."""
+        found: Any = dict(parts)
+        patterns = {"source_patterns": self.rule.source_patterns, "target_patterns": self.rule.target_patterns}
+        for operation in self.rule.operations:
+            found = operation.convert(found, **patterns)
+        (tensor,) = found.values()
+        result: Tensor = tensor[0] if isinstance(tensor, list) else tensor
+        return result
+
+
+def names_in_model(
+    model: nn.Module, names: Sequence[str], wanted: Container[str]
+) -> tuple[dict[str, str], dict[str, MergedTensor]]:
+    """How transformers reads tensors of a checkpoint that a model has under other names, or merged into one tensor.
+
+    ``from_pretrained`` applies these rules to whole tensors; it has no public way to some rows of them. Rules that do
+    more than stack experts, and then work on each of them alone, are left out.
+
+    Args:
+        model: A Hugging Face model.
+        names: Of the checkpoint's tensors.
+        wanted: Of the model's.
+
+    Returns:
+        The checkpoint's name by the model's, for tensors of other names; and the merged tensors by the model's name.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import core_model_loading as loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if isinstance(model, FSDPModule):  # whose class is one of FSDP2, which transformers takes for custom code
+        with torch.device("meta"):
+            model = type(model)(copy.deepcopy(model.config))
+    rules = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    renamed: dict[str, str] = {}
+    merged: dict[str, MergedTensor] = {}
+    for name in sorted(names, key=loading.dot_natural_key):
+        if name in wanted:
+            continue
+        target, pattern = loading.rename_source_key(name, renamings, converters)
+        if target not in wanted:
+            continue
+        if pattern is None:
+            renamed[target] = name
+        elif MergedTensor.can_follow(rule := by_pattern[pattern]):
+            merged.setdefault(target, MergedTensor(rule)).parts.setdefault(pattern, []).append(name)
+    return renamed, merged
 
 
 def is_pretrained_model(module: nn.Module) -> bool:

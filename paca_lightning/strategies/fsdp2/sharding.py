@@ -10,7 +10,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private.transformers import is_pretrained_model
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.experts import PaCAExperts
@@ -69,7 +68,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
     # The root is gathered for the whole of a step, within which disable_paca may write columns: PaCA layers elsewhere
     # are units of their own.
     inside = {child for unit in units for root in unit.modules for child in root.modules()}
-    elsewhere = [m for m in model.modules() if isinstance(m, PaCALayer) and m not in inside]
+    layers = [m for m in model.modules() if isinstance(m, PaCALayer) and m not in inside]
+    elsewhere = list(dict.fromkeys(m.owner if isinstance(m, PaCAExperts) else m for m in layers))
     units += [_Unit([layer], options.reshard_after_forward) for layer in elsewhere]
     units += [_Unit([module], options.reshard_after_forward) for module in _pretrained_models(model)]
     units.append(_Unit([model], False))
@@ -196,11 +196,6 @@ def _check_parameters(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise PaCAError(f"{path!r} is wrapped in FSDP1. Remove it: strategy='paca_fsdp2' shards the model.")
-        if isinstance(module, PaCAExperts):
-            raise PaCAError(
-                f"{clean_path(path)!r} has the weights of stacked experts, whose columns cannot be sharded yet. Leave "
-                "them frozen, exclude_modules=['experts.gate_up_proj', 'experts.down_proj'], or use strategy='ddp'."
-            )
         if isinstance(module, PaCAConv1D):
             raise PaCAError(
                 f"The weight of {path!r} (Hugging Face's Conv1D) is transposed, so that its rows are not those of its "

@@ -19,9 +19,11 @@ from paca_lightning.core.private.torch import non_persistent_buffers
 from paca_lightning.core.private.transformers import ignored_keys
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import largest_indices
+from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.layers.nf4 import CHUNK, quantize_rows, squared_errors
 from paca_lightning.layers.nf4_linear import QPaCALinear
 from paca_lightning.strategies.fsdp2.agreeing import check_same_files, raise_on_all_ranks
+from paca_lightning.strategies.fsdp2.merged_rows import ModelReader
 from paca_lightning.strategies.fsdp2.rows import RowReader
 from paca_lightning.strategies.fsdp2.sharding import local_rows
 
@@ -35,9 +37,9 @@ class _Destination:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.layer is None:
-            return tuple(self.tensor.shape)
-        return self.layer.out_features, self.layer.in_features
+        if isinstance(self.layer, QPaCALinear):
+            return self.layer.out_features, self.layer.in_features
+        return tuple(self.tensor.shape)
 
     @property
     def rows(self) -> slice:
@@ -63,7 +65,8 @@ class _Destination:
         else:
             tensor.copy_(rows)
         # From the rows as read, which are more precise than a quantized or narrower weight.
-        local(self.layer.paca_base_columns).copy_(rows.index_select(1, self.layer.paca_indices.to(rows.device)))
+        columns = _rows_of(self.layer, rows).index_select(-1, self.layer.paca_indices.to(rows.device))
+        local(self.layer.paca_base_columns).copy_(columns)
         local(self.layer.paca_delta).zero_()
 
 
@@ -89,8 +92,9 @@ def stream(model: nn.Module, directory: str | Path) -> RowReader:
     destinations: dict[str, _Destination] = {}
     failure: PaCAError | None = None
     try:
-        reader = RowReader(directory)
-        destinations = _matched(model, reader)
+        wanted = dict(_destinations(model))
+        reader = ModelReader(directory, model, wanted)
+        destinations = _matched(model, reader, wanted)
     except PaCAError as error:
         failure = error
     raise_on_all_ranks(failure)
@@ -121,13 +125,12 @@ def _fill(reader: RowReader, destinations: dict[str, _Destination]) -> PaCAError
     return failure
 
 
-def _matched(model: nn.Module, reader: RowReader) -> dict[str, _Destination]:
+def _matched(model: nn.Module, reader: RowReader, wanted: dict[str, _Destination]) -> dict[str, _Destination]:
     """Destinations by name, in the order of the files.
 
     Raises:
         PaCAError: If the checkpoint lacks a tensor, has one that the model lacks, or has one of another shape.
     """
-    wanted = dict(_destinations(model))
     found = {name: wanted[name] for name in reader.names if name in wanted}
     for name, destination in found.items():
         if reader.shape(name) != destination.shape:
@@ -154,6 +157,9 @@ def _destinations(model: nn.Module) -> Iterator[tuple[str, _Destination]]:
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{clean_path(path)}." if path else ""
         if isinstance(module, PaCALayer):
+            if isinstance(module, PaCAExperts):  # it comes after the module that holds the parameter
+                yield module.base_path(clean_path(path)), _Destination(module.base, module)
+                continue
             if not issubclass(module.paca_base_class, nn.Linear):
                 raise PaCAError(
                     f"{path!r} was a {module.paca_base_class.__name__}, whose weight is transposed, so it cannot be "
@@ -185,7 +191,11 @@ def _choose_columns(layer: PaCALayer, rows: Tensor, name: str) -> None:
     failure: PaCAError | None = None
     scores = torch.zeros(layer.in_features, device=rows.device)
     try:
-        scores += squared_errors(rows, name) if selection == "quant_error" else _squared_norms(rows)
+        scores += (
+            squared_errors(rows, name)
+            if selection == "quant_error"
+            else _squared_norms(_rows_of(layer, rows).flatten(0, -2))
+        )
     except PaCAError as error:
         failure = error
     if isinstance(layer.base, DTensor):
@@ -194,6 +204,11 @@ def _choose_columns(layer: PaCALayer, rows: Tensor, name: str) -> None:
     if failure:
         raise failure
     layer.paca_indices.copy_(largest_indices(scores, layer.r))
+
+
+def _rows_of(layer: PaCALayer, weight: Tensor) -> Tensor:
+    """A view of some rows of a layer's weight that ends with (out_features, in_features)."""
+    return layer.rows(weight) if isinstance(layer, PaCAExperts) else weight
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

@@ -78,6 +78,23 @@ def test_experts_say_how_they_compute() -> None:
     assert len(set(products)) == 2
 
 
+@canary("transformers.names_in_model")
+def test_tensors_of_a_checkpoint_have_the_models_names() -> None:
+    model = tiny_moe("mixtral", num_hidden_layers=1)
+    experts = "model.layers.0.block_sparse_moe.experts"
+    names = [f"{experts}.{expert}.w{part}.weight" for expert in (0, 10, 2) for part in (3, 2, 1)]
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    renamed, merged = private.names_in_model(model, [*names, gate, "lm_head.weight"], model.state_dict())
+    assert renamed == {"model.layers.0.mlp.gate.weight": gate}
+    assert set(merged) == {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    fused = merged["model.layers.0.mlp.experts.gate_up_proj"]
+    by_name = {sources[0][-9:-7]: kind for kind, sources in fused.parts.items()}
+    assert fused.parts[by_name["w1"]] == [f"{experts}.{expert}.w1.weight" for expert in (0, 2, 10)]
+    gates, ups = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    parts = {by_name["w1"]: list(gates), by_name["w3"]: list(ups)}
+    assert torch.equal(fused.merge(parts), torch.cat([gates, ups], dim=1))
+
+
 @canary("transformers.packing_not_detected")
 def test_packing_not_detected() -> None:
     model = tiny_llama().eval()
