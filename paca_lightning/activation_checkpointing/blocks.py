@@ -16,7 +16,8 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import storage_id
 from paca_lightning.core.private.transformers import block_classes
 
-CACHES = ("past_key_values", "past_key_value", "layer_past")
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What blocks call a key-value cache; the first since transformers 5.24."""
 
 
 def find_blocks(model: nn.Module, class_names: Iterable[str] | None = None) -> list[nn.Module]:

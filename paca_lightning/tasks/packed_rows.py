@@ -1,5 +1,6 @@
 """How a model is told the documents of packed rows."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers.masking_utils import create_masks_for_generate
 from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tasks.data.batch import TokenBatch, one_row
 
+_MASK_ARGUMENTS = inspect.signature(create_masks_for_generate).parameters.keys()
+
 
 def by_positions(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     """Positions restart in each document. transformers derives the attention within documents from them."""
@@ -20,15 +23,21 @@ def by_positions(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
 
 def by_masks(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     """As well as positions, the attention masks that the model would make from them if it looked (GPT-OSS, OPT)."""
+    ids = batch["input_ids"]
     # Only the shape, the dtype and the device of the embeddings count.
-    embeddings = torch.empty(1, dtype=model.dtype, device=batch["input_ids"].device)
-    masks = create_masks_for_generate(
-        config=model.config,
-        inputs_embeds=embeddings.expand(*batch["input_ids"].shape, 1),
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=batch["position_ids"],
-    )
+    embeddings = torch.empty(1, dtype=model.dtype, device=ids.device).expand(*ids.shape, 1)
+    arguments: dict[str, Any] = {
+        "config": model.config,
+        "inputs_embeds": embeddings,
+        "attention_mask": None,
+        "cache": None,
+        "position_ids": batch["position_ids"],
+        # What earlier releases of transformers call these, or ask for too.
+        "past_key_values": None,
+        "input_embeds": embeddings,
+        "cache_position": torch.arange(ids.shape[1], device=ids.device),
+    }
+    masks = create_masks_for_generate(**{name: arguments[name] for name in _MASK_ARGUMENTS & arguments.keys()})
     return {**batch, "attention_mask": masks}
 
 

@@ -1,6 +1,7 @@
 """Log-likelihood of the four continuations of each prompt; shared prefixes run once, through the key-value cache."""
 
 import copy
+import inspect
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ def _read(model: PreTrainedModel, prompts: Sequence["array[int]"]) -> tuple[Any,
     shared = _shared_length(prompts)
     ids = torch.tensor([prompts[0][:shared]], dtype=torch.long, device=model.device)  # (1, P)
     mask = torch.ones_like(ids)
-    cache = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+    output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    cache = getattr(output, _cache_name(model))
     cache.batch_repeat_interleave(len(prompts))
 
     ids, rest_mask = _padded([prompt[shared:] for prompt in prompts], model.device, left=True)  # (B, Q)
@@ -185,8 +187,13 @@ def _shared_length(sequences: Sequence["array[int]"]) -> int:
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, **kwargs: Any) -> Tensor:
     """Logits of tokens after those in a cache, which is extended if given. Masked tokens take no position."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    caching = {"past_key_values": cache, "use_cache": cache is not None}
+    caching = {_cache_name(model): cache, "use_cache": cache is not None}
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **caching, **kwargs).logits
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """What a model calls its key-value cache, as an argument and in its output: transformers 5.24 renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _padded(sequences: Sequence["array[int]"], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:

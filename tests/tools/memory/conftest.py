@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig
 
 
-@pytest.fixture
-def model_directory(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Llama of 8 layers; weights are never written."""
     config = LlamaConfig(
         vocab_size=512,
@@ -17,5 +17,6 @@ def model_directory(tmp_path: Path) -> str:
         num_attention_heads=8,
         num_key_value_heads=4,
     )
-    config.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
+    directory: Path = tmp_path_factory.mktemp("model")
+    config.save_pretrained(directory)
+    return str(directory)
