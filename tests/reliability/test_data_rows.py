@@ -21,7 +21,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.chat import ChatEncoder
 from paca_lightning.tasks.data.documents import DocumentEncoder
 from paca_lightning.tasks.data.formats import Format, records
-from paca_lightning.tasks.data.records import Source
+from paca_lightning.tasks.data.records import WHOLE_FILE, Source
 from paca_lightning.tasks.mmlu.questions import check_question
 from paca_lightning.tasks.mmlu.sources import read_file
 from tests.reliability.examples import FEW, examples
@@ -131,8 +131,11 @@ def use(rows: list[Any], format: Any) -> None:
     assert refused is None or "rows.jsonl, row " in refused
     encoder = DocumentEncoder(ENCODER, tree_paths="all")
     for document in encoder([(0, record) for record in found or ()]):  # the report puts the place before an error
-        assert document.row in range(1, len(rows) + 1)
+        assert document.row in range(len(rows) + 1)
         assert document.error != ""
+        if document.row == WHOLE_FILE:
+            assert document.error is not None
+            assert document.error.startswith("rows.jsonl, row ")
 
 
 @examples()
@@ -204,9 +207,13 @@ def test_files_of_any_content_are_read_or_refused_by_name(
             content[place % len(content)] ^= 1 + where % 255
     path = tmp_path_factory.mktemp("files") / name
     path.write_bytes(content)
-    for read in (lambda: list(Source(str(path)).read()), lambda: read_file(path)):
+    for read in (lambda: list(Source(str(path)).rows()), lambda: read_file(path)):
         _, refused = attempt(read)
         assert refused is None or name in refused
+    found, refused = attempt(lambda: list(Source(str(path)).read()))
+    assert refused is None  # what is wrong with a file is a row of its own, the last one
+    assert all(name in str(row) for number, row in found or () if number == WHOLE_FILE)
+    assert WHOLE_FILE not in [number for number, _ in (found or ())[:-1]]
     path.unlink()
 
 
@@ -277,4 +284,4 @@ def test_a_broken_gzip_stream_is_named(tmp_path: Path) -> None:
     content[10:18] = b"\xff" * 8
     (tmp_path / "rows.json.gz").write_bytes(content)
     with pytest.raises(PaCAError, match=r"rows.json.gz: cannot be read"):
-        list(Source(str(tmp_path / "rows.json.gz")).read())
+        list(Source(str(tmp_path / "rows.json.gz")).rows())
