@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from paca_lightning.conversion.inventory import Inventory
-from paca_lightning.conversion.stacked import weight_name, weight_of
+from paca_lightning.conversion.stacked import holder_of, weight_name, weight_of
 from paca_lightning.layers.base import PaCALayer
 
 
@@ -31,8 +31,8 @@ def frozen_by_hand(
     if not frozen:
         return [], None
     inside = [set(model.modules()) for model in inventory.base_models.values()] or [set(inventory.paths)]
-    in_models = [module for module in linears if any(module in modules for modules in inside)]
+    in_models = [module for module in linears if any(holder_of(module) in modules for modules in inside)]
     if any(trainable(module) for module in in_models):
         return frozen, None
     whole = inventory.base_model or inventory.root
-    return [module for module in frozen if module not in inside[0]], type(whole).__name__
+    return [module for module in frozen if holder_of(module) not in inside[0]], type(whole).__name__

@@ -17,6 +17,11 @@ def weight_of(module: nn.Module) -> nn.Parameter | None:
     return dict(module.named_parameters(recurse=False)).get("weight")
 
 
+def holder_of(module: nn.Module) -> nn.Module:
+    """The module of the model that has the weight: a linear layer itself; of stacked experts, the experts module."""
+    return module.owner if isinstance(module, ExpertWeight) else module
+
+
 def weight_name(module: nn.Module, path: str) -> str:
     """Full name of that parameter, where the module has a path."""
     return path if isinstance(module, ExpertWeight) else f"{path}.weight"

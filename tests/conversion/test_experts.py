@@ -198,6 +198,16 @@ def test_adapters_without_the_experts_leave_them_alone(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_experts_of_a_model_that_was_frozen_as_a_whole_are_converted() -> None:
+    model = tiny_moe("mixtral").requires_grad_(False)
+    assert len(apply_paca(model, ALL).layers) == len(apply_paca(tiny_moe("mixtral"), ALL).layers) == 12
+    by_hand = tiny_moe("mixtral")
+    by_hand.model.layers[0].mlp.experts.requires_grad_(False)
+    report = apply_paca(by_hand, ALL)  # beside layers that are trainable, what is frozen stays so
+    assert len(report.layers) == 10
+    assert report.skipped["model.layers.0.mlp.experts.down_proj"].startswith("frozen before the conversion")
+
+
 def test_an_adapter_for_another_number_of_experts_is_refused(tmp_path: Path) -> None:
     model = tiny_moe("mixtral")
     apply_paca(model, EXPERTS)

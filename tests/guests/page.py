@@ -189,7 +189,8 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 def versions() -> str:
     """The versions of the libraries, from the files that install them for the tests."""
     pinned = (ROOT / "constraints" / "tested.txt").read_text(encoding="utf-8")
-    pinned += (ROOT / "Makefile").read_text(encoding="utf-8").replace(" ", "\n")
+    for name in ("Makefile", "constraints/guests.txt"):
+        pinned += (ROOT / name).read_text(encoding="utf-8").replace(" ", "\n")
     names = ("torch", "lightning", "transformers", "accelerate", "peft", "trl", "litgpt", "timm", "schedulefree")
     found = {name: re.search(rf"^{name}==(\S+)$", pinned, re.M) for name in names}
     missing = [name for name, match in found.items() if match is None]
