@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from paca_lightning.callbacks.paca import PaCAStrategy
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.strategies.diloco.strategy import DiLoCoStrategy
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
 from paca_lightning.tools.memory.baselines import FULL, PACA
 from paca_lightning.tools.memory.traced_run import TracedRun
@@ -143,8 +144,10 @@ def known_strategy(strategy: Any, ranks: int) -> tuple[FSDP2Strategy | None, boo
         return strategy, False
     if issubclass(kind, ESTIMATED) and not issubclass(kind, NOT_ESTIMATED):
         return None, ranks > 1
+    if issubclass(kind, DiLoCoStrategy):
+        return None, False  # as on one device; the momentum of the outer loop, one more copy of the deltas, is left out
     name = strategy if isinstance(strategy, str) else kind.__name__
-    raise PaCAError(f"strategy={name!r} is not estimated. Use auto, ddp or paca_fsdp2.")
+    raise PaCAError(f"strategy={name!r} is not estimated. Use auto, ddp, paca_fsdp2 or paca_diloco.")
 
 
 def _class_of(strategy: Any) -> type:

@@ -57,7 +57,7 @@ def test_strategies_are_known_by_name_and_as_objects(strategy: Any, sharded: boo
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "xla", "single_tpu", "dpp", FSDPStrategy()])
 def test_other_strategies_are_refused(strategy: Any) -> None:
-    with pytest.raises(PaCAError, match=r"is not estimated\. Use auto, ddp or paca_fsdp2"):
+    with pytest.raises(PaCAError, match=r"is not estimated\. Use auto, ddp, paca_fsdp2 or paca_diloco"):
         known_strategy(strategy, ranks=2)
 
 
