@@ -144,7 +144,10 @@ class ColumnWriter:
     def write(self) -> None:
         """Write all columns."""
         together = [
-            layer for layer in self._layers if layer.keeps_weight and layer.paca_enabled and can_fuse(layer.base.device)
+            layer
+            for layer in self._layers
+            # The kernel writes columns of matrices, and stacked experts are none.
+            if layer.keeps_weight and layer.paca_enabled and layer.base.dim() == 2 and can_fuse(layer.base.device)
         ]
         if not together:
             self._fused, self._addresses = [], []  # a model that left the GPU must not stay there

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paca_lightning import PaCAConfig, apply_paca, attach, paca_layers
 from paca_lightning.layers import fused_write
 from paca_lightning.layers.fused_write import ColumnWrite, FusedWrite
+from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
 
 KERNEL = "paca_lightning.layers.column_kernel"
@@ -151,3 +152,18 @@ def test_a_kernel_that_fails_is_told_once_and_replaced(failure: str, monkeypatch
     for _, layer in paca_layers(model):
         expected = torch.add(layer.paca_base_columns, layer.paca_delta, alpha=layer.scaling)
         assert torch.equal(layer.weight[:, layer.paca_indices], expected)
+
+
+@pytest.mark.usefixtures("_fusing")
+def test_stacked_experts_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[FusedWrite] = []
+    monkeypatch.setattr(FusedWrite, "launch", launched.append)
+    model = tiny_moe("mixtral")
+    apply_paca(model, PaCAConfig(r=4, target_modules=["experts.gate_up_proj", "experts.down_proj"]))
+    for _, layer in paca_layers(model):
+        torch.nn.init.ones_(layer.paca_delta)
+    fused_write.ColumnWriter([layer for _, layer in paca_layers(model)]).write()
+    assert launched == []
+    for _, layer in paca_layers(model):
+        columns = layer.rows()[..., layer.paca_indices]
+        assert torch.equal(columns, layer.paca_base_columns + layer.scaling * layer.paca_delta)
