@@ -63,8 +63,9 @@ def effective_rank(update: Tensor) -> float | None:
     It lies between 1 and r. None for a matrix of zeros.
 
     Args:
-        update: Shape (out_features, r), fp64.
+        update: Shape (out_features, r), fp64; of stacked experts (experts, out_features, r), whose rows are all taken.
     """
+    update = update.flatten(0, -2)
     gram = update.T @ update if update.shape[0] >= update.shape[1] else update @ update.T
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     if not (total := float(values.sum())):

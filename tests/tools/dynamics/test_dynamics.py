@@ -184,6 +184,8 @@ def test_effective_rank_and_shares() -> None:
         math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     )
     assert effective_rank(torch.zeros(3, 2, dtype=torch.float64)) is None
+    stacked = random(12, 4)  # of three experts
+    assert effective_rank(stacked.view(3, 4, 4)) == effective_rank(stacked)
     updates = {"a.q_proj": torch.full((2, 2), 3.0).double(), "b.q_proj": torch.zeros(2, 2).double(), "a.v": one}
     found = movements(updates, {path: -update for path, update in updates.items()})
     assert [layer["cosine"] and round(layer["cosine"], 12) for layer in found] == [-1, None, -1]
