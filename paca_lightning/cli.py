@@ -1,6 +1,5 @@
 """The command line: LightningCLI for training, plain functions for the tools."""
 
-import difflib
 import importlib
 import signal
 import sys
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from paca_lightning.core.errors import PaCAError, users_mistake
+from paca_lightning.core.errors import PaCAError, did_you_mean, users_mistake
 
 
 class Tool(NamedTuple):
@@ -144,8 +143,7 @@ def _run(arguments: list[str]) -> None:
             arguments = [command, *with_learning_rate(arguments[1:])]
         lightning_cli(arguments, run=True, fit_help=HELP)
     else:
-        similar = difflib.get_close_matches(command, PURPOSES, n=1)
-        meant = f" Did you mean {similar[0]!r}?" if similar else ""
+        meant = did_you_mean(command, PURPOSES)
         raise PaCAError(
             f"{command!r} is no command.{meant} Commands: {', '.join(PURPOSES)}. See paca-lightning --help."
         )

@@ -1,6 +1,5 @@
 """The blocks of a model, and their activation checkpointing: activations are recomputed in the backward."""
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from paca_lightning.activation_checkpointing.selective import contexts
-from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.errors import PaCAError, did_you_mean
 from paca_lightning.core.private.torch import storage_id
 from paca_lightning.core.private.transformers import block_classes
 
@@ -73,8 +72,7 @@ def are_checkpointed(model: nn.Module) -> bool:
 def _check_class_names(model: nn.Module, wanted: set[str]) -> None:
     present = {type(module).__name__ for module in model.modules()}
     for name in sorted(wanted - present):
-        close = difflib.get_close_matches(name, present, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, present)
         raise PaCAError(f"blocks: no module of the model is a {name!r}; its classes are {sorted(present)}.{hint}")
 
 

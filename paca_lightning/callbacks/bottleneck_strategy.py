@@ -1,17 +1,12 @@
 """BottleneckStrategy: the callback that trains bottleneck adapters in any LightningModule."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from lightning.pytorch import LightningModule
-from typing_extensions import override
-
-from paca_lightning.callbacks.adapter_method import AdapterMethodStrategy
-from paca_lightning.other_methods.adapted import AdaptedModel, find_model
+from paca_lightning.callbacks.inserted_strategy import InsertedStrategy
 from paca_lightning.other_methods.bottleneck import METHOD, insert_bottlenecks
-from paca_lightning.other_methods.inserted import read_settings
 
 
-class BottleneckStrategy(AdapterMethodStrategy):
+class BottleneckStrategy(InsertedStrategy):
     """Train bottleneck adapters (Houlsby et al. 2019, Pfeiffer et al. 2021), as ``PaCAStrategy`` trains columns.
 
     Add it to a Trainer's callbacks, with any LightningModule whose optimizer takes
@@ -36,6 +31,9 @@ class BottleneckStrategy(AdapterMethodStrategy):
         PaCAError: From a run: if a setting is unknown, the model has no such blocks, or the run cannot do it.
     """
 
+    method = METHOD
+    insert = staticmethod(insert_bottlenecks)
+
     def __init__(
         self,
         size: int = 64,
@@ -50,20 +48,18 @@ class BottleneckStrategy(AdapterMethodStrategy):
         nonfinite: Literal["stop", "skip"] = "stop",
         resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
-        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints, nonfinite=nonfinite, resume_lr=resume_lr)
-        self.path = path
-        self.settings: dict[str, Any] = {
+        settings = {
             "size": size,
             "placement": placement,
             "activation": activation,
             "block_classes": block_classes,
             "sublayers": sublayers,
         }
-        if adapter is not None:
-            self.settings = read_settings(adapter, METHOD, self.settings)
-
-    @override
-    def adapt(self, pl_module: LightningModule) -> AdaptedModel:
-        """Insert the adapters, and freeze the rest of the module."""
-        pl_module.requires_grad_(False)
-        return insert_bottlenecks(find_model(pl_module, self.path)[1], **self.settings)
+        super().__init__(
+            settings,
+            adapter=adapter,
+            path=path,
+            full_checkpoints=full_checkpoints,
+            nonfinite=nonfinite,
+            resume_lr=resume_lr,
+        )

@@ -6,15 +6,13 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from paca_lightning.callbacks.adapter_method import AdapterMethodStrategy
+from paca_lightning.callbacks.inserted_strategy import InsertedStrategy
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.other_methods.adapted import AdaptedModel, find_model
-from paca_lightning.other_methods.inserted import read_settings
 from paca_lightning.other_methods.loreft import METHOD, LoReFTModel, insert_loreft
 from paca_lightning.other_methods.prompt_positions import Prompts, prompts_of
 
 
-class LoReFTStrategy(AdapterMethodStrategy):
+class LoReFTStrategy(InsertedStrategy):
     """Train LoReFT (Wu et al. 2024): low-rank edits of hidden states at the first and last tokens of each prompt.
 
     Add it to a Trainer's callbacks, with any LightningModule whose optimizer takes
@@ -41,6 +39,9 @@ class LoReFTStrategy(AdapterMethodStrategy):
             cannot do it.
     """
 
+    method = METHOD
+    insert = staticmethod(insert_loreft)
+
     def __init__(
         self,
         rank: int = 4,
@@ -56,9 +57,7 @@ class LoReFTStrategy(AdapterMethodStrategy):
         nonfinite: Literal["stop", "skip"] = "stop",
         resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
-        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints, nonfinite=nonfinite, resume_lr=resume_lr)
-        self.path = path
-        self.settings: dict[str, Any] = {
+        settings = {
             "rank": rank,
             "first": first,
             "last": last,
@@ -66,8 +65,14 @@ class LoReFTStrategy(AdapterMethodStrategy):
             "tied": tied,
             "block_classes": block_classes,
         }
-        if adapter is not None:
-            self.settings = read_settings(adapter, METHOD, self.settings)
+        super().__init__(
+            settings,
+            adapter=adapter,
+            path=path,
+            full_checkpoints=full_checkpoints,
+            nonfinite=nonfinite,
+            resume_lr=resume_lr,
+        )
         self._tried = False
 
     def prompts(self, batch: Any) -> Prompts:
@@ -77,12 +82,6 @@ class LoReFTStrategy(AdapterMethodStrategy):
             PaCAError: If the batch does not tell.
         """
         return prompts_of(batch)
-
-    @override
-    def adapt(self, pl_module: LightningModule) -> AdaptedModel:
-        """Insert the interventions, and freeze the rest of the module."""
-        pl_module.requires_grad_(False)
-        return insert_loreft(find_model(pl_module, self.path)[1], **self.settings)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

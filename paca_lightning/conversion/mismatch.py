@@ -1,12 +1,12 @@
 """What an error says when a pattern of a configuration matches nothing: what there is, and what was probably meant."""
 
-import difflib
 from collections.abc import Mapping
 
 from torch import nn
 
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
+from paca_lightning.core.errors import did_you_mean
 from paca_lightning.core.paths import matches
 
 
@@ -23,8 +23,7 @@ def no_match(setting: str, pattern: str, modules: Mapping[nn.Module, set[str]], 
     if setting == "target_modules" and (other := _something_else(pattern, inventory)) is not None:
         return f"{setting}: {pattern!r} matched {kind}: {other}"
     suffixes = _suffixes(modules)
-    close = difflib.get_close_matches(pattern, suffixes, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(pattern, suffixes)
     return f"{setting}: {pattern!r} matched {kind}; suffixes present: {suffixes}.{hint}"
 
 

@@ -1,11 +1,20 @@
 """The one exception that a user of this package can cause, and how it is told from others."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class PaCAError(ValueError):
     """A mistake in the configuration, the model or the data, found before training starts.
 
     The message says what is wrong, where (module path, or file and row), and what to do about it.
     """
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the most similar one that there is, or nothing."""
+    similar = difflib.get_close_matches(given, known, n=1)
+    return f" Did you mean {similar[0]!r}?" if similar else ""
 
 
 def users_mistake(error: BaseException | None) -> PaCAError | None:

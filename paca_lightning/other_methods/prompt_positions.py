@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
-
-IGNORE_INDEX = -100
-"""Label of a token without a loss."""
+from paca_lightning.core.tokens import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Methods of this package beside PaCA: bottleneck adapters, LoReFT, and projected optimizers."""
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from paca_lightning.core.config import PaCAConfig
-from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.errors import PaCAError, did_you_mean
 from paca_lightning.other_methods.bottleneck import insert_bottlenecks
 from paca_lightning.other_methods.loreft import insert_loreft
 from paca_lightning.other_methods.projected import KINDS, projected_optimizer
@@ -118,8 +117,7 @@ def own_method(name: str, label: str, options: dict[str, Any]) -> Method:
         known = list(inspect.signature(INSERTED[name][2]).parameters)[1:]
     for option in options:
         if option not in known:
-            similar = difflib.get_close_matches(option, known, n=1)
-            meant = f" Did you mean {similar[0]!r}?" if similar else ""
+            meant = did_you_mean(option, known)
             raise PaCAError(f"Method {label!r} has no option {option!r}.{meant} Options: {', '.join(known)}.")
     return (
         ProjectedMethod(label, options=options, name=name)

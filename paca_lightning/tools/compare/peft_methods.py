@@ -1,7 +1,6 @@
 """Methods of the library PEFT, by the names of its own registry and by those that people use."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from typing_extensions import override
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.targets import resolve
 from paca_lightning.core.config import PaCAConfig
-from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.errors import PaCAError, did_you_mean
 from paca_lightning.tools.compare.methods import Method
 from paca_lightning.tools.compare.own_methods import INSERTED, PROJECTED
 from paca_lightning.tools.compare.task import Settings, Task
@@ -122,14 +121,11 @@ def peft_method(name: str, label: str, options: dict[str, Any]) -> PEFTMethod:
     known = registry()
     if peft_name not in known:
         names = [*OWN, *ALIASES, *sorted(known)]
-        similar = difflib.get_close_matches(name, names, n=1)
-        meant = f" Did you mean {similar[0]!r}?" if similar else ""
-        raise PaCAError(f"There is no method {name!r}.{meant} Methods: {', '.join(names)}.")
+        raise PaCAError(f"There is no method {name!r}.{did_you_mean(name, names)} Methods: {', '.join(names)}.")
     fields = [one.name for one in dataclasses.fields(known[peft_name])]
     for option in options:
         if option not in fields:
-            similar = difflib.get_close_matches(option, fields, n=1)
-            meant = f" Did you mean {similar[0]!r}?" if similar else ""
+            meant = did_you_mean(option, fields)
             raise PaCAError(f"Method {label!r}: PEFT's {known[peft_name].__name__} has no field {option!r}.{meant}")
     return PEFTMethod(label, options=own | options, peft_name=peft_name)
 

@@ -8,9 +8,11 @@ from packaging.version import Version
 from paca_lightning.core.private import bitsandbytes as private
 from tests.core.private.canary import canary, check_coverage
 
+OLD = Version(bitsandbytes.__version__) < Version("0.50")
+
 
 @canary("bitsandbytes.undo_cpu_packing")
-@pytest.mark.skipif(Version(bitsandbytes.__version__) < Version("0.50"), reason="0.47 packs no weight anew")
+@pytest.mark.skipif(OLD, reason="bitsandbytes before 0.50 does not repack weights for the CPU")
 def test_undo_cpu_packing() -> None:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu, quantize_4bit
 
