@@ -6,17 +6,16 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import rich
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor
 from typing_extensions import override
 
 from paca_lightning.callbacks.averaging import check_bases, check_order, copies_without_asking
 from paca_lightning.callbacks.finite_steps import FiniteSteps
+from paca_lightning.callbacks.kept_precision import KeptPrecision
 from paca_lightning.callbacks.method_hooks import MethodHooks
 from paca_lightning.callbacks.monitors import check_monitors
 from paca_lightning.callbacks.paca import PaCAStrategy
@@ -30,9 +29,16 @@ from paca_lightning.callbacks.run_checks import (
 )
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import spawns_workers
-from paca_lightning.other_methods.adapted import AdaptedModel, adapted_model, check_settings, trained_parameters
+from paca_lightning.other_methods.adapted import (
+    AdaptedModel,
+    adapted_model,
+    check_settings,
+    find_model,
+    trained_parameters,
+)
 from paca_lightning.other_methods.checkpoint import keep_trained
 from paca_lightning.other_methods.report import MethodReport, report_on
+from paca_lightning.other_methods.same_base import check_same_base, of_frozen, weight_samples
 
 
 class AdapterMethodStrategy(FiniteSteps):
@@ -43,6 +49,7 @@ class AdapterMethodStrategy(FiniteSteps):
 
     Args:
         adapter: Directory of a trained adapter to start from, or to evaluate.
+        path: Of the module to adapt, inside the LightningModule. Default: the Hugging Face model.
         full_checkpoints: Keep the base weights in checkpoints. Default: only what is trained.
         nonfinite: At NaN or Inf in the loss or a gradient, ``stop`` the run or ``skip`` the step.
         resume_lr: Whose learning rate a resumed run takes, ``checkpoint`` or ``config``, as in ``PaCAStrategy``.
@@ -59,12 +66,14 @@ class AdapterMethodStrategy(FiniteSteps):
         self,
         *,
         adapter: str | None = None,
+        path: str | None = None,
         full_checkpoints: bool = False,
         nonfinite: Literal["stop", "skip"] = "stop",
         resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
         super().__init__(nonfinite)
         self.adapter = adapter
+        self.path = path
         self.full_checkpoints = full_checkpoints
         self.report: MethodReport | None = None
         # Of the present run.
@@ -97,13 +106,8 @@ class AdapterMethodStrategy(FiniteSteps):
         prepare_files(trainer, stage)
         self._hooks.add(pl_module, "configure_model", lambda: self._adapt(trainer, pl_module))
         self._hooks.add(pl_module, "on_load_checkpoint", self._note_checkpoint)
-        wide: dict[str, Tensor] = {}
-        self._hooks.add(
-            trainer.precision_plugin,
-            "convert_module",
-            lambda module: self._widen(module, wide),
-            first=lambda module: wide.update(_in_single_precision(module)),
-        )
+        kept = KeptPrecision()
+        self._hooks.add(trainer.precision_plugin, "convert_module", kept.restore, first=kept.note)
         if stage == "fit":
             self._hooks.add(pl_module, "on_save_checkpoint", lambda _: self.check_finite(trainer, pl_module))
             self._hooks.add(trainer.strategy, "setup_optimizers", lambda _: self._check_optimizers(trainer, pl_module))
@@ -131,24 +135,15 @@ class AdapterMethodStrategy(FiniteSteps):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapted = adapted_model(pl_module)
         if adapted is None:
+            samples = weight_samples(find_model(pl_module, self.path)[1])
             adapted = self.adapt(pl_module)
+            adapted.base = of_frozen(samples, adapted.model)
             if self.adapter is not None:
-                adapted.load(self.adapter)
-                adapted.adapter = self.adapter
+                adapted.start_from(self.adapter)
         check_bases(trainer, pl_module)
         keep_trained(pl_module, adapted, full_checkpoints=self.full_checkpoints)
         self._adapted = adapted
         self.report = report_on(adapted.method, pl_module, adapted.notes)
-
-    def _widen(self, module: Any, saved: dict[str, Tensor]) -> None:
-        """Undo the cast of parameters that the method trains in fp32: a cast and back would round them."""
-        assert self._adapted is not None
-        self._adapted.keep_wide()
-        with torch.no_grad():
-            for name, parameter in trained_parameters(module).items():
-                if parameter.dtype == torch.float32 and name in saved:
-                    parameter.copy_(saved[name])
-        saved.clear()
 
     def _note_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -159,6 +154,8 @@ class AdapterMethodStrategy(FiniteSteps):
             )
         assert self._adapted is not None
         check_settings(self._adapted, own["settings"], "The checkpoint")
+        if not self.full_checkpoints:  # otherwise the base comes from the checkpoint
+            check_same_base(self._adapted.base, own.get("base", {}), "The checkpoint")
         self._resumed.note_saved(own)
 
     def _check_optimizers(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -206,10 +203,10 @@ class AdapterMethodStrategy(FiniteSteps):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the method's settings and the optimizers."""
+        """Note the method's settings, the base model and the optimizers."""
         adapted = adapted_model(pl_module)
         assert adapted is not None
-        own = {"settings": adapted.settings, **saved_optimizers(trainer)}
+        own = {"settings": adapted.settings, "base": adapted.base, **saved_optimizers(trainer)}
         checkpoint["callbacks"][self.state_key] = own
 
     @override
@@ -235,9 +232,3 @@ class AdapterMethodStrategy(FiniteSteps):
             trained = trained_parameters(pl_module).values()
             self.report.learning_rate = learning_rate(trainer, "initial_lr", trained)
             rank_zero_only(rich.print)(self.report)
-
-
-def _in_single_precision(module: LightningModule) -> dict[str, Tensor]:
-    """Copies of the parameters that are trained in fp32."""
-    trained = trained_parameters(module).items()
-    return {name: parameter.detach().clone() for name, parameter in trained if parameter.dtype == torch.float32}

@@ -36,8 +36,13 @@ class InsertedStrategy(AdapterMethodStrategy):
         nonfinite: Literal["stop", "skip"],
         resume_lr: Literal["checkpoint", "config"],
     ) -> None:
-        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints, nonfinite=nonfinite, resume_lr=resume_lr)
-        self.path = path
+        super().__init__(
+            adapter=adapter,
+            path=path,
+            full_checkpoints=full_checkpoints,
+            nonfinite=nonfinite,
+            resume_lr=resume_lr,
+        )
         self.settings = settings if adapter is None else read_settings(adapter, self.method, settings)
 
     @override

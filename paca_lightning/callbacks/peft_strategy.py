@@ -52,7 +52,13 @@ class PEFTStrategy(AdapterMethodStrategy):
         nonfinite: Literal["stop", "skip"] = "stop",
         resume_lr: Literal["checkpoint", "config"] = "checkpoint",
     ) -> None:
-        super().__init__(adapter=adapter, full_checkpoints=full_checkpoints, nonfinite=nonfinite, resume_lr=resume_lr)
+        super().__init__(
+            adapter=adapter,
+            path=path,
+            full_checkpoints=full_checkpoints,
+            nonfinite=nonfinite,
+            resume_lr=resume_lr,
+        )
         if config is None:
             if adapter is None:
                 raise PaCAError("PEFTStrategy needs a config, such as peft.LoraConfig(r=8), or an adapter.")
@@ -61,7 +67,6 @@ class PEFTStrategy(AdapterMethodStrategy):
         if quantize not in (None, "nf4"):
             raise PaCAError(f"quantize={quantize!r} is unknown. Choose 'nf4' or leave it out.")
         self.config = config
-        self.path = path
         self.quantize = quantize
 
     @override

@@ -14,6 +14,7 @@ from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
 from paca_lightning.core.sealed_files import seal_weights
+from paca_lightning.other_methods.same_base import BaseSamples, check_adapter_base, write_samples
 
 ADAPTED = "_paca_adapted_model"
 """Attribute of a module that holds its AdaptedModel; it is copied and pickled with the module."""
@@ -30,6 +31,7 @@ class AdaptedModel(ABC):
     Attributes:
         frozen: Names of the parameters that a checkpoint of the module leaves out.
         adapter: Directory of the adapter that was loaded.
+        base: Some values of the frozen weights, as ``same_base`` compares them.
         notes: What a user must know before training, one sentence each.
     """
 
@@ -39,6 +41,7 @@ class AdaptedModel(ABC):
         self.settings = settings
         self.frozen: set[str] = set()
         self.adapter: str | None = None
+        self.base: BaseSamples = {}
         self.notes: list[str] = []
 
     @abstractmethod
@@ -61,6 +64,16 @@ class AdaptedModel(ABC):
             PaCAError: If it does not fit.
         """
 
+    def start_from(self, directory: str) -> None:
+        """Load an adapter that was trained with the same settings on the same base model.
+
+        Raises:
+            PaCAError: If it does not fit.
+        """
+        check_adapter_base(self.base, Path(directory))
+        self.load(directory)
+        self.adapter = directory
+
     def keep_wide(self) -> None:  # noqa: B027  (methods whose parameters have the dtype of the base need nothing)
         """Widen parameters that must not be trained in half precision, after the module was cast."""
 
@@ -76,6 +89,7 @@ class AdaptedModel(ABC):
             raise PaCAError(f"{problem}: training diverged, so there is no adapter to save. Lower the learning rate.")
         with written_aside(directory) as scratch:
             self.write(scratch)
+            write_samples(self.base, scratch)
             seal_weights(scratch)
 
 

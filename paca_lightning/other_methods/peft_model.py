@@ -106,8 +106,10 @@ class PEFTModel(AdaptedModel):
             found = peft.set_peft_model_state_dict(self.wrapper, weights, adapter_name=NAME)
         except PEFT_ERRORS as error:
             raise PaCAError(f"{directory}: PEFT cannot load this adapter: {error}") from error
-        if found is not None and found.unexpected_keys:
-            raise PaCAError(f"{directory}: {found.unexpected_keys[0]!r} has no place in the model.")
+        # PEFT reports what it gave to a prompt's encoder as if it had no place.
+        taken = {"prompt_embeddings"} if config.is_prompt_learning else set()
+        if found is not None and (extra := [key for key in found.unexpected_keys if key not in taken]):
+            raise PaCAError(f"{directory}: {extra[0]!r} has no place in the model.")
 
     def keep_wide(self) -> None:
         """Cast the parameters to fp32 that PEFT trains in fp32 beside a narrower base."""

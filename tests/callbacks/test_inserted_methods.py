@@ -93,6 +93,7 @@ def test_an_adapter_that_was_changed_or_is_of_another_method_is_refused(tmp_path
         LoReFTStrategy(adapter=str(directory))
     with pytest.raises(PaCAError, match="'bottleneck adapters'"):
         load_adapter(tiny_llama(), directory)
+    (directory / "base_samples.json").rename(tmp_path / "base_samples.json")  # which would say: another base model
     with pytest.raises(PaCAError, match=r"'model.layers.2.mlp.bottleneck.*' is not in the adapter"):
         fit(Answers(num_hidden_layers=3), tmp_path, BottleneckStrategy(adapter=str(directory)))
     weights = directory / "adapter_model.safetensors"
