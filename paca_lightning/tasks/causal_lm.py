@@ -1,32 +1,23 @@
 """A LightningModule that fine-tunes a causal language model from Hugging Face."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.private.lightning import is_accumulating, should_log, trainer_of
 from paca_lightning.tasks.data.batch import TokenBatch, model_inputs
 from paca_lightning.tasks.decoder_blocks import check_block_settings
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
-from paca_lightning.tasks.metrics import MeanTokenLoss
-from paca_lightning.tasks.optimizer import configured
 from paca_lightning.tasks.packed_rows import PackedRows
 from paca_lightning.tasks.packing_probe import check_first_batch, check_packing
 from paca_lightning.tasks.pretrained import build_for_training
-from paca_lightning.tasks.step_loss import StepLoss
 from paca_lightning.tasks.tokenizer_check import check_data
-from paca_lightning.tasks.wide_buffers import KeepsWideBuffers
+from paca_lightning.tasks.tuning import TuningModule
 
 
-class CausalLMModule(KeepsWideBuffers, LightningModule):
+class CausalLMModule(TuningModule):
     """Trains any Hugging Face causal language model to predict the next token.
 
     ``configure_model`` builds the model at ``self.model``, so that a strategy can build it on the meta device and
@@ -72,8 +63,6 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         PaCAError: If a setting is unknown, out of range, or excluded by another one.
     """
 
-    model: PreTrainedModel | None
-
     def __init__(
         self,
         model: str,
@@ -91,19 +80,12 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, loss_normalization)
         # Primitives only: checkpoints are loaded with weights_only=True.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         check_block_settings(activation_checkpointing, compile)
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.model = None
         self.loss = CausalLMLoss(loss_chunk_size)
         self.packed_rows = PackedRows()
-        self.step_loss = StepLoss(loss_normalization)
-        self.train_loss = MeanTokenLoss()
-        self.val_loss = MeanTokenLoss()
-        self.test_loss = MeanTokenLoss()
 
     def configure_model(self) -> None:
         """Build the model, once.
@@ -113,25 +95,11 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         """
         if self.model is not None:
             return
-        # LightningCLI adds hyperparameters of its own, such as "_class_path".
-        settings = {name: value for name, value in self.hparams.items() if not name.startswith(("loss_", "_"))}
-        trainer = trainer_of(self)
-        strategy = None if trainer is None else trainer.strategy
-        streamed = settings["pretrained"] and getattr(strategy, "streams_checkpoints", False)
-        on_cpu = strategy is not None and strategy.root_device.type == "cpu"
-        self.model = build_for_training(**settings, streamed=streamed, in_memory=on_cpu)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of all parameters that require a gradient, and its schedule.
-
-        Raises:
-            PaCAError: If there is no such parameter, or a setting cannot be used (see ``configured``).
-        """
-        return configured(self, self.optimizer, self.lr_scheduler)
+        self.model = build_for_training(**self.build_settings())
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits (B, T, V) of a batch."""
-        model = self._built()
+        model = self.built()
         # With a cache, Hugging Face models let packed documents attend to each other.
         logits: Tensor = model(**model_inputs(self.packed_rows(model, batch)), use_cache=False).logits
         return logits.reshape(*batch["input_ids"].shape, -1)
@@ -143,8 +111,8 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
             PaCAError: If they do not fit (see ``check_data``), or the model mixes packed documents (``choose_way``).
         """
         settings, data = self.hparams, getattr(self.trainer, "datamodule", None)
-        check_data(data, self._built(), settings["model"] if settings["pretrained"] else None, settings["revision"])
-        check_packing(self, data, self.packed_rows, self._built())
+        check_data(data, self.built(), settings["model"] if settings["pretrained"] else None, settings["revision"])
+        check_packing(self, data, self.packed_rows, self.built())
 
     on_test_start = on_predict_start = on_fit_start
 
@@ -153,56 +121,20 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         if self.trainer.state.fn == "validate":
             self.on_fit_start()
 
-    def on_train_start(self) -> None:
-        """Drop losses that an earlier run has not logged."""
-        self.train_loss.reset()
-        self.step_loss.reset()
-
     def on_train_batch_start(self, batch: TokenBatch, batch_idx: int) -> None:
         """Check packed rows of other data modules, and look up the tokens of an optimizer step."""
-        check_first_batch(self, batch, self.packed_rows, self._built())
-        self.step_loss.begin(self.trainer, batch_idx)
+        check_first_batch(self, batch, self.packed_rows, self.built())
+        super().on_train_batch_start(batch, batch_idx)
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """A micro-batch's part of the step's loss (``StepLoss``), times micro-batches and ranks; 0 without a token."""
-        total, tokens = self._loss(batch)
-        self.train_loss.update(total, tokens)
-        return self.step_loss.of_micro_batch(trainer_of(self), total, tokens)
-
-    def on_after_backward(self) -> None:
-        """Normalize the gradients of a step whose tokens were not known before."""
-        self.step_loss.after_backward(self.trainer, self)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the whole gradient, at logging steps."""
-        if should_log(self.trainer):
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def on_train_batch_end(self, outputs: Any, batch: TokenBatch, batch_idx: int) -> None:
-        """Log the mean loss since the last log, at logging steps."""
-        self.step_loss.end(self.trainer)
-        if is_accumulating(self.trainer) or not should_log(self.trainer):
-            return
-        # On the host: the progress bar would wait for the device at every step.
-        loss = self.train_loss.compute().cpu()
-        self.train_loss.reset()
-        if not loss.isfinite():
-            rank_zero_warn(
-                f"train/loss is {loss:g} at step {self.trainer.global_step}: it diverges. Lower the learning rate. "
-                "EarlyStopping(monitor='train/loss', check_finite=True) stops such runs."
-            )
-        self.log("train/loss", loss, prog_bar=True)
+    def log_training(self, loss: Tensor) -> None:
+        """Log the mean loss since the last log, and the perplexity."""
+        super().log_training(loss)
         self.log("train/perplexity", loss.exp())
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Add a batch to the validation loss."""
-        self.val_loss.update(*self._loss(batch))
-
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Add a batch to the test loss."""
-        self.test_loss.update(*self._loss(batch))
+    def log_evaluation(self, split: str, loss: Tensor) -> None:
+        """Log the loss and perplexity of a whole split."""
+        super().log_evaluation(split, loss)
+        self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Tensor]:
         """The loss of each row; the logits of the whole batch exist meanwhile.
@@ -219,27 +151,8 @@ class CausalLMModule(KeepsWideBuffers, LightningModule):
         losses, tokens = row_losses(self(batch), batch["labels"])
         return {"loss": losses.cpu(), "tokens": tokens.cpu()}
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the loss and perplexity of the whole split."""
-        self._log_split("val", self.val_loss)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the loss and perplexity of the whole split."""
-        self._log_split("test", self.test_loss)
-
-    def _log_split(self, split: str, metric: MeanTokenLoss) -> None:
-        loss = metric.compute()
-        metric.reset()
-        # The metric is equal on all processes already; sync_dist=True avoids Lightning's warning that it may differ.
-        self.log(f"{split}/loss", loss, prog_bar=True, sync_dist=True)
-        self.log(f"{split}/perplexity", loss.exp(), sync_dist=True)
-
-    def _loss(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    def summed_loss(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Summed loss of a batch's trained tokens, and their number."""
-        model = self._built()
+        model = self.built()
         batch = self.packed_rows(model, batch)
         return self.loss(model, model_inputs(batch), batch["labels"])
-
-    def _built(self) -> PreTrainedModel:
-        assert self.model is not None, "configure_model() builds the model"
-        return self.model
