@@ -69,10 +69,12 @@ def _conversation(
 
 def _from_alpaca(row: Row) -> Iterator[Conversation]:
     fields = Fields(row)
-    user, addition = fields.text("instruction"), fields.optional_text("input")
+    as_dolly = "output" not in row and "response" in row
+    user = fields.text("instruction")
+    addition = fields.optional_text(*(("input", "context") if as_dolly else ("input",)))
     if addition is not None:
         user = f"{user}\n\n{addition}"
-    answer = fields.text("output")
+    answer = fields.text("response" if as_dolly else "output")
     messages = [*_history(fields), {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     yield _conversation(fields, messages)
 
@@ -108,8 +110,13 @@ def _from_prompt(row: Row) -> Iterator[Conversation]:
 def _from_question(row: Row) -> Iterator[Conversation]:
     fields = Fields(row)
     question, answer = next((names for names in QUESTION_ANSWER if set(names) <= row.keys()), QUESTION_ANSWER[0])
-    messages = [{"role": "user", "content": fields.text(question)}]
-    yield _conversation(fields, [*messages, {"role": "assistant", "content": fields.text(answer)}])
+    user = fields.text(question)
+    if (article := fields.optional_text("article")) is not None:
+        user = f"{article}\n===\n{user}"
+    elif (context := fields.optional_text("context")) is not None:
+        user = f"Context: {context}\nQuestion: {user}"
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": fields.text(answer)}]
+    yield _conversation(fields, messages)
 
 
 def _from_segments(row: Row) -> Iterator[Conversation]:

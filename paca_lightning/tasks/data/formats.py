@@ -4,9 +4,9 @@
 |---|---|
 | `chat` | `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}` |
 | `sharegpt` | `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}` |
-| `alpaca` | `{"instruction": "...", "input": "...", "output": "..."}`; `input` may be empty or absent |
+| `alpaca` | `{"instruction": "...", "input": "...", "output": "..."}`; or as Dolly: `context` and `response` |
 | `prompt_completion` | `{"prompt": "...", "completion": "..."}`: a question and its answer for the chat template |
-| `question_answer` | `{"question": "...", "answer": "..."}`, as of GSM8K; also `query` and `response` |
+| `question_answer` | `{"question": "...", "answer": "..."}`, also `query`, `response`; perhaps `article` or `context` |
 | `guanaco` | `{"text": "### Human: ...### Assistant: ..."}` |
 | `oasst` | one OpenAssistant message tree: `{"message_tree_id": "...", "prompt": {"text", "role", "replies": [...]}}` |
 | `oasst_messages` | one OpenAssistant message: `message_id`, `parent_id`, `message_tree_id`, `role`, `text`, `rank` |
@@ -149,8 +149,9 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
             return "oasst_messages"
     for field in LIST_FIELDS:
         if isinstance(turns := row.get(field), list):
-            return "sharegpt" if turns and isinstance(turns[0], dict) and "from" in turns[0] else "chat"
-    if {"instruction", "output"} <= row.keys():
+            named = set(turns[0]) if turns and isinstance(turns[0], dict) else set()
+            return "sharegpt" if named & {"from", "value"} else "chat"
+    if "instruction" in row and not row.keys().isdisjoint(("output", "response")):
         return "alpaca"
     if {"prompt", "completion"} <= row.keys():
         return "prompt_completion"

@@ -4,6 +4,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.fields import Row, is_empty
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_REVISIONS = {"reflection", "corrected"}
 _PREFERENCES = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 
 
@@ -33,9 +34,15 @@ def refuse_other_tasks(row: Row) -> None:
             f"the field {_listed(found)} belongs to a model of images, video or sound; InstructionDataModule takes "
             "text alone. Remove such rows, or the field if the text suffices"
         )
-    if {"question", "choices", "answer"} <= filled:
+    if {"instruction", "output"} <= filled and (found := filled & _REVISIONS):
         raise PaCAError(
-            "the fields 'question', 'choices' and 'answer' make it a multiple-choice question: use MMLUDataModule, or "
+            f"beside {_listed(found)}, 'output' is a draft (axolotl's reflection), and it alone would be trained. Put "
+            f"the final answer into 'output' and remove {_listed(found)}, or write draft, critique and final answer as "
+            "a conversation"
+        )
+    if {"question", "choices"} <= filled:
+        raise PaCAError(
+            "the fields 'question' and 'choices' make it a multiple-choice question: use MMLUDataModule, or "
             "write it as a conversation"
         )
 

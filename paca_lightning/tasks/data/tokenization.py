@@ -27,7 +27,7 @@ from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.row_json import from_json, to_json
 from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
-_VERSION = 5  # of the cached documents: raise it when the same rows and settings give others
+_VERSION = 6  # of the cached documents: raise it when the same rows and settings give others
 _RECORDS_PER_PROCESS = 2000  # fewer are not worth starting a process
 _RECORDS_PER_BATCH = 1000
 

@@ -21,6 +21,7 @@ _CHAT_ROLES = {
 }
 _SHAREGPT_ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
@@ -41,7 +42,7 @@ class Turns:
     Args:
         turns: The messages of a row.
         field: The field that holds them, for messages.
-        sharegpt: Whether they have `from` and `value` instead of `role` and `content`.
+        sharegpt: Whether they have `from` or `value` instead of `role` or `content`.
 
     Attributes:
         messages: The messages as the chat template takes them.
@@ -59,7 +60,12 @@ class Turns:
             if not isinstance(turn, dict):
                 raise PaCAError(f"the field '{field}[{i}]' is {kind(turn)}, expected an object")
             fields = Fields(turn, f"{field}[{i}].")
-            self._add(fields, *(("from", "value", _SHAREGPT_ROLES) if sharegpt else ("role", "content", _CHAT_ROLES)))
+            if sharegpt:
+                role = "role" if "role" in turn and "from" not in turn else "from"
+                text = "content" if "content" in turn and "value" not in turn else "value"
+                self._add(fields, role, text, _SHAREGPT_ROLES)
+            else:
+                self._add(fields, "role", "content", _CHAT_ROLES)
             self.unread += [f"{field}[].{name}" for name in fields.unread()]
 
     def _add(self, fields: Fields, role_field: str, content_field: str, roles: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.decode import decoded_runs
 from tests.tasks.data.templates import QWEN
-from tests.tasks.rows import write_rows
+from tests.tasks.rows import read, write_rows
 from tests.tiny import END_OF_TURN as END
 
 ASK, SAY = {"role": "user", "content": "Is ice wet?"}, {"role": "assistant", "content": "When it melts."}
@@ -71,6 +71,11 @@ READ: dict[str, tuple[list[Any], str, list[str]]] = {
         "sharegpt",
         [f"No.{END}"],
     ),
+    "axolotl sharegpt by role": (
+        [{"conversations": [{"role": "prompter", "value": "Is ice wet?"}, {"role": "bot", "value": "No."}]}],
+        "sharegpt",
+        [f"No.{END}"],
+    ),
     "axolotl chat_template with marks": (
         [{"messages": [ASK, {**SAY, "training": False}, ASK, {"role": "assistant", "content": "No."}]}],
         "chat",
@@ -88,6 +93,11 @@ READ: dict[str, tuple[list[Any], str, list[str]]] = {
         "question_answer",
         [f"2 * 3 = <<2*3=6>>6\n#### 6{END}"],
     ),
+    "Dolly": (
+        [{"instruction": "Name it.", "context": "The Rhine is a river.", "response": "Rhine.", "category": "qa"}],
+        "alpaca",
+        [f"Rhine.{END}"],
+    ),
 }
 
 
@@ -100,6 +110,23 @@ def test_a_public_format_is_read(module: Any, tmp_path: Path, name: str) -> None
     (sample,) = data.splits["train"].dataset
     runs = decoded_runs(data.tokenizer, sample["input_ids"], sample["trained"])
     assert [text for text, on in runs if on] == trained
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"article": "Ice melts.", "question": "Does it?", "answer": "Yes."}, "Ice melts.\n===\nDoes it?"),
+        (
+            {"context": "Ice melts.", "question": "Does it?", "answer": "Yes."},
+            "Context: Ice melts.\nQuestion: Does it?",
+        ),
+        ({"context": "", "question": "Does it?", "answer": "Yes."}, "Does it?"),
+        ({"instruction": "Does it?", "context": "Ice melts.", "response": "Yes."}, "Does it?\n\nIce melts."),
+    ],
+)
+def test_the_context_of_a_question_is_asked_with_it(tmp_path: Path, row: dict[str, str], asked: str) -> None:
+    turns = [("user", asked), ("assistant", "Yes.")]
+    assert read(write_rows(tmp_path / "rows.jsonl", [row])) == [(1, turns)]
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -124,6 +151,18 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "axolotl chat_template with parts of messages": (
         {"messages": [ASK, {**SAY, "train_detail": [{"begin_offset": 0, "end_offset": 4, "train": False}]}]},
         r"'messages\[1\].train_detail' trains parts of a message",
+    ),
+    "axolotl reflection": (
+        {**ALPACA, "reflection": "No river runs there.", "corrected": "The Elbe."},
+        "beside 'corrected' and 'reflection', 'output' is a draft",
+    ),
+    "axolotl explainchoice": (
+        {"question": "Is ice wet?", "choices": ["no", "yes"], "solution": "no"},
+        "multiple-choice question: use MMLUDataModule",
+    ),
+    "a context that is no text": (
+        {"question": "Is ice wet?", "context": {"title": ["Ice"]}, "answer": "No."},
+        "the field 'context' is a dict, expected a string",
     ),
     "axolotl completion": ({"text": "Ice melts."}, "raw text needs `format: text`"),
     "MMLU": (
