@@ -13,10 +13,11 @@ from typing_extensions import override
 from paca_lightning.adapters.adapter import save_adapter
 from paca_lightning.adapters.files import TENSORS
 from paca_lightning.callbacks.averaging import Averaging
+from paca_lightning.callbacks.own_directory import own_directory
 from paca_lightning.callbacks.stop_signals import STOPPED
 from paca_lightning.core.dtensor import is_first_rank, is_sharded
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.files import check_writable, written_aside
+from paca_lightning.core.files import written_aside
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.other_methods.adapted import adapted_model
 
@@ -75,18 +76,13 @@ class AdapterCheckpoint(Callback):
         if stage != "fit" or _is_trial(trainer):
             return
         self.best, self._elsewhere, self._trained = None, None, False
-        self._directory = self._find_directory(trainer)
-        check_writable(self._directory, "AdapterCheckpoint(dirpath=...)")
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for other in callbacks:
-            another = isinstance(other, AdapterCheckpoint) and other is not self
-            if another and other._find_directory(trainer) == self._directory:
-                raise PaCAError(f"Two AdapterCheckpoints write to {str(self._directory)!r}. Give one a `dirpath`.")
-            if isinstance(other, Averaging) and self.monitor is not None:
-                raise PaCAError(
-                    f"AdapterCheckpoint(monitor=...) writes the weights of the moment, and {type(other).__name__} "
-                    "makes a model of averages. Leave `monitor` out: the adapter at the end is of the averages."
-                )
+        self._directory = own_directory(self, trainer, "adapter")
+        averaging = [other for other in trainer.callbacks if isinstance(other, Averaging)]  # type: ignore[attr-defined]
+        if averaging and self.monitor is not None:
+            raise PaCAError(
+                f"AdapterCheckpoint(monitor=...) writes the weights of the moment, and {type(averaging[0]).__name__} "
+                "makes a model of averages. Leave `monitor` out: the adapter at the end is of the averages."
+            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,9 +201,6 @@ class AdapterCheckpoint(Callback):
                 tokenizer.save_pretrained(scratch)
         if self.monitor is None or not self._trained or directory != self._directory:
             rank_zero_info(f"Adapter: {directory}")
-
-    def _find_directory(self, trainer: Trainer) -> Path:
-        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "adapter")
 
 
 def _is_trial(trainer: Trainer) -> bool:

@@ -13,12 +13,12 @@ from paca_lightning.adapters.adapter import save_adapter
 from paca_lightning.adapters.fingerprint import base_samples
 from paca_lightning.adapters.history import History, Point
 from paca_lightning.callbacks.opened_history import open_history
+from paca_lightning.callbacks.own_directory import own_directory
 from paca_lightning.callbacks.point_steps import PointSteps
 from paca_lightning.callbacks.training_counts import TrainingCounts
 from paca_lightning.core.checksums import settings_checksum
 from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.files import check_writable
 from paca_lightning.core.private.lightning import is_accumulating
 from paca_lightning.layers.base import paca_layers
 
@@ -91,15 +91,7 @@ class AdapterHistory(Callback):
         if stage != "fit":
             return
         self._forget()
-        self._directory = self._find_directory(trainer)
-        check_writable(self._directory, "AdapterHistory(dirpath=...)")
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            another = isinstance(other, AdapterHistory) and other is not self
-            if another and other._find_directory(trainer) == self._directory:
-                raise PaCAError(f"Two AdapterHistories write to {str(self._directory)!r}. Give one a `dirpath`.")
-
-    def _find_directory(self, trainer: Trainer) -> Path:
-        return Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "history")
+        self._directory = own_directory(self, trainer, "history")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,12 +4,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
 from jsonargparse import auto_cli
 from typing_extensions import override
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tools.short_errors import ShortErrors
+from paca_lightning.tools.short_errors import ShortErrors, settings_in
 
 
 class SwitchParser(ShortErrors):
@@ -29,11 +28,7 @@ class SwitchParser(ShortErrors):
         Raises:
             PaCAError: If it is the config of a run.
         """
-        try:
-            settings = yaml.safe_load(content)
-        except yaml.YAMLError:
-            settings = None  # reported by jsonargparse, with the place
-        if isinstance(settings, dict) and isinstance(run := settings.get("model"), dict):
+        if isinstance(run := settings_in(content).get("model"), dict):
             model = (run.get("init_args") or run).get("model", "DIRECTORY")
             raise PaCAError(
                 f"--config holds options of {self.prog}, and this one is the config of a run. Give what is needed of "

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from paca_lightning.core.files import replacing
-from paca_lightning.tools.short_errors import ShortErrors
+from paca_lightning.tools.short_errors import ShortErrors, settings_in
 
 
 class RunParser(ShortErrors, LightningArgumentParser):
@@ -28,11 +28,8 @@ class RunParser(ShortErrors, LightningArgumentParser):
     @override
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
         """Parse a config, also one that another command saved, with ``ckpt_path``, ``verbose`` and the like."""
-        try:
-            settings = yaml.safe_load(content)
-        except yaml.YAMLError:
-            settings = None  # reported by LightningCLI, with the place
-        if isinstance(settings, dict) and "trainer" in settings:
+        settings = settings_in(content)
+        if "trainer" in settings:
             for name in options_of_runs() & set(settings):
                 if name not in self.get_defaults():
                     self.left_out[name] = settings.pop(name)

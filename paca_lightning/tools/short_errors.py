@@ -2,8 +2,9 @@
 
 import argparse
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 from typing_extensions import override
 
@@ -31,6 +32,15 @@ class ShortErrors(ArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         raise _mistake(message, command) from ex
+
+
+def settings_in(content: str) -> dict[str, Any]:
+    """What a config holds; nothing if it is none, which the parser that gets it reports with the place."""
+    try:
+        settings = yaml.safe_load(content)
+    except yaml.YAMLError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 class PlainShortErrors(argparse.ArgumentParser):

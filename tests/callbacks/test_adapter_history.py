@@ -243,7 +243,7 @@ def test_a_run_starts_from_any_point(tmp_path: Path) -> None:
     ("callbacks", "complaint"),
     [
         ([AdapterHistory(metric="val/los")], r"AdapterHistory\(metric='val/los'\): validation logged no such metric"),
-        ([AdapterHistory(), AdapterHistory(every_n_steps=2)], r"Two AdapterHistories write to '.*history'"),
+        ([AdapterHistory(), AdapterHistory(every_n_steps=2)], r"Two callbacks AdapterHistory write to '.*history'"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(callbacks: list[Any], complaint: str, tmp_path: Path) -> None:
