@@ -16,7 +16,7 @@ from paca_lightning.tasks.data.converters import TreePaths
 from paca_lightning.tasks.data.documents import DocumentEncoder
 from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.locations import skipped
+from paca_lightning.tasks.data.locations import check_present, skipped
 from paca_lightning.tasks.data.mixture import DataSource, OnBadRow, Part, load_split, mixed, parts_of
 from paca_lightning.tasks.data.sampler import BatchOrder
 from paca_lightning.tasks.data.split import TokenizedSplit
@@ -140,6 +140,7 @@ class InstructionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenize every split into the cache, on one process of each node."""
         check_writable(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
+        check_present(*(self.hparams[name] for name in ("train", "validation", "test")))
         encode = self._encoder()
         for name in ("train", "validation", "test"):
             if self.hparams[name] is None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data import oasst
 from paca_lightning.tasks.data.conversation import Conversation, Message, text_document
-from paca_lightning.tasks.data.fields import Fields, Row, checked_text, kind
+from paca_lightning.tasks.data.fields import Fields, Row, checked_text, kind, parsed_json
 from paca_lightning.tasks.data.turns import Turns, system_messages, template_arguments
 
 TreePaths = Literal["best", "all"]
@@ -19,6 +19,8 @@ LIST_FIELDS = ("messages", "conversations", "conversation")
 """Fields that may hold the turns of a conversation."""
 QUESTION_ANSWER = (("question", "answer"), ("query", "response"), ("question", "response"))
 """Pairs of fields that hold a question and its answer."""
+ROW_MARKS = ("weight", "train", "training", "loss_weight")
+"""Fields of a row that are 0 or false if it is not to be trained."""
 GUANACO_MARK = re.compile(r"### (Human|Assistant):")
 
 _GUANACO_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -52,8 +54,10 @@ def _from_turns(row: Row, sharegpt: bool) -> Iterator[Conversation]:
     name = next((name for name in LIST_FIELDS if name in row), "messages")
     if name not in row:
         raise PaCAError(f"the field 'messages' is missing; the row has {', '.join(map(repr, row)) or 'no fields'}")
-    fields.take(name)
-    turns = Turns(row[name], name, sharegpt=sharegpt)
+    written = fields.take(name)
+    if isinstance(written, str) and written.lstrip().startswith("["):  # JSON in JSON, as from a table
+        written = parsed_json(written, name)
+    turns = Turns(row[name] if written is None else written, name, sharegpt=sharegpt)
     yield _conversation(fields, turns.messages, turns.masks, turns.unread)
 
 
@@ -61,7 +65,14 @@ def _conversation(
     fields: Fields, messages: list[Message], masks: dict[int, bool] | None = None, unread: list[str] | None = None
 ) -> Conversation:
     """A conversation with the system message and the template arguments of its row."""
+    for name in ROW_MARKS:
+        if isinstance(mark := fields.values.get(name), bool | int | float) and not mark:
+            raise PaCAError(f"the field '{name}' is {mark!r}: the whole row is marked as not trained; remove it")
     system = system_messages(fields)
+    if system and messages and messages[0]["role"] == "system":
+        if system != messages[:1]:
+            raise PaCAError("the row has a system text of its own and a system message, which differ; keep one")
+        system = []
     arguments = template_arguments(fields)
     masks = {number + len(system): mask for number, mask in (masks or {}).items()}
     return Conversation([*system, *messages], arguments, masks, (*fields.unread(), *dict.fromkeys(unread or ())))

@@ -22,7 +22,8 @@ def _is_nan(value: object) -> bool:
 
 def kind(value: object) -> str:
     """The type of a value in words, for messages."""
-    return "null" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "null" if value is None else f"an {name}" if name[0] in "aeio" else f"a {name}"
 
 
 class Fields:

@@ -138,6 +138,11 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
         raise PaCAError(f"{where}: {error}.") from error
     if "input_ids" in row:
         return "tokens"
+    if _holds_columns(row):
+        raise PaCAError(
+            f"{where}: is one object with a column in each of its fields {', '.join(map(repr, row))}. Write an object "
+            "for each row, with pandas by `to_json('rows.jsonl', orient='records', lines=True)`."
+        )
     if isinstance(row.get("segments"), list):
         return "segments"
     if isinstance(row.get("prompt"), dict):
@@ -148,7 +153,9 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
         if "parent_id" in row:
             return "oasst_messages"
     for field in LIST_FIELDS:
-        if isinstance(turns := row.get(field), list):
+        if isinstance(turns := row.get(field), str) and turns.lstrip().startswith("["):
+            return "sharegpt" if '"from"' in turns else "chat"
+        if isinstance(turns, list):
             named = set(turns[0]) if turns and isinstance(turns[0], dict) else set()
             return "sharegpt" if named & {"from", "value"} else "chat"
     if "instruction" in row and not row.keys().isdisjoint(("output", "response")):
@@ -160,13 +167,22 @@ def detect(row: Row, where: str, text_column: str = "text") -> Format:
     if isinstance(text := row.get(text_column), str) and GUANACO_MARK.search(text):
         return "guanaco"
     known = ", ".join(get_args(Format)[1:])
-    for field, value in row.items():
-        if len(row) == 1 and isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            raise PaCAError(
-                f"{where}: is one object whose field {field!r} holds {len(value):,} objects. If these are the rows, "
-                "save that list alone."
-            )
+    hints = [
+        f" The field {name!r} holds {len(value):,} objects: if these are the rows, save that list alone."
+        for name, value in row.items()
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)
+    ]
     raise PaCAError(
         f"{where}: the fields {', '.join(map(repr, row)) or '(none)'} fit no known format ({known}). Rename the "
         "fields, or set `format` (and `text_column`) if the first row is unusual; raw text needs `format: text`."
+        + "".join(hints)
     )
+
+
+def _holds_columns(row: Row) -> bool:
+    """Whether each field holds a column of texts, by index as pandas' `to_json` writes, or as a list."""
+    columns = list(row.values())
+    if all(isinstance(column, dict) and column and all(key.isdigit() for key in column) for column in columns):
+        return bool(columns)
+    lists = [column for column in columns if isinstance(column, list) and all(isinstance(one, str) for one in column)]
+    return len(lists) == len(columns) > 1 and len(set(map(len, lists))) == 1

@@ -3,10 +3,13 @@
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import Any, BinaryIO
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data import json_stream
+from paca_lightning.tasks.data.fields import kind
 
 _KINDS = "A data file is a JSON list of objects, JSON Lines (one object a line), or Parquet."
 _MARKS = (  # by the bytes that a file begins with; the longer ones first
@@ -15,6 +18,11 @@ _MARKS = (  # by the bytes that a file begins with; the longer ones first
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
     (b"\xef\xbb\xbf", "utf-8-sig"),
+)
+_OTHERS = (  # of binary files, as text
+    ("PK\3\4", "it is a zip archive, or a table of Excel"),
+    ("ARROW1", "it is an Arrow file: give the directory that `save_to_disk` wrote"),
+    ("\udcff\udcff\udcff\udcff", "it is an Arrow stream: give the directory that `save_to_disk` wrote"),
 )
 
 
@@ -37,6 +45,9 @@ def read_rows(opened: Callable[[], BinaryIO]) -> Iterator[tuple[int, Any]]:
     if first == "{":
         with opened() as stream:
             joined = _spans_lines(stream, encoding)
+    elif first != "[":
+        with opened() as stream:
+            _check_is_json(stream, encoding)
     with opened() as stream:
         if first == "[":
             yield from _stream_rows(json_stream.elements(stream, encoding))
@@ -77,8 +88,27 @@ def _spans_lines(stream: BinaryIO, encoding: str) -> bool:
     return False
 
 
+def _check_is_json(stream: BinaryIO, encoding: str) -> None:
+    """Check that one of the first two lines is JSON: if none is, the file is of another kind, whatever follows."""
+    lines = list(islice(_lines(stream, encoding), 2))
+    for _, line in lines:
+        with suppress(json.JSONDecodeError):
+            json.loads(line)
+            return
+    if lines:
+        number, line = lines[0]
+        found = next((name for mark, name in _OTHERS if line.startswith(mark)), f"the file begins with {line[:30]!r}")
+        raise PaCAError(
+            f'row {number}: is not valid JSON ({found}). {_KINDS} Plain text becomes rows of {{"text": "..."}}, with '
+            "`format: text`."
+        )
+
+
 def _line_rows(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, Any]]:
     for number, line in _lines(stream, encoding):
+        if "\0" in line:
+            yield number, PaCAError("holds NUL bytes, as a crash or a full disk leaves them. Write the file again.")
+            continue
         try:
             yield number, _checked(json.loads(line), line)
         except json.JSONDecodeError as error:
@@ -104,4 +134,4 @@ def _checked(value: Any, text: str) -> Any:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return PaCAError(f"is not UTF-8 (character {error.start + 1} of the row). Convert the file.")
-    return value if isinstance(value, dict) else PaCAError(f"is a {type(value).__name__}, expected an object.")
+    return value if isinstance(value, dict) else PaCAError(f"is {kind(value)}, expected an object.")

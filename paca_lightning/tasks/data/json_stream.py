@@ -35,6 +35,8 @@ def values(stream: BinaryIO, encoding: str = "utf-8") -> Iterator[tuple[Any, str
     text = _Text(stream, encoding)
     while text.peek():
         yield text.value()
+        if text.peek() == ",":
+            raise json.JSONDecodeError("A comma precedes it, as in a list, but the file does not begin with '['", "", 0)
 
 
 class _Text:

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import ReadInstruction
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.paths import looks_local, where_it_was_sought
 
 DATA_SUFFIXES = {".json", ".jsonl", ".ndjson", ".gz", ".bz2", ".xz", ".zst", ".parquet"}
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what `save_to_disk` writes
@@ -24,7 +25,7 @@ def locate(location: str | Sequence[str]) -> list[str]:
             list of them. Files of a directory or a pattern come in the order of their names.
 
     Raises:
-        PaCAError: Nothing matches, or a directory holds files of several splits.
+        PaCAError: A directory holds files of several splits.
     """
     if not isinstance(location, str):
         if not location:
@@ -41,11 +42,42 @@ def locate(location: str | Sequence[str]) -> list[str]:
             )
         return [str(file) for file in files] or [location]
     if not path.exists() and glob.has_magic(location):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
-        if not files:
-            raise PaCAError(f"{location}: no file matches (looked for {path.absolute()}).")
-        return [str(file) for file in files]
+        return [file for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
     return [location]
+
+
+def is_missing(location: str) -> bool:
+    """Whether a location means a local file that is not there, rather than a URL or a data set of the hub."""
+    path = Path(location).expanduser()
+    local = path.suffix.lower() in DATA_SUFFIXES or looks_local(location) or "/" not in location
+    return local and "://" not in location and not path.exists()
+
+
+def check_present(*locations: Any) -> None:
+    """Check that all files are there, before any is read.
+
+    Args:
+        *locations: As for `skipped`, or None.
+
+    Raises:
+        PaCAError: Files are missing, or no file matches a pattern; all are named.
+    """
+    missing = [sentence for location in locations if location is not None for sentence in _missing(location)]
+    if len(missing) > 1:
+        raise PaCAError(f"{len(missing)} of the data's locations are not there:\n  " + "\n  ".join(missing))
+    if missing:
+        raise PaCAError(f"{missing[0]}.")
+
+
+def _missing(location: Any) -> list[str]:
+    if isinstance(location, Mapping):
+        return _missing(location["location"])
+    if not isinstance(location, str):
+        return [sentence for one in location for sentence in _missing(one)]
+    if glob.has_magic(location) and not Path(location).expanduser().exists():
+        absolute = Path(location).expanduser().absolute()
+        return [] if locate(location) else [f"{location}: no file matches (looked for {absolute})"]
+    return [f"{location}: no such file ({where_it_was_sought(location)})"] if is_missing(location) else []
 
 
 def skipped(location: Any) -> list[str]:
@@ -113,4 +145,6 @@ def _is_directory_of_files(path: Path) -> bool:
 
 
 def _is_data(file: Path) -> bool:
-    return file.suffix in DATA_SUFFIXES and not file.is_dir() and not file.name.startswith((".", "dataset_info"))
+    return (
+        file.suffix.lower() in DATA_SUFFIXES and not file.is_dir() and not file.name.startswith((".", "dataset_info"))
+    )

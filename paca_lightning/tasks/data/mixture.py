@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.documents import DocumentEncoder
 from paca_lightning.tasks.data.formats import Format
-from paca_lightning.tasks.data.locations import locate, split_and_rows
+from paca_lightning.tasks.data.locations import check_present, locate, split_and_rows
 from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.report import split_report
 from paca_lightning.tasks.data.split import TokenizedSplit
@@ -62,8 +62,9 @@ def parts_of(sources: Sources, default: dict[str, Any], name: str, cache_dir: st
         cache_dir: Where `datasets` keeps downloads.
 
     Raises:
-        PaCAError: A location matches nothing, or a setting is out of range.
+        PaCAError: Locations are not there, or a setting is out of range.
     """
+    check_present(sources)
     entries = sources if isinstance(sources, list) else [sources]
     parts = []
     for plain, group in groupby(entries, key=lambda entry: isinstance(entry, str)):

@@ -16,14 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import looks_local, where_it_was_sought
+from paca_lightning.core.paths import where_it_was_sought
 from paca_lightning.core.private.datasets import fingerprint_of
 from paca_lightning.tasks.data.cache import file_hash
 from paca_lightning.tasks.data.fields import Row
 from paca_lightning.tasks.data.json_rows import read_rows
-from paca_lightning.tasks.data.locations import DATA_SUFFIXES, describe_directory
+from paca_lightning.tasks.data.locations import describe_directory, is_missing
 
-_TABLES = (".csv", ".tsv", ".xlsx", ".xls")
+_TABLES = {
+    ".csv": "read_csv({}, dtype=str)",
+    ".tsv": "read_csv({}, dtype=str, sep='\\t')",
+    ".xlsx": "read_excel({}, dtype=str)",
+    ".xls": "read_excel({}, dtype=str)",
+}
+"""Endings of tables, and how pandas reads them."""
 
 
 WHOLE_FILE = 0
@@ -95,10 +101,10 @@ class Source:
             yield WHOLE_FILE, error
 
     def _file_rows(self) -> Iterator[tuple[int, Any]]:
-        if self.path.suffix.lower() in _TABLES:
+        if reading := _TABLES.get(self.path.suffix.lower()):
             raise PaCAError(
                 f"{self.location}: is a table, and conversations are read from JSON and Parquet. Convert it: "
-                f"`datasets.load_dataset('csv', data_files={self.location!r})['train'].to_json('rows.jsonl')`."
+                f"`pandas.{reading.format(repr(self.location))}.to_json('rows.jsonl', orient='records', lines=True)`."
             )
         with self._readable():
             with self.path.open("rb") as file:
@@ -143,7 +149,7 @@ class Source:
             loaded = self._saved_dataset()
         elif "://" in self.location:
             raise PaCAError(f"{self.location}: is a URL, which is not read. Download the file and give its path.")
-        elif self.path.suffix in DATA_SUFFIXES or looks_local(self.location) or "/" not in self.location:
+        elif is_missing(self.location):
             raise PaCAError(f"{self.location}: no such file ({where_it_was_sought(self.location)}).")
         else:
             loaded = self._hub_dataset()

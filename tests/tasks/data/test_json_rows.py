@@ -7,6 +7,7 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow as pa
 import pytest
 
@@ -61,7 +62,14 @@ def test_pretty_printed_and_joined_objects_are_rows(tmp_path: Path) -> None:
     [
         (LIST + "\n" + LIST, r"rows.json, row 3: is not valid JSON \(After the end of the list .* '\['"),
         (LIST + " the end", r"After the end of the list the file goes on with 't'"),
-        (json.dumps({"data": ROWS}), "is one object whose field 'data' holds 2 objects"),
+        (json.dumps({"data": ROWS}), "The field 'data' holds 2 objects: if these are the rows, save that"),
+        (json.dumps({"version": 1, "data": ROWS}), "The field 'data' holds 2 objects"),
+        (json.dumps({"instruction": {"0": "a"}, "output": {"0": "b"}}), "row 1: is one object with a column in each"),
+        (json.dumps({"prompt": ["a", "b"], "completion": ["c", "d"]}), "row 1: is one object with a column in each"),
+        (LINES.replace("\n", ",\n"), r"row 2: is not valid JSON \(A comma precedes it"),
+        ("prompt,completion\na,b\nc,d", r"row 1: is not valid JSON \(the file begins with 'prompt,completion'\)"),
+        ("PK\3\4\0\0", "row 1: is not valid JSON .it is a zip archive, or a table of Excel"),
+        (LINES + "\n" + "\0" * 99, "row 3: holds NUL bytes, as a crash or a full disk leaves them"),
         ("[" * 100_000, "row 1: is nested too deeply"),
         ('{"messages": ' + "[" * 100_000, "row 1: is nested too deeply"),
         ('{"messages": [\n{"a": 1}', "row 1: is not valid JSON"),
@@ -180,13 +188,13 @@ def test_a_directory_says_what_it_skips(module: Any, tmp_path: Path, caplog: pyt
     (directory / "more").mkdir(parents=True)
     write_rows(directory / "a.jsonl", [GOOD])
     (directory / "b.csv").write_text("a,b")
-    (directory / "c.jsonl.zst").write_bytes(zstd(json.dumps(GOOD).encode()))
+    (directory / "c.JSONL.ZST").write_bytes(zstd(json.dumps(GOOD).encode()))
     with caplog.at_level("INFO"):
         module(directory).prepare_data()
     assert "its JSON and Parquet files are read, but not the other entries (b.csv, more/)." in caplog.text
     assert "train: 2 conversations" in caplog.text
     (directory / "a.jsonl").unlink()
-    (directory / "c.jsonl.zst").unlink()
+    (directory / "c.JSONL.ZST").unlink()
     with pytest.raises(PaCAError, match=r"holds no data files \(b.csv, more/\)"):
         module(directory).prepare_data()
 
@@ -203,10 +211,24 @@ def test_a_url_is_refused_as_one(module: Any, location: str, message: str) -> No
         module(location).prepare_data()
 
 
-def test_a_table_is_refused_with_the_way_to_convert_it(module: Any, tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n")
-    with pytest.raises(PaCAError, match=r"rows.csv: is a table.*to_json"):
-        module(tmp_path / "rows.csv").prepare_data()
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.csv", '\ufeffprompt,completion\n"say ""hi""\nnow",7\n'),
+        ("rows.TSV", "prompt\tcompletion\nx, y\t7\n"),
+    ],
+)
+def test_a_table_is_refused_with_the_way_to_convert_it(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(PaCAError, match=rf"{name}: is a table") as raised:
+        module(tmp_path / name).prepare_data()
+    monkeypatch.chdir(tmp_path)
+    eval(str(raised.value).split("`")[1], {"pandas": pandas})
+    turns = read(Path("rows.jsonl"))[0][1]
+    assert turns["prompt"] in ('say "hi"\nnow', "x, y")
+    assert turns["completion"] == "7"
 
 
 NODES = [

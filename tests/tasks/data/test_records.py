@@ -133,6 +133,16 @@ def test_files_that_do_not_belong_together_or_are_not_there_are_refused(module: 
 def test_missing_sources_say_what_to_do(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PaCAError, match=r"nowhere.jsonl: no such file \(looked for /"):
         module("nowhere.jsonl").prepare_data()
+    train = ["a.jsonl", {"location": "b.jsonl", "weight": 2}, "c/*.parquet", str(FIXTURES / "chat.jsonl")]
+    data = InstructionDataModule(**module().hparams | {"train": train, "validation": "d.parquet"})
+    with pytest.raises(PaCAError) as raised:
+        data.prepare_data()
+    first, *listed = str(raised.value).splitlines()
+    assert first == "4 of the data's locations are not there:"
+    for line, name in zip(
+        listed, ("a.jsonl: no such file", "b.jsonl", "c/*.parquet: no file", "d.parquet"), strict=True
+    ):
+        assert line.startswith(f"  {name}")
     with pytest.raises(PaCAError, match=r"is a directory, but not one that `datasets` saved"):
         module(tmp_path).prepare_data()
     datasets.DatasetDict(test=datasets.Dataset.from_list([GOOD])).save_to_disk(tmp_path / "saved")

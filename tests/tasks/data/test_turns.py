@@ -47,6 +47,37 @@ def test_a_mark_that_cannot_be_honoured_is_refused(marks: dict[str, Any], messag
         only({"messages": [TURNS[0], {**TURNS[1], **marks}]})
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"train": False}, {"training": False}, {"loss_weight": 0.0}],
+    ids=lambda mark: next(iter(mark)),
+)
+def test_a_row_that_is_marked_as_not_trained_is_refused(mark: dict[str, Any]) -> None:
+    for row in (GOOD, {"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}):
+        with pytest.raises(PaCAError, match="the whole row is marked as not trained; remove it"):
+            only({**row, **mark})
+    assert only({**GOOD, "weight": 0.7}).unread == ("weight",)
+
+
+def test_messages_may_be_the_json_of_them() -> None:
+    assert only({"messages": json.dumps(TURNS)}).messages == TURNS
+    assert (
+        only(
+            {"conversations": json.dumps([{"from": "human", "value": "one?"}, {"from": "gpt", "value": "1"}])}
+        ).messages
+        == TURNS
+    )
+    with pytest.raises(PaCAError, match="'messages' is a text that is not valid JSON"):
+        only({"messages": "[one?"}, "chat")
+
+
+def test_a_row_has_one_system_text() -> None:
+    messages = [{"role": "system", "content": "Be kind."}, *TURNS]
+    assert only({"messages": messages, "system": "Be kind."}).messages == messages
+    with pytest.raises(PaCAError, match="a system text of its own and a system message, which differ"):
+        only({"messages": messages, "system": "Be brief."})
+
+
 def test_history_comes_before_the_question() -> None:
     row = {"instruction": "And its population?", "output": "11 million.", "history": [["Capital?", "Lisbon."]]}
     contents = ["Capital?", "Lisbon.", "And its population?", "11 million."]

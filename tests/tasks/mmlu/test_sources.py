@@ -138,7 +138,7 @@ def test_a_bad_json_row(fields, complaint, tmp_path):
         ("a.json", "{}", "row 1: the field 'question' is missing"),
         ("a.jsonl", "[]\n", "has no rows"),
         ("a.jsonl", "{}\n{", "row 1: the field 'question' is missing"),
-        ("a.jsonl", "\n3\n", "row 2: is a int, expected an object"),
+        ("a.jsonl", "\n3\n", "row 2: is an int, expected an object"),
         ("a.csv", "", "has no rows"),
         ("a.csv", '"', "row 1: 1 columns"),
         ("a.parquet", "no", "row 1: is not valid JSON"),
