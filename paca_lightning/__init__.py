@@ -12,6 +12,7 @@ from paca_lightning.registration import LIGHTNING, register_with_lightning
 if TYPE_CHECKING:
     from paca_lightning.adapters.adapter import load_adapter, save_adapter
     from paca_lightning.adapters.export import export_lora, export_merged
+    from paca_lightning.adapters.weighted import merge_adapters
     from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
     from paca_lightning.callbacks.adapter_history import AdapterHistory
     from paca_lightning.callbacks.bottleneck_strategy import BottleneckStrategy
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from paca_lightning.callbacks.peft_strategy import PEFTStrategy
     from paca_lightning.callbacks.projected_gradients import ProjectedGradients
     from paca_lightning.conversion.convert import apply_paca
+    from paca_lightning.conversion.named_adapters import delete_adapter, set_adapter
     from paca_lightning.conversion.report import ConversionReport
     from paca_lightning.conversion.revert import disable_paca, merge, unload
     from paca_lightning.conversion.write_back import attach, write_columns
@@ -46,13 +48,16 @@ __all__ = [
     "QPaCALinear",
     "apply_paca",
     "attach",
+    "delete_adapter",
     "disable_paca",
     "export_lora",
     "export_merged",
     "load_adapter",
     "merge",
+    "merge_adapters",
     "paca_layers",
     "save_adapter",
+    "set_adapter",
     "unload",
     "write_columns",
 ]
@@ -73,13 +78,16 @@ _MODULES = {  # the same as above, for Python: tests/test_imports.py compares th
     "QPaCALinear": "layers.nf4_linear",
     "apply_paca": "conversion.convert",
     "attach": "conversion.write_back",
+    "delete_adapter": "conversion.named_adapters",
     "disable_paca": "conversion.revert",
     "export_lora": "adapters.export",
     "export_merged": "adapters.export",
     "load_adapter": "adapters.adapter",
     "merge": "conversion.revert",
+    "merge_adapters": "adapters.weighted",
     "paca_layers": "layers.base",
     "save_adapter": "adapters.adapter",
+    "set_adapter": "conversion.named_adapters",
     "unload": "conversion.revert",
     "write_columns": "conversion.write_back",
 }

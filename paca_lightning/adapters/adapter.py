@@ -20,13 +20,14 @@ from paca_lightning.adapters.files import (
 )
 from paca_lightning.adapters.fingerprint import sample_columns
 from paca_lightning.adapters.fitting import check_base_model, check_layers, whole_targets
-from paca_lightning.adapters.saved import read_adapter
+from paca_lightning.adapters.saved import SavedAdapter, read_adapter
 from paca_lightning.adapters.settings import settings_of
 from paca_lightning.adapters.tensors import implausible
 from paca_lightning.adapters.update import in_own_steps, whole_update
 from paca_lightning.conversion.changed_state import changed_state, overwrite, remember_thawed
 from paca_lightning.conversion.convert import convert
 from paca_lightning.conversion.inventory import take_inventory
+from paca_lightning.conversion.named_adapters import adding_adapter, refuse_quantized
 from paca_lightning.conversion.report import ConversionReport, layer_records
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.select import check_quantizable, quantize_layers
@@ -86,26 +87,56 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         write_json(scratch / SETTINGS, sealed(ours))
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> ConversionReport:
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> ConversionReport:
     """Convert a fresh base model as an adapter says, or take a converted one, and load the adapter into it.
+
+    With a name, the adapter comes beside those that the model has, and is the active one: see ``set_adapter``. What was
+    trained or loaded without a name before is called ``"default"`` from then on.
 
     Args:
         model: The base model the adapter was trained on, or a module around it.
         directory: What ``save_adapter`` wrote, PEFT's own PaCA adapter, or a Lightning checkpoint of a run with
             PaCAStrategy: a ``.ckpt`` file, or the directory of a sharded one.
+        name: Of one of several adapters. Its rank, columns and targets need not be those of others. None: the adapter
+            takes the place of the active one, whose settings must be the same.
 
     Returns:
         The report of the conversion.
 
     Raises:
         PaCAError: If a file is missing or damaged, a tensor does not fit (naming the layer), or the base model is
-            another one. The model is then as it was, bitwise: everything is checked before anything is changed. One
-            exception: a fresh model that bitsandbytes had quantized is dequantized.
+            another one; if the name is taken, or the base is quantized or sharded and gets a name. The model is then as
+            it was, bitwise: everything is checked before anything is changed. One exception: a fresh model that
+            bitsandbytes had quantized is dequantized.
     """
     adapter = read_adapter(directory)
+    with _directory_in_errors(directory):
+        if name is None:
+            report = load_saved(model, adapter)
+        else:
+            refuse_quantized(model, adapter.config)
+            with adding_adapter(model, name):
+                report = load_saved(model, adapter)
+    if not adapter.verified and is_first_rank():
+        log.warning("%s: the adapter has no checksums, so whether its bytes are as saved was not verified.", directory)
+    if adapter.settings is not None and adapter.settings.fingerprint is None and is_first_rank():
+        log.warning(
+            "%s: an earlier version saved this checkpoint of sharded ranks without values of its base model, so "
+            "whether this is the model it was trained on was not verified.",
+            directory,
+        )
+    return report
+
+
+def load_saved(model: nn.Module, adapter: SavedAdapter) -> ConversionReport:
+    """Convert a fresh base model as an adapter says, or take a converted one, and load the adapter into it.
+
+    Raises:
+        PaCAError: If it does not fit. The model is then as it was.
+    """
     tensors, settings = adapter.tensors, adapter.settings
     inventory = take_inventory(model)
-    with _directory_in_errors(directory), undone_on_error(inventory):
+    with undone_on_error(inventory):
         known = config_of(model)
         config = known or adapter.config
         # Whatever the selection, the columns are the adapter's: no data needs to follow.
@@ -132,14 +163,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Convers
             copy_into(tensor, value)
     quantize_layers(layers, config)
     report.layers = layer_records(inventory)
-    if not adapter.verified and is_first_rank():
-        log.warning("%s: the adapter has no checksums, so whether its bytes are as saved was not verified.", directory)
-    if settings is not None and settings.fingerprint is None and is_first_rank():
-        log.warning(
-            "%s: an earlier version saved this checkpoint of sharded ranks without values of its base model, so "
-            "whether this is the model it was trained on was not verified.",
-            directory,
-        )
     return report
 
 

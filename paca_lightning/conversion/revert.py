@@ -15,7 +15,7 @@ from paca_lightning.conversion.saved_modules import (
     saved_modules,
     unmark,
 )
-from paca_lightning.conversion.state import conversions_in, conversions_of, root_names
+from paca_lightning.conversion.state import ADAPTERS, conversions_in, conversions_of, root_names
 from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
@@ -67,15 +67,19 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module) -> nn.Module:
     """Turn PaCA layers into plain linear layers that hold the trained columns; returns the model.
 
+    Of several adapters loaded by name it takes the active one. The others are forgotten: their base model is gone.
+
     Raises:
         PaCAError: If the model is sharded, or inside ``disable_paca``, or a layer was parametrized since.
     """
-    layers = _releasable_layers(model, "merge")
+    layers = releasable_layers(model, "merge")
     end_all_along(model)
     for layer in layers:
         layer.release(trained=True)
     for _, module in saved_modules(model):
         unmark(module)
+    for module in model.modules():
+        vars(module).pop(ADAPTERS, None)
     return model
 
 
@@ -89,7 +93,7 @@ def unload(model: nn.Module) -> nn.Module:
         PaCAError: If the model is sharded, or inside ``disable_paca``, or a module that is trained whole was converted
             on the meta device.
     """
-    layers = _releasable_layers(model, "unload")
+    layers = releasable_layers(model, "unload")
     for path, module in saved_modules(model):
         restore_original(module, path)
         unmark(module)
@@ -137,8 +141,12 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
         raise
 
 
-def _releasable_layers(model: nn.Module, action: str) -> list[PaCALayer]:
+def releasable_layers(model: nn.Module, action: str) -> list[PaCALayer]:
     """The PaCA layers of a model.
+
+    Args:
+        model: Any module.
+        action: What turns them into plain layers, for messages.
 
     Raises:
         PaCAError: If they cannot be turned into plain layers now.
@@ -146,7 +154,7 @@ def _releasable_layers(model: nn.Module, action: str) -> list[PaCALayer]:
     layers = list(paca_layers(model))
     for path, layer in layers:
         if not layer.paca_enabled:
-            raise PaCAError("merge and unload do not work inside disable_paca: leave that context first.")
+            raise PaCAError(f"{action} does not work inside disable_paca: leave that context first.")
         check_not_parametrized(layer, layer.base, path)
         if is_sharded(layer.base):
             raise PaCAError(

@@ -11,6 +11,9 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
+ADAPTERS = "_paca_adapters"
+"""Attribute of the module that adapters were loaded into by name. It is copied and pickled with the module."""
+
 
 @dataclass(eq=False)
 class Conversion:
@@ -30,6 +33,7 @@ class Conversion:
         adapter: Directory of the adapter that was loaded. A later run with the same one goes on from it.
         full_checkpoints: Whether checkpoints keep the frozen parameters.
         columns_restored: Whether the columns that data was to choose came with a checkpoint.
+        name: Of the adapter, if several were loaded by name.
     """
 
     config: PaCAConfig
@@ -40,6 +44,7 @@ class Conversion:
     adapter: str | None = None
     full_checkpoints: bool = False
     columns_restored: bool = False
+    name: str | None = None
 
 
 def conversions_in(model: nn.Module) -> list[tuple[Conversion, str, PaCALayer]]:
@@ -109,6 +114,7 @@ def _take_over(conversion: Conversion, before: Conversion, renamed: Callable[[st
     conversion.adapter = conversion.adapter or before.adapter
     conversion.full_checkpoints |= before.full_checkpoints
     conversion.columns_restored |= before.columns_restored
+    conversion.name = conversion.name or before.name
 
 
 def layers_left(inventory: Inventory) -> list[str]:
