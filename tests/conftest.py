@@ -1,5 +1,6 @@
 """What every test leaves behind is taken away: the environment of a launched run, and its process group."""
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ os.environ |= {
 
 import lightning.pytorch  # noqa: F401  (its log handler keeps the stderr of its import, which must not be one test's)
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.distributed_launch import start_server
@@ -61,6 +63,13 @@ def server_of_ranks(request: pytest.FixtureRequest) -> None:
     """The package's benchmark uses the same server, and would start it with less imported."""
     if request.node.get_closest_marker("distributed"):
         start_server()
+
+
+@pytest.fixture
+def compiled_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compile`` traces and partitions as ever, but builds no C++ kernels, which takes a minute."""
+    compile_to = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", compile_to)
 
 
 @pytest.fixture(autouse=True)

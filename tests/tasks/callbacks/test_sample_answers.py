@@ -36,6 +36,7 @@ class Chat(LightningDataModule):
         pytest.param("32-true", {"compile": True}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("compiled_without_kernels")
 def test_answers_before_and_after_training_are_printed_and_written(directory, tmp_path, capsys, precision, settings):
     module = CausalLMModule(directory, optimizer=adamw(1e-2), **settings)
     callback = SampleAnswers([QUESTION], max_new_tokens=24)

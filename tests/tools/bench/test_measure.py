@@ -90,6 +90,7 @@ def test_the_floor_itself_is_what_all_are_compared_with(workload: Workload) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_without_kernels")
 def test_compiled_methods_compile_a_block_each_once(workload: Workload) -> None:
     from torch._dynamo.utils import counters
 
