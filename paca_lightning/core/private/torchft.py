@@ -1,4 +1,4 @@
-"""What torchft keeps to itself: how far DiLoCo is between two exchanges, and how a checkpoint travels.
+"""What torchft keeps to itself: how far DiLoCo is between two exchanges, and how changes and checkpoints travel.
 
 A run that stops between two exchanges resumes there only if it knows the inner steps since the last one and the
 parameters that it left. ``DiLoCo`` has no state of its own to save.
@@ -24,6 +24,19 @@ def set_inner_steps(diloco: Any, steps: int) -> None:
 def global_parameters(diloco: Any) -> list[dict[str, Tensor]]:
     """The parameters after the last exchange, by name, for each fragment; they may be written to."""
     return [fragment.original_parameters for fragment in diloco._fragments]
+
+
+def exchange_now(diloco: Any) -> None:
+    """Exchange the next fragment without an inner step before."""
+    diloco._local_step = diloco._sync_every - 1
+    diloco._step_post_hook(diloco._local_optimizer, (), {})
+
+
+def finished(result: object) -> Any:
+    """A ``Work`` that is done, for collectives that wait for themselves."""
+    from torchft.work import _DummyWork
+
+    return _DummyWork(result)
 
 
 def safe_transport(timeout: timedelta) -> Any:

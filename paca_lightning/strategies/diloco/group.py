@@ -11,6 +11,9 @@ from torch.distributed.distributed_c10d import AllgatherOptions, Work  # type: i
 from torchft.process_group import ProcessGroupGloo
 from typing_extensions import override
 
+from paca_lightning.core.private.torchft import finished
+from paca_lightning.strategies.diloco.compression import Compressor
+
 
 def digest(parts: Iterable[str | Tensor]) -> int:
     """64 bits of SHA-256 over texts and the bytes of tensors, as a signed number that fits in an int64 tensor."""
@@ -35,11 +38,12 @@ class ReplicaGroup(ProcessGroupGloo):
         parameters: Digest of the parameters after the last exchange.
         exchanges: The exchanges behind the replica.
         timeout: Of each collective.
+        compressor: Makes smaller what is sent. Default: tensors are sent as they are.
 
     Attributes:
         refusal: Why the replica may not take part; empty if it may.
-        sent_bytes: What this replica has sent to others in all-reduces. The ring of Gloo sends each byte of a tensor
-            2 (n - 1) / n times.
+        sent_bytes: What this replica has sent to others in all-reduces. Gloo's ring sends each byte of a tensor
+            2 (n - 1) / n times; what is compressed goes to each of the n - 1 others.
     """
 
     def __init__(
@@ -48,8 +52,10 @@ class ReplicaGroup(ProcessGroupGloo):
         parameters: Callable[[], int],
         exchanges: Callable[[], int],
         timeout: timedelta,
+        compressor: Compressor | None = None,
     ) -> None:
         super().__init__(timeout)
+        self._exchanges, self._compressor = exchanges, compressor
         self._describe = lambda: [identity(), parameters(), exchanges()]
         self.refusal = ""
         self.sent_bytes = 0
@@ -71,10 +77,22 @@ class ReplicaGroup(ProcessGroupGloo):
 
     @override
     def allreduce(self, tensors: list[Tensor], opts: object) -> Work:
-        """Add tensors up over the replicas, in place."""
-        members = self.size()
-        self.sent_bytes += sum(2 * tensor.nbytes * (members - 1) // members for tensor in tensors)
-        return super().allreduce(tensors, opts)
+        """Add tensors up over the replicas, in place, so that all have the same bits.
+
+        With compression, each tensor is the flat change of one fragment. All replicas gather the same payloads and add
+        them up in the same order. A reduced sum would have to be compressed once more.
+        """
+        others = self.size() - 1
+        if self._compressor is None:
+            self.sent_bytes += sum(2 * tensor.nbytes * others // (others + 1) for tensor in tensors)
+            return super().allreduce(tensors, opts)
+        for tensor in tensors:
+            payload = self._compressor.pack(tensor.cpu(), self._exchanges())
+            payloads = [torch.empty_like(payload) for _ in range(self.size())]
+            self.allgather([payloads], [payload], AllgatherOptions()).wait()
+            self.sent_bytes += payload.nbytes * others
+            tensor.copy_(self._compressor.total(payloads, tensor.numel()))
+        return finished(tensors)
 
 
 def refusal(here: list[int], members: list[list[int]]) -> str:
@@ -94,8 +112,8 @@ def refusal(here: list[int], members: list[list[int]]) -> str:
     if any(other != identity and rank[other] >= rank[identity] for other in rank):
         return (
             "this replica and others do not train the same: the names and shapes of trained parameters, the columns "
-            "(selection and seed), or sync_every, fragments and the outer optimizer differ. Start all replicas with "
-            "one config and one seed."
+            "(selection and seed), or sync_every, fragments, compression and the outer optimizer differ. Start all "
+            "replicas with one config and one seed."
         )
     if any(member[0] == identity and member[2] == exchanges and member[1] != parameters for member in members):
         return (

@@ -11,12 +11,25 @@ from torchft.local_sgd import DiLoCo
 from torchft.manager import Manager
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.private.torchft import global_parameters, inner_steps, safe_transport, set_inner_steps
+from paca_lightning.core.private.torchft import (
+    exchange_now,
+    global_parameters,
+    inner_steps,
+    safe_transport,
+    set_inner_steps,
+)
+from paca_lightning.strategies.diloco.compression import compressor
+from paca_lightning.strategies.diloco.fragments import split
 from paca_lightning.strategies.diloco.group import ReplicaGroup, digest
 from paca_lightning.strategies.diloco.settings import Outer
 
 CONNECT_TIMEOUT = timedelta(seconds=20)
 QUORUM_TIMEOUT = timedelta(hours=1)  # others may be an hour of inner steps away from their exchange
+
+NO_LIGHTHOUSE = (
+    "no lighthouse answers at {lighthouse} ({error}). Start one, `torchft_lighthouse --min_replicas 1 "
+    "--bind 0.0.0.0:29510`, and set the strategy's lighthouse to http://HOST:29510."
+)
 
 
 class Run(Protocol):
@@ -58,7 +71,7 @@ class OuterLoop:
         failed: Exchanges that failed one after the other, until now.
 
     Raises:
-        PaCAError: If no lighthouse answers.
+        PaCAError: If no lighthouse answers, or parameters of several dtypes are to be compressed.
     """
 
     def __init__(
@@ -75,7 +88,9 @@ class OuterLoop:
     ) -> None:
         self._inner, self._settings, self._run = optimizer, settings, run
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.group = ReplicaGroup(self._identity, self._digest, lambda: self.exchanges, timeout)
+        parts = [nn.ParameterList(part) for part in split(self._parameters, settings.fragments)]
+        self._compressor = compressor(parts, settings)
+        self.group = ReplicaGroup(self._identity, self._digest, lambda: self.exchanges, timeout, self._compressor)
         host = host or socket.gethostname()
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         try:
@@ -99,18 +114,21 @@ class OuterLoop:
                 init_sync=False,
             )
         except (RuntimeError, TimeoutError) as error:
-            raise PaCAError(
-                f"no lighthouse answers at {lighthouse} ({error}). Start one, `torchft_lighthouse --min_replicas 1 "
-                "--bind 0.0.0.0:29510`, and set the strategy's lighthouse to http://HOST:29510."
-            ) from error
-        parts = [nn.ParameterList(part) for part in split(self._parameters, settings.fragments)]
-        self._outers = [
-            torch.optim.SGD(part, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
-            for part in parts
-        ]
-        self._diloco = DiLoCo(self._manager, parts, optimizer, self._outers, settings.sync_every)
+            raise PaCAError(NO_LIGHTHOUSE.format(lighthouse=lighthouse, error=error)) from error
+        self._outers = [settings.optimizer(part) for part in parts]
+        mib = sum(parameter.nbytes for parameter in self._parameters) // 2**20 + 1
+        self._diloco = DiLoCo(
+            self._manager,
+            parts,
+            optimizer,
+            self._outers,
+            settings.sync_every,
+            use_bucketization=self._compressor is not None,  # a fragment as one vector
+            bucket_cap_mb=mib,
+        )
         self.failed = 0
         self._exchanges_before, self._gradients = 0, list[Tensor | None]()
+        self._last: int | None = None  # exchanges behind the replica when the run is over, once that is known
         self._handles = [optimizer.register_step_post_hook(self._before_exchange)]
         self._diloco.__enter__()
         self._handles.append(optimizer.register_step_post_hook(self._after_exchange))
@@ -126,16 +144,30 @@ class OuterLoop:
         return int(self._manager.num_participants())
 
     def state_dict(self) -> dict[str, Any]:
-        """The outer optimizer, the parameters after the last exchange, and how far the next one is."""
+        """The outer optimizer, the parameters after the last exchange, how far the next one is, and what it owes."""
         return {
             "manager": self._manager.state_dict(),
             "inner_steps": inner_steps(self._diloco),
             "outer": [outer.state_dict() for outer in self._outers],
             "parameters": [{n: p.clone() for n, p in part.items()} for part in global_parameters(self._diloco)],
+            "residuals": [residual.clone() for residual in self._residuals],
+            "sent_bytes": self.group.sent_bytes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            PaCAError: If what is still to be sent does not fit, as another compression was used.
+        """
+        if [len(residual) for residual in state["residuals"]] != [len(residual) for residual in self._residuals]:
+            raise PaCAError(
+                f"the checkpoint was written with another compression than {self._settings.compression!r}, or other "
+                "fragments: what it has still to send does not fit. Resume with the settings of the run that wrote it."
+            )
+        for residual, saved in zip(self._residuals, state["residuals"], strict=True):
+            residual.copy_(saved)
+        self.group.sent_bytes = state["sent_bytes"]
         self._manager.load_state_dict(state["manager"])
         set_inner_steps(self._diloco, state["inner_steps"])
         for outer, saved in zip(self._outers, state["outer"], strict=True):
@@ -152,23 +184,41 @@ class OuterLoop:
         self._manager.shutdown(wait=False)
         self.group.shutdown()
 
+    @property
+    def _residuals(self) -> list[Tensor]:
+        return [] if self._compressor is None else self._compressor.residuals
+
     def _before_exchange(self, *_: Any) -> None:
         """Keep what the exchange overwrites, and let the last step end with one."""
         self._exchanges_before = self.exchanges
         self._gradients = [parameter.grad for parameter in self._parameters]
-        if self._run.at_last_step() and self._settings.fragments == 1:
-            set_inner_steps(self._diloco, self._settings.sync_every - 1)
+        if self._run.at_last_step():
+            self._last = self.exchanges + self._settings.fragments
+            set_inner_steps(self._diloco, self._settings.sync_every // self._settings.fragments - 1)
 
     def _after_exchange(self, *_: Any) -> None:
         """Stop what may not take part, and give the parameters the gradients of the inner step back."""
+        if inner_steps(self._diloco) == 0:
+            self._settle()
+            for _attempt in range(2 * self._settings.fragments):
+                if self._last is None or self.exchanges >= self._last or self._settings.fragments == 1:
+                    break
+                self._exchanges_before = self.exchanges
+                exchange_now(self._diloco)
+                self._settle()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         self._gradients = []
+
+    def _settle(self) -> None:
+        """Draw the conclusions of an exchange, done or failed."""
         if self.group.refusal:
             raise PaCAError(self.group.refusal)
-        if inner_steps(self._diloco) == 0:
-            self.failed = 0 if self.exchanges > self._exchanges_before else self.failed + 1
-            self._run.exchanged(self)
+        done = self.exchanges > self._exchanges_before
+        self.failed = 0 if done else self.failed + 1
+        if self._compressor is not None:
+            self._compressor.settle(done)
+        self._run.exchanged(self)
 
     def _identity(self) -> int:
         shapes = [f"{tuple(parameter.shape)} {parameter.dtype}" for parameter in self._parameters]
@@ -183,6 +233,7 @@ class OuterLoop:
             "parameters": [parameter.detach().clone() for parameter in self._parameters],
             "optimizer": self._inner.state_dict(),
             "position": self._run.position(),
+            "last": self._last,
         }
 
     def _take(self, state: dict[str, Any]) -> None:
@@ -191,21 +242,6 @@ class OuterLoop:
                 parameter.copy_(theirs)
         self._inner.load_state_dict(state["optimizer"])
         self._run.take_position(state["position"])
-
-
-def split(parameters: list[nn.Parameter], count: int) -> list[list[nn.Parameter]]:
-    """Parameters in a number of parts of about equal size, in order, none empty.
-
-    Raises:
-        PaCAError: If there are fewer parameters than parts.
-    """
-    if len(parameters) < count:
-        raise PaCAError(f"fragments={count}, but only {len(parameters)} parameters are trained.")
-    total, parts, seen = sum(p.numel() for p in parameters), [list[nn.Parameter]()], 0
-    for index, parameter in enumerate(parameters):
-        missing = count - len(parts)
-        if parts[-1] and missing and (seen * count >= total * len(parts) or len(parameters) - index == missing):
-            parts.append([])
-        parts[-1].append(parameter)
-        seen += parameter.numel()
-    return parts
+        self._last = state["last"]
+        if self._compressor is not None:
+            self._compressor.clear()  # what was still to be sent is lost, or belongs to the replica that sent this

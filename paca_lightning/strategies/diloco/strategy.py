@@ -14,7 +14,7 @@ from typing_extensions import override
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.strategies.diloco.lone import LoneStrategy
-from paca_lightning.strategies.diloco.settings import Outer
+from paca_lightning.strategies.diloco.settings import Compression, Outer, from_environment
 
 if TYPE_CHECKING:
     from paca_lightning.strategies.diloco.outer import OuterLoop
@@ -42,6 +42,9 @@ class DiLoCoStrategy(LoneStrategy):
         outer_lr: Learning rate of the outer SGD.
         outer_momentum: Its Nesterov momentum; 0 is plain SGD.
         fragments: Exchange the parameters in that many parts, in turns (Streaming DiLoCo, arXiv 2501.18512).
+        compression: What replicas send of their change: all of it (``none``), ``bf16``, ``int8``, or only its largest
+            values (``top_k``). The last two send later what they leave out.
+        top_k: Share of the values that ``top_k`` sends.
         min_replicas: With fewer present, nothing is exchanged, and the steps since the last exchange are lost.
         host: Name under which others reach this replica. Default: the machine's host name.
         timeout: Of an exchange. A replica that dies in one costs the others these seconds at most.
@@ -56,16 +59,19 @@ class DiLoCoStrategy(LoneStrategy):
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
         fragments: int = 1,
+        compression: Compression = "none",
+        top_k: float = 0.01,
         min_replicas: int = 1,
         host: str | None = None,
         timeout: timedelta = timedelta(seconds=60),
     ) -> None:
         super().__init__()
-        self.settings = Outer(sync_every, outer_lr, outer_momentum, fragments)
+        self.settings = Outer(sync_every, outer_lr, outer_momentum, fragments, compression, top_k)
         self._given = replicas, replica, lighthouse
         self.min_replicas, self.host, self.timeout = min_replicas, host, timeout
         self.outer: OuterLoop | None = None
         self._trainer: pl.Trainer | None = None
+        self._sent = 0  # bytes until the exchange before
 
     @property
     @override
@@ -130,25 +136,20 @@ class DiLoCoStrategy(LoneStrategy):
         trained = sum(p.numel() * p.element_size() for g in self.optimizers[0].param_groups for p in g["params"])
         rank_zero_info(
             f"DiLoCo: replica {self.replica} of {self.replicas}; {trained / 2**20:.1f} MiB are exchanged every "
-            f"{self.settings.sync_every} steps over {self.lighthouse}."
+            f"{self.settings.sync_every} steps over {self.lighthouse}, compression: {self.settings.compression}."
         )
 
     def on_train_start(self) -> None:
         """Check that the run is long enough for exchanges.
 
         Raises:
-            PaCAError: If it ends before the first one, or fragments would be left behind at its end.
+            PaCAError: If it ends before the first one.
         """
         assert self._trainer is not None
         self._steps = int(self._trainer.estimated_stepping_batches)
         every = self.settings.sync_every
         if self._steps < every:
             raise PaCAError(f"the run has {self._steps} steps and sync_every={every}: replicas would never meet.")
-        if self.settings.fragments > 1 and self._steps % every:
-            raise PaCAError(
-                f"the run has {self._steps} steps, no multiple of sync_every={every}: the last ones would be "
-                "exchanged in part. Change either, or set fragments: 1."
-            )
 
     # What the outer loop asks of the run: strategies.diloco.outer.Run.
 
@@ -196,7 +197,13 @@ class DiLoCoStrategy(LoneStrategy):
                 f"DiLoCo: the exchange at step {self._trainer.global_step + 1} failed ({outer.failed} in a row); the "
                 "steps since the last one are lost.",
             )
-        values = {"diloco/replicas": outer.replicas, "diloco/sent_mib": outer.group.sent_bytes / 2**20}
+        sent = outer.group.sent_bytes
+        values = {
+            "diloco/replicas": outer.replicas,
+            "diloco/bytes_sent": sent - self._sent,
+            "diloco/bytes_sent_total": sent,
+        }
+        self._sent = sent
         for logger in self._trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=self._trainer.global_step)
 
@@ -222,6 +229,7 @@ class DiLoCoStrategy(LoneStrategy):
             )
         assert self.outer is not None
         self.outer.load_state_dict(checkpoint[STATE])
+        self._sent = self.outer.group.sent_bytes
 
     @override
     def teardown(self) -> None:
@@ -230,20 +238,6 @@ class DiLoCoStrategy(LoneStrategy):
             self.outer.close()
             self.outer = None
         super().teardown()
-
-
-def from_environment(value: int | None, name: str, variable: str) -> int:
-    """A setting, or else a variable of the environment.
-
-    Raises:
-        PaCAError: If there is neither, or the variable is no number.
-    """
-    if value is not None:
-        return value
-    text = os.environ.get(variable, "")
-    if not text.isdecimal():
-        raise PaCAError(f"set the strategy's {name}, or {variable} (now {text!r}), to a whole number.")
-    return int(text)
 
 
 StrategyRegistry.register("paca_diloco", DiLoCoStrategy, description="DiLoCo on torchft, for slow connections")

@@ -4,6 +4,7 @@ import pickle
 import threading
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ from torchft.local_sgd import DiLoCo
 from paca_lightning.core.private import torchft as private
 
 
-def diloco(parameter: nn.Parameter) -> DiLoCo:
-    """Behind a manager that never exchanges."""
+def diloco(parameter: nn.Parameter, **manages: Any) -> DiLoCo:
+    """Behind a manager that never exchanges, unless it is given how."""
     manager = SimpleNamespace(
         _use_async_quorum=False,
         register_state_dict_fn=lambda *_: None,
         allow_state_dict_read=lambda: None,
         disallow_state_dict_read=lambda: None,
+        **manages,
     )
     inner = torch.optim.SGD([parameter], lr=1.0)
     return DiLoCo(manager, [nn.ParameterList([parameter])], inner, torch.optim.SGD([parameter], lr=1.0), sync_every=9)
@@ -48,6 +50,24 @@ def test_global_parameters() -> None:
     parameter.data.fill_(3)
     (part,) = private.global_parameters(loop)
     assert [saved.tolist() for saved in part.values()] == [[1.0, 1.0]]
+
+
+@canary("torchft.exchange_now")
+def test_exchange_now() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    exchanges = {"allreduce": lambda tensor, **_: private.finished(tensor), "should_commit": lambda: True}
+    loop = diloco(parameter, **exchanges, start_quorum=lambda: None, current_step=lambda: 0)
+    parameter.data.fill_(3)
+    private.exchange_now(loop)
+    assert private.inner_steps(loop) == 0
+    assert parameter.tolist() == [3.0, 3.0]  # a step of 1 by what the parameter moved
+
+
+@canary("torchft.finished")
+def test_finished() -> None:
+    work = private.finished([torch.ones(2)])
+    assert work.wait()
+    assert work.get_future().then(lambda done: done.value()[0] * 2).wait().tolist() == [2.0, 2.0]
 
 
 class Hostile:

@@ -12,18 +12,20 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, apply_paca, attach, paca_layers, write_columns
+from tests.artefacts import logged
 from tests.processes import HANG
 from tests.tiny import tiny_llama
 
 pytest.importorskip("torchft")
 
 from paca_lightning.strategies import DiLoCoStrategy
+from paca_lightning.strategies.diloco.fragments import split
 from paca_lightning.strategies.diloco.group import refusal
-from paca_lightning.strategies.diloco.outer import split
 
 ROWS = torch.randint(3, 380, (64, 12), generator=torch.Generator().manual_seed(0))
 BATCH = 8  # of all replicas
@@ -56,12 +58,12 @@ class Chat(LightningModule):
 
 
 def trainer(root: Path, *callbacks: Callback, **settings: Any) -> Trainer:
-    settings = {"enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks)} | settings
+    saves = any(isinstance(each, ModelCheckpoint) for each in callbacks)
+    settings = {"enable_checkpointing": saves, "logger": False} | settings
     return Trainer(
         accelerator="cpu",
         devices=1,
         callbacks=[PaCAStrategy(PaCAConfig(r=4)), *callbacks],
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=root,
@@ -115,22 +117,6 @@ def start() -> Iterator[Callable[..., Any]]:
         process.join()
 
 
-@pytest.fixture
-def lighthouse() -> Iterator[Callable[[int], str]]:
-    """Starts a lighthouse that waits for a number of replicas, and gives its address."""
-    from torchft.coordination import LighthouseServer
-
-    servers = []
-
-    def start_one(replicas: int) -> str:
-        servers.append(LighthouseServer(bind="127.0.0.1:0", min_replicas=replicas, join_timeout_ms=HANG * 1000))
-        return f"http://127.0.0.1:{servers[-1].address().rpartition(':')[2]}"
-
-    yield start_one
-    for server in servers:
-        server.shutdown()
-
-
 def ended(root: Path, *processes: Any, numbers: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
     for process in processes:
         process.join(HANG)
@@ -178,6 +164,34 @@ def test_run_equals_a_plain_loop_of_the_paper_and_resumes_between_two_exchanges(
         tmp_path, *(start(n, tmp_path, address, settings, adam, ckpt_path=saved[n], max_steps=6) for n in range(2))
     )
     assert same_bits(resumed["deltas"], first["deltas"])
+
+
+@pytest.mark.distributed
+def test_compressed_fragments_end_with_the_same_bits_and_resume_between_two_exchanges(
+    start: Callable[..., Any], lighthouse: Callable[[int], str], tmp_path: Path
+) -> None:
+    """Exchanges of two halves behind steps 2, 4 and 6, where the run ends with both."""
+    settings, adam = {"sync_every": 4, "fragments": 2, "compression": "int8"}, {"optimizer": "AdamW", "by_step": True}
+    address, saving = (
+        lighthouse(2),
+        [ModelCheckpoint(tmp_path / str(n), "{step}", every_n_train_steps=5) for n in (0, 1)],
+    )
+    loggers = [CSVLogger(tmp_path, "logs", str(n)) for n in range(2)]
+    runs = (start(n, tmp_path, address, settings, adam, saving[n], max_steps=6, logger=loggers[n]) for n in range(2))
+    first, second = ended(tmp_path, *runs)
+    assert same_bits(first["deltas"], second["deltas"])
+    version = tmp_path / "logs" / "1"
+    sent, total = (logged(version, f"diloco/{name}") for name in ("bytes_sent", "bytes_sent_total"))
+    assert logged(version, "diloco/replicas") == [2.0] * 4
+    assert [sum(sent[: n + 1]) for n in range(4)] == total
+    assert sum(delta.numel() for delta in first["deltas"]) * 2 < total[-1]  # bytes and scales
+
+    address, saved = lighthouse(2), [tmp_path / str(n) / "step=5.ckpt" for n in range(2)]
+    resumed, other = ended(
+        tmp_path, *(start(n, tmp_path, address, settings, adam, ckpt_path=saved[n], max_steps=6) for n in range(2))
+    )
+    assert same_bits(resumed["deltas"], first["deltas"])
+    assert same_bits(other["deltas"], first["deltas"])
 
 
 def plain_diloco(steps: int, exchanges: tuple[int, ...]) -> list[Tensor]:
@@ -275,6 +289,8 @@ def test_replicas_that_train_something_else_are_refused(here: list[int], others:
         ({"replica": 2}, "is none of the 2 replicas"),
         ({"sync_every": 10, "fragments": 3}, "divides sync_every"),
         ({"outer_lr": 0.0}, "outer_lr"),
+        ({"compression": "fp4"}, "'fp4' is none of none, bf16, int8, top_k"),
+        ({"top_k": 0.0}, "top_k=0.0"),
         ({"min_replicas": 3}, "min_replicas=3"),
         ({"replicas": None}, "NUM_REPLICA_GROUPS"),
         ({"lighthouse": None}, "TORCHFT_LIGHTHOUSE"),
