@@ -234,6 +234,7 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path, capsys: pytest.CaptureF
         (["--trainer.logger.init_args.save_dir=/proc/nowhere"], "CSVLogger(save_dir=...): '/proc/nowhere' cannot be"),
         (["--trainer.callbacks+=PaCAStrategy"], "Found more than one stateful callback of type `PaCAStrategy`"),
         (["--ckpt_path", "nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
+        (["--config=docs/performance/small-512.png"], "is no config: it is not text in UTF-8"),
         (["--ckpt_path", "configs/debug.yaml"], "'configs/debug.yaml' (--ckpt_path) is no checkpoint, or was cut off."),
     ],
 )

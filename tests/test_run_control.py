@@ -130,6 +130,26 @@ def test_the_config_of_a_run_serves_other_commands(
     assert "this one is the config of a run. Give what is needed of it: --model configs/tiny-llama, and" in message
 
 
+def test_an_evaluation_of_the_base_model_says_so(finished: Path, tmp_path: Path) -> None:
+    saved = ["--config", str(finished / "version_0" / "config.yaml"), *output_to(tmp_path), *SHORT[1:2]]
+    with pytest.warns(UserWarning, match="validate takes the base model, as no checkpoint is given"):
+        main(["validate", *saved])
+    adapter = ["--trainer.callbacks=PaCAStrategy", f"--trainer.callbacks.adapter={finished / 'version_0' / 'adapter'}"]
+    main(["validate", *saved, *adapter])  # says nothing: warnings are errors
+
+
+def test_a_test_needs_no_training_data(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = [
+        "--config",
+        str(finished / "version_0" / "config.yaml"),
+        *output_to(tmp_path),
+        "--data.train=nowhere.jsonl",
+    ]
+    given = [*saved, f"--ckpt_path={finished / 'version_0' / 'checkpoints' / 'best.ckpt'}"]
+    assert failure(["test", *given], capsys) == (2, "error: there is no test data: set `test` of the data module.")
+    main(["test", *given, "--data.test=configs/data/quickstart/validation.jsonl", "--trainer.limit_test_batches=1"])
+
+
 def test_a_run_that_took_no_step_has_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = ["--trainer.max_steps=0", "--trainer.limit_val_batches=1"]
     code, message = failure(["fit", *DEBUG, *output_to(tmp_path), *nothing], capsys)
@@ -191,6 +211,26 @@ def unknown_metric(run: Path) -> tuple[list[str], str]:
     ], "EarlyStopping(monitor='val/los'): validation logs no such"
 
 
+def no_validation(run: Path) -> tuple[list[str], str]:
+    return ["--data.init_args.validation=null"], "HeldOutLoss needs validation"
+
+
+def validation_after_the_end(run: Path) -> tuple[list[str], str]:
+    stopping = [
+        "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping",
+        "--trainer.callbacks.monitor=val/loss",
+    ]
+    return [*stopping, "--trainer.max_steps=2"], "the run ends after 2 batches, and its first validation comes after 3"
+
+
+def no_checkpoint(run: Path) -> tuple[list[str], str]:
+    return ["--ckpt_path="], "--ckpt_path is empty"
+
+
+def no_interval(run: Path) -> tuple[list[str], str]:
+    return ["--trainer.val_check_interval=0"], "trainer.val_check_interval is 0, but must be above 0"
+
+
 def too_short_a_schedule(run: Path) -> tuple[list[str], str]:
     schedule = ["--model.init_args.lr_scheduler=torch.optim.lr_scheduler.OneCycleLR"]
     schedule += ["--model.init_args.lr_scheduler.max_lr=0.1", "--model.init_args.lr_scheduler.total_steps=2"]
@@ -214,6 +254,10 @@ def another_optimizer(run: Path) -> tuple[list[str], str]:
         rare_validation,
         unwritable_cache,
         unknown_metric,
+        no_validation,
+        validation_after_the_end,
+        no_checkpoint,
+        no_interval,
         too_short_a_schedule,
         another_optimizer,
     ],
@@ -224,13 +268,17 @@ def test_what_would_fail_late_is_told_before_training_in_one_message(
     run = copied(finished, tmp_path)
     overrides, complaint = case(run)
     unreached = ["--trainer.callbacks+=tests.test_run_control.NoTraining"]
-    first = [*overrides, *unreached] if case is unknown_metric else [*unreached, *overrides]
+    first = [*overrides, *unreached] if case in AFTER_A_CALLBACK else [*unreached, *overrides]
     code, message = failure(["fit", *DEBUG, *output_to(run), *SHORT, *first], capsys)
     assert code == 2
     assert complaint in message
     assert "Traceback" not in message
     with pytest.raises(PaCAError):
         main(["fit", *DEBUG, *output_to(run), *SHORT, *first, "--debug"])
+
+
+AFTER_A_CALLBACK = (unknown_metric, validation_after_the_end)
+"""Cases whose settings belong to the last callback."""
 
 
 class NoTraining(Callback):
@@ -279,6 +327,8 @@ def test_runs_that_start_at_once_get_versions_of_their_own(tmp_path: Path) -> No
     ("arguments", "complaint", "help_line"),
     [
         (["fit", *DEBUG, "--trainer.max_stepz=3"], "unrecognized arguments: --trainer.max_stepz=3", "fit"),
+        (["fit", *DEBUG, "--ckpt=last"], "unrecognized arguments: --ckpt=last", "fit"),
+        (["fit", *DEBUG, "--model.init_args.optimizer.lrr=1"], "Option 'lrr' is not accepted", "fit"),
         (["fit", *DEBUG, "--trainer.max_steps=abc"], "Expected a <class 'int'>. Got value: abc", "fit"),
         (["fit", *DEBUG, "--model.init_args.dtypo=3"], "Option 'dtypo' is not accepted", "fit"),
         (["validate", "--config=nowhere.yaml"], "File does not exist: ", "validate"),
@@ -306,7 +356,7 @@ def test_a_mistyped_option_is_answered_by_its_message_and_one_line_of_help(
     assert complaint in "\n".join(lines)
     assert lines[-1] == f"paca-lightning {help_line} --help lists the options."
     assert "usage:" not in "\n".join(lines)
-    assert len(lines) < 12
+    assert len(lines) < 8
 
 
 @contextmanager

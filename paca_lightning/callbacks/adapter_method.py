@@ -17,7 +17,7 @@ from paca_lightning.callbacks.averaging import check_bases, check_order, copies_
 from paca_lightning.callbacks.finite_steps import FiniteSteps
 from paca_lightning.callbacks.kept_precision import KeptPrecision
 from paca_lightning.callbacks.method_hooks import MethodHooks
-from paca_lightning.callbacks.monitors import check_monitors
+from paca_lightning.callbacks.monitors import check_monitors, check_validation_comes
 from paca_lightning.callbacks.paca import PaCAStrategy
 from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, saved_optimizers
 from paca_lightning.callbacks.run_checks import (
@@ -191,6 +191,7 @@ class AdapterMethodStrategy(FiniteSteps):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary, and note where training begins."""
         self._print_report(trainer, pl_module)
+        check_validation_comes(trainer)
         self._at_start = (trainer.global_step, tensor_sums(trained_parameters(pl_module).values()))
 
     @override

@@ -1,6 +1,7 @@
 """Checks the names of monitored metrics once the sanity validation has logged what there is."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -12,6 +13,8 @@ from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from paca_lightning.core.errors import PaCAError
 
 OF_LIGHTNING = ("epoch", "step")
+OF_VALIDATION = ("val", "valid", "validation", "eval", "test")
+"""How names of metrics begin that training does not log."""
 SIMILAR = 0.7
 
 
@@ -37,6 +40,40 @@ def check_monitors(trainer: Trainer) -> None:
         if similar or _beginning(monitor) in beginnings:
             raise PaCAError(message + (f" Did you mean {similar[0]!r}?" if similar else ""))
         rank_zero_warn(f"{message} Unless training logs it, the run will stop where it is needed.")
+
+
+def check_validation_comes(trainer: Trainer) -> None:
+    """Compare what is monitored with whether validation runs at all, before the first step.
+
+    Raises:
+        PaCAError: If EarlyStopping waits for a metric of validation, and the run has none or ends before its first.
+    """
+    if (missing := _without_validation(trainer)) is None:
+        return
+    for owner, monitor in _monitored(trainer):
+        if _beginning(monitor) not in OF_VALIDATION:
+            continue
+        message = f"{owner}(monitor={monitor!r}): {missing}, so nothing logs this metric."
+        if owner == EarlyStopping.__name__:
+            raise PaCAError(f"{message} Validate earlier (trainer.val_check_interval), or leave the callback out.")
+        rank_zero_warn(message)
+
+
+def _without_validation(trainer: Trainer) -> str | None:
+    """Why a run does not validate, in words; None if it does, or was resumed."""
+    if trainer.global_step:
+        return None
+    if not trainer.enable_validation or not sum(trainer.num_val_batches):
+        return "the run has no validation data"
+    batches, first = float(trainer.num_training_batches), float(trainer.val_check_batch or math.inf)
+    ends: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps >= 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(trainer.max_epochs * batches)
+    if trainer.check_val_every_n_epoch is not None:
+        first += (trainer.check_val_every_n_epoch - 1) * batches
+    if min(ends, default=math.inf) < first:
+        return f"the run ends after {min(ends):g} batches, and its first validation comes after {first:g}"
+    return None
 
 
 def _monitored(trainer: Trainer) -> Iterator[tuple[str, str]]:

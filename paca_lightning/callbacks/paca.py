@@ -33,7 +33,7 @@ from paca_lightning.callbacks.life_cycle import (
     settle_restored_columns,
 )
 from paca_lightning.callbacks.method_hooks import MethodHooks
-from paca_lightning.callbacks.monitors import check_monitors
+from paca_lightning.callbacks.monitors import check_monitors, check_validation_comes
 from paca_lightning.callbacks.resumed_optimizers import ResumedOptimizers, saved_optimizers
 from paca_lightning.callbacks.run_checks import (
     check_deltas_moved,
@@ -186,6 +186,7 @@ class PaCAStrategy(FiniteSteps):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the columns by the first training batches, if the selection looks at data."""
         self._print_report(trainer)
+        check_validation_comes(trainer)
         if choose_columns(trainer, pl_module, self.config):
             keep_state(pl_module, self.full_checkpoints)
         self._at_start = (trainer.global_step, delta_sums(pl_module))

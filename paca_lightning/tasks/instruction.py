@@ -1,28 +1,32 @@
 """The data module for instruction tuning: conversations in common formats, tokenized, batched and resumable."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import datasets
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable
+from paca_lightning.tasks.data.announcement import announce
 from paca_lightning.tasks.data.chat import ChatEncoder
 from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.converters import TreePaths
 from paca_lightning.tasks.data.documents import DocumentEncoder
 from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.locations import check_present, skipped
+from paca_lightning.tasks.data.locations import check_present
 from paca_lightning.tasks.data.mixture import DataSource, OnBadRow, Part, load_split, mixed, parts_of
 from paca_lightning.tasks.data.sampler import BatchOrder
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.data.streaming import check_stream_settings, first_rows, stream_loader
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
+
+SPLITS = ["train", "validation", "test"]
+NEEDED = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
+"""Splits that each kind of run takes."""
 
 
 class InstructionDataModule(LightningDataModule):
@@ -138,32 +142,23 @@ class InstructionDataModule(LightningDataModule):
         self.splits = {}
 
     def prepare_data(self) -> None:
-        """Tokenize every split into the cache, on one process of each node."""
+        """Tokenize the splits that the run needs into the cache, on one process of each node; without a run, all."""
         check_writable(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
-        check_present(*(self.hparams[name] for name in ("train", "validation", "test")))
+        needed = NEEDED.get(getattr(getattr(self.trainer, "state", None), "fn", None) or "", SPLITS)
+        if needed == ["test"]:
+            self._check_given("test", self.hparams)
+        if self.hparams["validation_fraction"] and "validation" in needed:
+            needed = [*needed, "train"]
+        names = [name for name in SPLITS if name in needed and self.hparams[name] is not None]
+        check_present(*(self.hparams[name] for name in names))
         encode = self._encoder()
-        for name in ("train", "validation", "test"):
-            if self.hparams[name] is None:
-                continue
+        for name in names:
             split = self._load(name, encode)
-            rank_zero_info(split.describe())
-            named = self.hparams[f"{name}_split"].partition("[")[0]
-            if all(Path(location).is_file() for location in split.locations) and named not in (name, ""):
-                rank_zero_info(f"{name}: {name}_split {named!r} names no split, as the data are files.")
-            shares = self._mixed(split)[1] if name == "train" else []
-            for sentence in (*skipped(self.hparams[name]), *split.report.describe_unused(), *shares):
-                rank_zero_info(f"{name}: {sentence}")
-            for sentence in split.report.describe_template():
-                if self.hparams["strict_template"]:
-                    raise PaCAError(
-                        f"{name}: {sentence}\nSet `chat_template` to another one, or strict_template: false."
-                    )
-                rank_zero_warn(f"{name}: {sentence}")
+            announce(name, split, self.hparams, self._mixed(split)[1] if name == "train" else [])
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits that a stage needs from the cache."""
-        needed = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"], "predict": ["test"]}
-        missing = [name for name in needed.get(stage or "", ["train", "validation", "test"]) if name not in self.splits]
+        missing = [name for name in NEEDED.get(stage or "", SPLITS) if name not in self.splits]
         if not missing:
             return
         encode, fraction = self._encoder(), self.hparams["validation_fraction"]
@@ -198,6 +193,11 @@ class InstructionDataModule(LightningDataModule):
         """Batches of the test split."""
         return self._loader("test")
 
+    @staticmethod
+    def _check_given(name: str, given: Mapping[str, Any]) -> None:
+        if given.get(name) is None:
+            raise PaCAError(f"there is no {name} data: set `{name}` of the data module.")
+
     def _encoder(self) -> DocumentEncoder:
         hparams = self.hparams
         tokenizer = load_tokenizer(
@@ -225,8 +225,7 @@ class InstructionDataModule(LightningDataModule):
         return mixed(train, self._parts("train"), self.hparams["max_samples"], self.hparams["seed"])
 
     def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:
-        if name not in self.splits:
-            raise PaCAError(f"there is no {name} data: set `{name}` of the data module.")
+        self._check_given(name, self.splits)
         split, hparams = self.splits[name], self.hparams
         pack_to = hparams["max_length"] if hparams["packing"] else None
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}

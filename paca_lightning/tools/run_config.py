@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from paca_lightning.callbacks.run_checks import guard_checkpoints
@@ -28,8 +29,9 @@ from paca_lightning.tools.run_version import claim_versions, remove_empty
 FOUND_BY_LIGHTNING = ("hpc", "registry")
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError, OSError)
 """What constructors raise for settings that they refuse, or for packages and devices that are not there."""
-LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
 """Settings of the trainer that Lightning does not check: the least value of each."""
+EVALUATIONS = ("validate", "test", "predict")
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -45,6 +47,8 @@ class RunCLI(LightningCLI):
             PaCAError: If the path is not that of a checkpoint.
         """
         path = self._ckpt_path()
+        if path == "":
+            raise PaCAError("--ckpt_path is empty. Give the path of a checkpoint, last or best, or leave it out.")
         if path and path not in (*WORDS, *FOUND_BY_LIGHTNING) and "://" not in path:
             check_checkpoint(path)
 
@@ -69,6 +73,9 @@ class RunCLI(LightningCLI):
             value = config.get(f"trainer.{name}")
             if value is not None and value < least:
                 raise PaCAError(f"trainer.{name} is {value}, but must be at least {least}.")
+        interval = config.get("trainer.val_check_interval")
+        if isinstance(interval, int | float) and interval <= 0:
+            raise PaCAError(f"trainer.val_check_interval is {interval}, but must be above 0.")
 
     @override
     def instantiate_classes(self) -> None:
@@ -119,6 +126,11 @@ class RunCLI(LightningCLI):
         if path in WORDS:
             path = str(find_checkpoint(path, self.trainer))
             self.config_init[str(self.subcommand)]["ckpt_path"] = path
+        if path is None and self.subcommand in EVALUATIONS and not has_adapter(self.trainer):
+            rank_zero_warn(
+                f"{self.subcommand} takes the base model, as no checkpoint is given: --ckpt_path last is the newest of "
+                "this run, --ckpt_path best the best; an adapter is given to the callback: PaCAStrategy(adapter=...)."
+            )
         sharded = path is not None and "://" not in path and is_checkpoint_directory(Path(path))
         if sharded and not isinstance(self.trainer.strategy, ShardedCheckpointStrategy):
             raise PaCAError(
@@ -159,6 +171,11 @@ class RunCLI(LightningCLI):
         """End the ranks that this one started. Otherwise each would add that it has lost its peer."""
         if self.trainer.strategy.launcher is not None:
             self.trainer.strategy.launcher.kill(signal.SIGKILL)
+
+
+def has_adapter(trainer: Trainer) -> bool:
+    """Whether a callback of the run begins with an adapter."""
+    return any(getattr(callback, "adapter", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def as_list(callbacks: Callback | list[Callback] | None) -> list[Callback]:

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import replacing
 from paca_lightning.tools.short_errors import ShortErrors, settings_in
 
@@ -22,7 +23,8 @@ class RunParser(ShortErrors, LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        # `--ckpt last` would mean ckpt_path, and is undone by a saved config after it.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
         self.left_out: dict[str, Any] = {}
 
     @override
@@ -35,6 +37,18 @@ class RunParser(ShortErrors, LightningArgumentParser):
                     self.left_out[name] = settings.pop(name)
                     content = yaml.safe_dump(settings, sort_keys=False)
         return super().parse_string(content, *args, **kwargs)
+
+    @override
+    def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Parse the config of a path.
+
+        Raises:
+            PaCAError: If it is no text.
+        """
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise PaCAError(f"{str(cfg_path)!r} is no config: it is not text in UTF-8 ({error.reason}).") from error
 
     @override
     def save(self, namespace: Any, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

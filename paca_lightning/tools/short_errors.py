@@ -16,6 +16,14 @@ UNION = re.compile(
 )
 """jsonargparse's list of plain types that a value has none of."""
 
+OF_TYPES = re.compile(
+    r"\s*(?:- )?(?:Does not validate against any of the Union subtypes|Subtypes: |Errors:$|Given value(?: type)?: |"
+    r"Expected a <class 'NoneType'>$|Not a valid subclass of |Subclass types expect one of:|a class path \(str\)$|"
+    r"a dict with)"
+)
+CALLABLE = re.compile(r"Type typing\.Callable\S*\[.*?\] expects a function or a callable class: ")
+CONFIG = re.compile(r" Got value: Namespace\(.*\)$", re.MULTILINE)
+
 
 class ShortErrors(ArgumentParser):
     """jsonargparse's parser, which raises what it would print below its usage."""
@@ -57,7 +65,14 @@ class PlainShortErrors(argparse.ArgumentParser):
 
 
 def _mistake(message: str, command: str) -> PaCAError:
-    return PaCAError(f"{UNION.sub(_in_one_line, message.strip())}\n{command} --help lists the options.")
+    shortened = _without_types(UNION.sub(_in_one_line, message.strip()))
+    return PaCAError(f"{shortened}\n{command} --help lists the options.")
+
+
+def _without_types(message: str) -> str:
+    """A nested error of jsonargparse without the types that a value might have had, and whole configs as values."""
+    lines = [line for line in CALLABLE.sub("", message).splitlines() if line.strip() and not OF_TYPES.match(line)]
+    return CONFIG.sub("", "\n".join(lines))
 
 
 def _in_one_line(found: re.Match[str]) -> str:

@@ -32,12 +32,12 @@ class HeldOutLoss(Callback):
         if stage != "fit":
             return
         self.before, self.after, self.steps = None, None, 0
-        if not trainer.enable_validation:
-            raise PaCAError(
-                "HeldOutLoss needs validation: give the data module a validation split, and do not set "
-                "limit_val_batches=0. Or leave the callback out."
-            )
+        _check_validates(trainer.enable_validation)
         trainer.num_sanity_val_steps = float("inf")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the data module has a validation split, which only its loader tells."""
+        _check_validates(bool(sum(trainer.num_val_batches)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the loss, and log the one before training, as Lightning does not log sanity checks."""
@@ -78,3 +78,11 @@ class HeldOutLoss(Callback):
                 f"Held-out loss: {self.before:.4f} before training, {self.after:.4f} after {self.steps} steps, "
                 f"{direction} {abs(fall):.1f}%"
             )
+
+
+def _check_validates(has_validation: bool) -> None:
+    if not has_validation:
+        raise PaCAError(
+            "HeldOutLoss needs validation: give the data module a validation split, and do not set "
+            "limit_val_batches=0. Or leave the callback out."
+        )
