@@ -46,7 +46,7 @@ LOOKS = {
 TOOLS = {
     "generate": Tool(
         "paca_lightning.tools.generate",
-        "Answer prompts with a model and an adapter.",
+        "Answer prompts with a model and its adapters, side by side; without prompts, chat in the terminal.",
         '--model DIRECTORY --adapter DIRECTORY --prompts "What is your name?"',
     ),
     "export": Tool(

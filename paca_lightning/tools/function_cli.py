@@ -1,8 +1,10 @@
 """A command line for a function: one option for each of its parameters, typed the way people type options."""
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import takewhile
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import auto_cli
 from typing_extensions import override
@@ -53,7 +55,7 @@ def run_function(function: Callable[..., Any], arguments: Sequence[str], *, prog
     """
     auto_cli(
         function,
-        args=full_names(function, arguments),
+        args=with_lists(function, full_names(function, arguments)),
         as_positional=False,
         parser_class=SwitchParser,
         prog=prog,
@@ -78,4 +80,24 @@ def full_names(function: Callable[..., Any], arguments: Sequence[str]) -> list[s
             matching = [parameter for parameter in parameters if parameter.startswith(typed)]
             name = "--" + (matching[0] if len(matching) == 1 else typed)
         result.append(name + equals + value)
+    return result
+
+
+def with_lists(function: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """The arguments with several values of a list, ``--adapter A B``, as the one value that jsonargparse reads.
+
+    Args:
+        function: The function that the options are for.
+        arguments: A command line with full names.
+    """
+    hints = get_type_hints(function)
+    lists = {f"--{name}" for name, hint in hints.items() if list[str] in (hint, *get_args(hint))}
+    result: list[str] = []
+    rest = list(arguments)
+    while rest:
+        result.append(rest.pop(0))
+        values = list(takewhile(lambda each: not each.startswith("--"), rest if result[-1] in lists else []))
+        if len(values) > 1:
+            result.append(json.dumps(values))
+            del rest[: len(values)]
     return result

@@ -58,6 +58,7 @@ def called(*arguments: str) -> dict[str, Any]:
         (["--comp", "--max-l", "8"], {"compile": True, "max_length": 8}),
         (["--prompt=Who are you?"], {"prompts": "Who are you?"}),
         (["--prompts", '["one", "two"]'], {"prompts": ["one", "two"]}),
+        (["--prompts", "one", "two, three", "--max-batch", "4"], {"prompts": ["one", "two, three"], "max_batch": 4}),
         (["--prompts+", "one", "--prompts+", "two"], {"prompts": ["one", "two"]}),
     ],
 )

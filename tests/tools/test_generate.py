@@ -1,6 +1,5 @@
 """paca-lightning generate: answers of a base model and of its adapter."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers, save_adapter
-from paca_lightning.tools.generate import generate, load_with_adapter
+from paca_lightning.tools.adapted_model import AdaptedModel, named_sources
+from paca_lightning.tools.generate import generate
 from tests.tiny import tiny_llama, tiny_model_directory
 
 PROMPTS = ["What is your name?"]
@@ -85,7 +85,8 @@ def test_drawn_answers_follow_the_seed(base: Path, capsys: pytest.CaptureFixture
 
 
 def test_greedy_answers_are_hugging_faces(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, tokenizer = load_with_adapter(str(base), None)
+    models = AdaptedModel(str(base), [])
+    model, tokenizer = models.model, models.tokenizer("base")
     chat = [{"role": "user", "content": PROMPTS[0]}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     plain = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
@@ -113,13 +114,46 @@ def test_chat_template_without_system_messages(tmp_path: Path) -> None:
         generate(str(directory), "hi", system="Be brief.")
 
 
-def test_prompts_are_typed_in_until_an_empty_line(
-    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = answer(base, capsys)
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{PROMPTS[0]}\n{PROMPTS[0]}\n\nnot asked\n"))
-    generate(str(base), max_new_tokens=8)
-    assert capsys.readouterr().out == f"> {expected}> {expected}> "
+def test_several_models_answer_side_by_side(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directories = []
+    for seed in range(2):
+        trained = tiny_llama()
+        apply_paca(trained, PaCAConfig(r=8, seed=seed))
+        with torch.no_grad():
+            for _, layer in paca_layers(trained):
+                layer.paca_delta.normal_(generator=torch.Generator().manual_seed(seed))
+        directories.append(tmp_path / f"run{seed}" / "adapter")
+        save_adapter(trained, directories[-1])
+    alone = [answer(base, capsys, directory).split() for directory in (None, *directories)]
+    generate(str(base), PROMPTS, [str(each) for each in directories], base=True, max_new_tokens=8)
+    out = capsys.readouterr().out
+    assert out.startswith("> What is your name?\n")
+    assert all(name in out for name in ("base", "run0/adapter", "run1/adapter"))
+    cells = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+    columns = ["".join("".join(cell.split()) for cell in column) for column in zip(*cells, strict=True)]
+    assert columns == ["".join(words) for words in alone]
+    generate(str(base), PROMPTS, str(directories[1]), base=True, max_new_tokens=8)
+    two = capsys.readouterr().out
+    assert all(word in two for word in alone[0] + alone[2] if word.isalnum())
+
+
+def test_adapters_have_names(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "with=sign").mkdir()
+    sign = str(tmp_path / "with=sign")
+    assert named_sources(["a/sql/v0", "x=b/mail/v0", sign]) == {
+        "sql/v0": "a/sql/v0",
+        "x": "b/mail/v0",
+        "with=sign": sign,
+    }
+    assert named_sources(["runs/one.ckpt"]) == {"one.ckpt": "runs/one.ckpt"}
+    with pytest.raises(PaCAError, match=r"Two models would be called 'x': 'b' and 'a'\. Name one: --adapter NAME=b"):
+        named_sources(["x=a", "x=b"])
+    with pytest.raises(PaCAError, match="Two models would be called 'base': 'a' and 'the base model'"):
+        named_sources(["base=a"])
+    with pytest.raises(PaCAError, match="Two models would be called"):
+        named_sources(["a/b", "a/b"])
+    with pytest.raises(PaCAError, match=r"adapter_config\.json is missing"):
+        generate(str(base), PROMPTS, adapter=["x=nowhere", "y=nowhere"])
 
 
 def test_code_that_comes_with_a_model_runs_only_when_trusted(

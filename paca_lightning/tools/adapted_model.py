@@ -1,0 +1,118 @@
+"""A base model with adapters for the commands that answer and measure: one at a time computes, or the base model."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from paca_lightning.adapters.adapter import load_adapter
+from paca_lightning.adapters.history import tokenizer_directory
+from paca_lightning.adapters.saved import is_checkpoint, saved_config
+from paca_lightning.conversion.named_adapters import set_adapter
+from paca_lightning.conversion.revert import disable_paca
+from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks.data.tokenizer import load_tokenizer
+from paca_lightning.tasks.pretrained import build_causal_lm
+
+log = logging.getLogger(__name__)
+
+BASE = "base"
+"""What the base model is called beside its adapters."""
+
+
+class AdaptedModel:
+    """A base model with adapters.
+
+    Args:
+        model: Hugging Face directory or hub id of the base model.
+        adapters: Adapter directories or checkpoints, also as NAME=DIRECTORY.
+        dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
+        revision: Branch, tag or commit of the model and its tokenizer on the hub.
+        trust_remote_code: Whether to run code that comes with the model or the tokenizer.
+
+    Attributes:
+        model: In eval mode.
+        names: Of the adapters, in the order in which they were given.
+
+    Raises:
+        PaCAError: If the model, its tokenizer or an adapter cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapters: Sequence[str],
+        dtype: str = "auto",
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        sources = named_sources(adapters)
+        for source in sources.values():
+            saved_config(source)  # before a large model is loaded
+        self.names = list(sources)
+        self._base, self._revision, self._trusted = model, revision, trust_remote_code
+        self._own = {name: tokenizer_directory(source) for name, source in sources.items()}
+        self._tokenizers: dict[Path | None, PreTrainedTokenizerBase] = {}
+        self.model: PreTrainedModel = build_causal_lm(
+            model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
+        for name in self.names or [BASE]:
+            self.tokenizer(name)
+        for name, source in sources.items():
+            load_adapter(self.model, source, name=name if len(sources) > 1 else None)  # one may have an NF4 base
+            if is_checkpoint(Path(source)):
+                log.warning(
+                    "%s: a checkpoint has no tokenizer, so that of %s is used, with its chat template. If the run had "
+                    "another one, take the adapter directory that AdapterCheckpoint wrote.",
+                    source,
+                    model,
+                )
+        self.model.eval()
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """The tokenizer of an adapter, with the chat template of its training, or that of the base model.
+
+        Raises:
+            PaCAError: If it cannot be loaded.
+        """
+        directory = self._own.get(name)
+        if directory not in self._tokenizers:
+            source, revision = (self._base, self._revision) if directory is None else (str(directory), None)
+            loaded = load_tokenizer(source, revision=revision, trust_remote_code=self._trusted)
+            self._tokenizers[directory] = loaded
+        return self._tokenizers[directory]
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[PreTrainedTokenizerBase]:
+        """Inside this context the model computes with an adapter, or is the base model; gives the tokenizer to use."""
+        tokenizer = self.tokenizer(name)
+        if len(self.names) > 1:
+            set_adapter(self.model, None if name == BASE else name)
+        with disable_paca(self.model) if name == BASE and len(self.names) == 1 else nullcontext():
+            yield tokenizer
+
+
+def named_sources(adapters: Sequence[str]) -> dict[str, str]:
+    """Adapters by name: the one given before ``=``, or as much of the end of the path as tells them apart.
+
+    Raises:
+        PaCAError: If two have the same name, or one is called as the base model.
+    """
+    named = [("", each) if "=" not in each or Path(each).exists() else each.split("=", 1) for each in adapters]
+    paths = [Path(source).absolute().parts for _, source in named]
+    found: dict[str, str] = {}
+    for (name, source), parts in zip(named, paths, strict=True):
+        others = [other for other in paths if other is not parts]
+        lengths = range(1, len(parts) + 1)
+        unique = next((n for n in lengths if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+        name = name or "/".join(parts[-unique:])
+        if name in found or name == BASE:
+            raise PaCAError(
+                f"Two models would be called {name!r}: {source!r} and {found.get(name, 'the base model')!r}. Name one: "
+                f"--adapter NAME={source}."
+            )
+        found[name] = source
+    return found
