@@ -50,6 +50,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_none_is_overlooked() -> None:
     assert names_of(CONFIGS) == [
+        "configs/ddp-powersgd.yaml",
         "configs/debug.yaml",
         "configs/diloco.yaml",
         "configs/gaudi/mmlu-llama2-7b.yaml",
@@ -312,7 +313,7 @@ def test_config_trains_a_tiny_model(path: Path, tmp_path: Path) -> None:
     assert_trained(tmp_path / "version_0")
 
 
-FSDP2 = [path for path in CONFIGS if path.stem.endswith("-fsdp2")]
+ON_RANKS = [path for path in CONFIGS if path.stem.endswith("-fsdp2") or path.stem.startswith("ddp-")]
 
 
 def fit_each(runs: list[list[str]]) -> None:
@@ -321,8 +322,8 @@ def fit_each(runs: list[list[str]]) -> None:
 
 
 @pytest.mark.distributed
-def test_sharded_configs_train_a_tiny_model_on_two_ranks(tmp_path: Path) -> None:
-    launch(fit_each, 2, [runnable(path, tmp_path / path.stem, devices=2) for path in FSDP2])
-    assert len(FSDP2) == 2
-    for path in FSDP2:
+def test_sharded_configs_and_ddp_train_a_tiny_model_on_two_ranks(tmp_path: Path) -> None:
+    launch(fit_each, 2, [runnable(path, tmp_path / path.stem, devices=2) for path in ON_RANKS])
+    assert len(ON_RANKS) == 3
+    for path in ON_RANKS:
         assert_trained(tmp_path / path.stem / "version_0")
