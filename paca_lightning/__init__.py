@@ -31,11 +31,15 @@ if TYPE_CHECKING:
     from paca_lightning.layers.base import paca_layers
     from paca_lightning.layers.linear import PaCALinear
     from paca_lightning.layers.nf4_linear import QPaCALinear
+    from paca_lightning.tasks.classification_data import ClassificationDataModule
+    from paca_lightning.tasks.classifier import ClassifierModule
 
 __all__ = [
     "AdapterCheckpoint",
     "AdapterHistory",
     "BottleneckStrategy",
+    "ClassificationDataModule",
+    "ClassifierModule",
     "ConversionReport",
     "LoReFTStrategy",
     "PEFTStrategy",
@@ -66,6 +70,8 @@ _MODULES = {  # the same as above, for Python: tests/test_imports.py compares th
     "AdapterCheckpoint": "callbacks.adapter_checkpoint",
     "AdapterHistory": "callbacks.adapter_history",
     "BottleneckStrategy": "callbacks.bottleneck_strategy",
+    "ClassificationDataModule": "tasks.classification_data",
+    "ClassifierModule": "tasks.classifier",
     "ConversionReport": "conversion.report",
     "LoReFTStrategy": "callbacks.loreft_strategy",
     "PEFTStrategy": "callbacks.peft_strategy",
@@ -97,7 +103,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _MODULES[name]
-    if module.startswith("callbacks."):
+    if module.startswith(("callbacks.", "tasks.")):
         import_module(LIGHTNING)  # before ours, so that threads take the import locks in one order
     value = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = value  # found without this function from now on

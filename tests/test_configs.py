@@ -50,6 +50,7 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_none_is_overlooked() -> None:
     assert names_of(CONFIGS) == [
+        "configs/classify-smollm2.yaml",
         "configs/ddp-powersgd.yaml",
         "configs/debug.yaml",
         "configs/diloco.yaml",

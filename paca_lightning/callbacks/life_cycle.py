@@ -1,5 +1,7 @@
 """The life cycle of a conversion in a run: converted, filled by an adapter, its columns chosen, ready to evaluate."""
 
+from dataclasses import replace
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
@@ -39,6 +41,8 @@ def config_beside_adapter(config: PaCAConfig | None, adapter: str | None) -> PaC
     trained = saved_config(adapter)
     if config is None:
         return trained
+    if not config.modules_to_save:  # a run adds new heads by itself, and an adapter lists them
+        config = replace(config, modules_to_save=trained.modules_to_save)
     given = {name: getattr(config, name) for name in FROM_ADAPTER} | {"alpha": config.alpha_of(None, config.r)}
     theirs = {name: getattr(trained, name) for name in FROM_ADAPTER} | {"alpha": trained.alpha_of(None, trained.r)}
     for name, value in given.items():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from paca_lightning.conversion.changed_state import remember_buffers, remember_thawed
 from paca_lightning.conversion.inventory import Inventory, take_inventory
+from paca_lightning.conversion.new_modules import with_new_modules
 from paca_lightning.conversion.report import ConversionReport, report_on
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.saved_modules import is_marked, mark, original_state
@@ -86,6 +87,7 @@ def convert(
     Raises:
         PaCAError: As for ``apply_paca``.
     """
+    config = with_new_modules(inventory, config)
     _refuse_other_config(inventory, config)
     conversion = rooted_conversion(inventory, config)
     left = {*conversion.left, *left}

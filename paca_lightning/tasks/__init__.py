@@ -1,7 +1,8 @@
-"""Fine-tuning tasks: a causal language model, instruction data, MMLU, schedules and the callbacks around them.
+"""Fine-tuning tasks: causal language models, heads over labels, their data, MMLU, schedules, callbacks around them.
 
-Configs name the classes exported here (``paca_lightning.tasks.CausalLMModule``). `causal_lm` trains, `instruction` and
-`data` make batches, `mmlu` trains on and evaluates MMLU, `callbacks` measures and shows.
+Configs name the classes exported here (``paca_lightning.tasks.CausalLMModule``). `causal_lm` and `classifier` train,
+`instruction`, `classification_data` and `data` make batches, `mmlu` trains on and evaluates MMLU, `callbacks` measures
+and shows.
 May import `core`, `activation_checkpointing` and `strategies`; knows nothing of PaCA, which a callback adds.
 Limits: text only, one optimizer, models from Hugging Face transformers.
 """
@@ -14,12 +15,16 @@ from paca_lightning.tasks.callbacks.row_losses import RowLosses
 from paca_lightning.tasks.callbacks.sample_answers import SampleAnswers
 from paca_lightning.tasks.callbacks.throughput import TokenThroughput
 from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.classification_data import ClassificationDataModule
+from paca_lightning.tasks.classifier import ClassifierModule
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule, MMLUEvaluation
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 
 __all__ = [
     "CausalLMModule",
+    "ClassificationDataModule",
+    "ClassifierModule",
     "ConstantSchedule",
     "CosineSchedule",
     "EpochProgressBar",

@@ -1,14 +1,14 @@
-"""Loads a Hugging Face causal language model from a directory or a hub id, and names what is wrong with it."""
+"""Loads a Hugging Face model from a directory or a hub id, and names what is wrong with it."""
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from paca_lightning.core.dtypes import long_dtype
 from paca_lightning.core.errors import PaCAError
@@ -34,6 +34,7 @@ def build_for_training(
     compile: bool = False,
     liger: bool = False,
     streamed: bool = False,
+    build: Callable[..., PreTrainedModel] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """A model as :func:`build_causal_lm` builds it, with its decoder blocks checkpointed and compiled as asked.
@@ -47,13 +48,14 @@ def build_for_training(
         liger: See :func:`~paca_lightning.tasks.liger.use_liger`.
         streamed: Build on the meta device, and leave the path of the weights at ``model.checkpoint_directory``: the
             strategy loads them shard by shard, and no process ever holds all.
+        build: Builds another kind of model than :func:`build_causal_lm`, with the same arguments.
         **settings: Further settings of :func:`build_causal_lm`.
 
     Raises:
         PaCAError: If the model cannot be loaded, checkpointed or compiled.
     """
     with torch.device("meta") if streamed else nullcontext():
-        built = build_causal_lm(model, revision=revision, pretrained=pretrained, **settings)
+        built = (build or build_causal_lm)(model, revision=revision, pretrained=pretrained, **settings)
     if streamed:
         vars(built)["checkpoint_directory"] = checkpoint_directory(model, revision)
     if liger:
@@ -66,7 +68,27 @@ def build_for_training(
     return built
 
 
-def build_causal_lm(
+def build_causal_lm(model: str, **settings: Any) -> PreTrainedModel:
+    """A causal language model in train mode, on which activation checkpointing and dropout depend.
+
+    Args:
+        model: Directory with ``config.json`` and weights, or hub id.
+        **settings: As for :func:`load_model`.
+
+    Raises:
+        PaCAError: As :func:`load_model`, or if the weights lack a tensor.
+    """
+    loaded, missing = load_model(AutoModelForCausalLM, model, **settings)
+    if missing:
+        raise PaCAError(
+            f"The weights of {model!r} lack {len(missing)} tensors that its config.json names, such as {missing[0]!r}. "
+            "They would stay random. Get the whole model, or set pretrained=False to train from random weights."
+        )
+    return loaded
+
+
+def load_model(
+    auto_class: Any,
     model: str,
     *,
     dtype: str = "auto",
@@ -75,12 +97,14 @@ def build_causal_lm(
     revision: str | None = None,
     trust_remote_code: bool = False,
     in_memory: bool = False,
-) -> PreTrainedModel:
-    """A causal language model in train mode, on which activation checkpointing and dropout depend.
+    **changes: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model of any of transformers' auto classes in train mode, and the names of what its files lack.
 
     Under ``torch.device("meta")`` no weights are read, whatever ``pretrained`` says.
 
     Args:
+        auto_class: Such as ``AutoModelForCausalLM``.
         model: Directory with ``config.json`` and weights, or hub id.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ... Default: ``sdpa`` if the model has it, or
@@ -90,6 +114,7 @@ def build_causal_lm(
         trust_remote_code: Whether to run code that comes with the model.
         in_memory: Copy the weights into memory. On the CPU they are views of the mapped files otherwise, and change
             with them.
+        **changes: Entries of the model's config to change, such as ``num_labels``.
 
     Raises:
         PaCAError: If the directory is missing or holds no model, or is an export whose weights changed, a file changes
@@ -100,28 +125,66 @@ def build_causal_lm(
         raise PaCAError(f"dtype={dtype!r} is unknown. Choose one of {list(DTYPES)}.")
     _check_directory(model)
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    missing: list[str] = []
+    with _named_errors(model, auto_class, attn_implementation):
         if pretrained and torch.get_default_device().type != "meta":
             with unchanged(directory := Path(model).expanduser(), MODEL_FILES):
                 check_weights(directory)
-                result: Any = AutoModelForCausalLM.from_pretrained(
-                    model, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True, **source
+                result: Any = auto_class.from_pretrained(
+                    model,
+                    dtype=dtype,
+                    attn_implementation=attn_implementation,
+                    output_loading_info=True,
+                    **source,
+                    **changes,
                 )
                 loaded, found = result
                 if in_memory:
                     _copy_mapped(loaded)
-            _check_weights(model, found["missing_keys"])
+            missing = sorted(found["missing_keys"])
         else:
-            config = AutoConfig.from_pretrained(model, **source)
-            loaded = AutoModelForCausalLM.from_config(
+            config = AutoConfig.from_pretrained(model, **source, **changes)
+            loaded = auto_class.from_config(
                 config,
                 dtype=(config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
+    return loaded.train(), missing
+
+
+def read_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a model.
+
+    Args:
+        model: Directory with ``config.json``, or hub id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether to run code that comes with the model.
+
+    Raises:
+        PaCAError: If there is none, or the hub cannot be reached.
+    """
+    _check_directory(model)
+    with _named_errors(model):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code
+        )
+    return config
+
+
+@contextmanager
+def _named_errors(model: str, auto_class: Any = None, attn_implementation: str | None = None) -> Iterator[None]:
+    """Raise what transformers finds wrong with a model as a PaCAError."""
+    try:
+        yield
     except PaCAError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise PaCAError(
+                f"The model {model!r} {NOT_LOADED} as a model of this task: transformers has no such head for it "
+                f"({auto_class.__name__})."
+            ) from error
         hint = (
             "Leave attn_implementation out to take what the model has."
             if attn_implementation is not None and "attention" in str(error)
@@ -129,7 +192,6 @@ def build_causal_lm(
             "tokenizer, as save_pretrained() writes it."
         )
         raise PaCAError(f"The model {model!r} {NOT_LOADED}: {str(error).strip()}\n{hint}") from error
-    return loaded.train()
 
 
 def checkpoint_directory(model: str, revision: str | None = None) -> str:
@@ -159,14 +221,6 @@ def _copy_mapped(model: PreTrainedModel) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.untyped_storage().resizable():  # memory that PyTorch did not allocate: the mapped file's
             tensor.data = tensor.clone()
-
-
-def _check_weights(model: str, missing: Iterable[str]) -> None:
-    if names := sorted(missing):
-        raise PaCAError(
-            f"The weights of {model!r} lack {len(names)} tensors that its config.json names, such as {names[0]!r}. "
-            "They would stay random. Get the whole model, or set pretrained=False to train from random weights."
-        )
 
 
 def _check_directory(model: str) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule
+from paca_lightning.tasks.text_data import TextDataModule
 
 _RENAMED = 0.01  # share of tokens, mostly reserved ones, that a copy of a tokenizer may rename
 
@@ -38,7 +39,7 @@ def check_data(datamodule: object, model: PreTrainedModel, name: str | None, rev
     if misfit is None:
         return
     message = f"{type(datamodule).__name__} does not fit the model: {misfit}"
-    if isinstance(datamodule, InstructionDataModule | MMLUDataModule):
+    if isinstance(datamodule, InstructionDataModule | MMLUDataModule | TextDataModule):
         raise PaCAError(message)
     rank_zero_warn(message)
 

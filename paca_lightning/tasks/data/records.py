@@ -22,6 +22,7 @@ from paca_lightning.tasks.data.cache import file_hash
 from paca_lightning.tasks.data.fields import Row
 from paca_lightning.tasks.data.json_rows import read_rows
 from paca_lightning.tasks.data.locations import describe_directory, is_missing
+from paca_lightning.tasks.data.table_rows import DELIMITERS, read_table
 
 _TABLES = {
     ".csv": "read_csv({}, dtype=str)",
@@ -51,12 +52,14 @@ class Source:
         split: Which split to take from a hub id or a saved `DatasetDict`.
         subset: The hub data set's configuration name.
         cache_dir: Where `datasets` keeps downloads; its own default if None.
+        tables: Whether rows may be those of a CSV or TSV file, all of whose values are texts.
     """
 
     location: str
     split: str = "train"
     subset: str | None = None
     cache_dir: str | None = None
+    tables: bool = False
 
     @property
     def path(self) -> Path:
@@ -101,6 +104,10 @@ class Source:
             yield WHOLE_FILE, error
 
     def _file_rows(self) -> Iterator[tuple[int, Any]]:
+        if self.tables and self.path.suffix.lower() in DELIMITERS:
+            with self._readable():
+                yield from self._table_rows()
+            return
         if reading := _TABLES.get(self.path.suffix.lower()):
             raise PaCAError(
                 f"{self.location}: is a table, and conversations are read from JSON and Parquet. Convert it: "
@@ -115,6 +122,14 @@ class Source:
                 raise PaCAError(f"{self.location}: is not {error.encoding.upper()} ({error.reason}).") from error
             except PaCAError as error:
                 raise PaCAError(f"{self.location}, {error}") from error
+
+    def _table_rows(self) -> Iterator[tuple[int, Any]]:
+        try:
+            yield from read_table(self.path)
+        except UnicodeDecodeError as error:
+            raise PaCAError(f"{self.location}: is not UTF-8 ({error.reason}).") from error
+        except PaCAError as error:
+            raise PaCAError(f"{self.location}, {error}") from error
 
     def _open(self) -> BinaryIO:
         """The file, uncompressed; the kind of compression is told by its first bytes."""

@@ -38,19 +38,7 @@ def load_tokenizer(
     Raises:
         PaCAError: There is no such tokenizer, or it has neither a chat template nor an end-of-sequence token.
     """
-    if looks_local(name) and not Path(name).expanduser().exists():
-        raise PaCAError(
-            f"tokenizer {name!r}: does not exist ({where_it_was_sought(name)}). Correct it, or give a hub id: "
-            "owner/name."
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise PaCAError(
-            f"tokenizer {name!r}: cannot be loaded ({str(error).splitlines()[0]}). Give a directory that "
-            "`save_pretrained` wrote, or a hub id; offline, a hub id works only if it was downloaded before, so save "
-            "the tokenizer on a connected machine and give its directory."
-        ) from error
+    tokenizer = plain_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     elif tokenizer.chat_template is None:
@@ -60,6 +48,37 @@ def load_tokenizer(
                 "Set `chat_template`."
             )
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
+def plain_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as it is.
+
+    Args:
+        name: A local directory or a hub id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether to run code that comes with the tokenizer.
+
+    Raises:
+        PaCAError: There is no such tokenizer.
+    """
+    if looks_local(name) and not Path(name).expanduser().exists():
+        raise PaCAError(
+            f"tokenizer {name!r}: does not exist ({where_it_was_sought(name)}). Correct it, or give a hub id: "
+            "owner/name."
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise PaCAError(
+            f"tokenizer {name!r}: cannot be loaded ({str(error).splitlines()[0]}). Give a directory that "
+            "`save_pretrained` wrote, or a hub id; offline, a hub id works only if it was downloaded before, so save "
+            "the tokenizer on a connected machine and give its directory."
+        ) from error
     return tokenizer
 
 
