@@ -48,7 +48,7 @@ def check_validation_comes(trainer: Trainer) -> None:
     Raises:
         PaCAError: If EarlyStopping waits for a metric of validation, and the run has none or ends before its first.
     """
-    if (missing := _without_validation(trainer)) is None:
+    if (missing := without_validation(trainer)) is None:
         return
     for owner, monitor in _monitored(trainer):
         if _beginning(monitor) not in OF_VALIDATION:
@@ -59,18 +59,20 @@ def check_validation_comes(trainer: Trainer) -> None:
         rank_zero_warn(message)
 
 
-def _without_validation(trainer: Trainer) -> str | None:
-    """Why a run does not validate, in words; None if it does, or was resumed."""
+def without_validation(trainer: Trainer) -> str | None:
+    """Why a run does not validate, in words; None if it does, or it is not known."""
     if trainer.global_step:
         return None
     if not trainer.enable_validation or not sum(trainer.num_val_batches):
         return "the run has no validation data"
-    batches, first = float(trainer.num_training_batches), float(trainer.val_check_batch or math.inf)
+    batches, interval = float(trainer.num_training_batches), trainer.val_check_batch
+    if interval is None or math.isinf(interval):  # by the clock, or where an epoch of unknown length ends
+        return None
     ends: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps >= 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         ends.append(trainer.max_epochs * batches)
-    if trainer.check_val_every_n_epoch is not None:
-        first += (trainer.check_val_every_n_epoch - 1) * batches
+    epochs_before = (trainer.check_val_every_n_epoch or 1) - 1
+    first = interval + (epochs_before * batches if epochs_before else 0)
     if min(ends, default=math.inf) < first:
         return f"the run ends after {min(ends):g} batches, and its first validation comes after {first:g}"
     return None

@@ -147,8 +147,12 @@ def _build(directory: Path, rows: Rows, encode: DocumentEncoder, num_proc: int |
             new_fingerprint="documents",
             desc=f"Tokenizing {name}",
         )
-    except RuntimeError as error:
-        if "subprocess" not in str(error):
+    except Exception as error:
+        if isinstance(
+            error.__context__, KeyboardInterrupt | SystemExit
+        ):  # `datasets` waits for its processes, and fails
+            raise error.__context__ from None
+        if not isinstance(error, RuntimeError) or "subprocess" not in str(error):
             raise
         raise PaCAError(
             f"A process that tokenizes {name} died ({error}); was memory short? Set num_proc to less than {processes}."

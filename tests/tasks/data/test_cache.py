@@ -187,3 +187,19 @@ def test_values_without_a_type_in_json_are_refused_by_their_name(module: Any, tm
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(PaCAError, match="'prompt' is a date, expected a string"):
         module(tmp_path / "rows.parquet").prepare_data()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_stop_is_not_hidden_by_what_datasets_does_after_it(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        try:
+            raise stop
+        finally:
+            raise TimeoutError  # as `datasets` does, waiting for its processes
+
+    monkeypatch.setattr(datasets.Dataset, "map", stopped)
+    with pytest.raises(stop):
+        module(write_rows(tmp_path / "train.jsonl", ROWS)).prepare_data()
+    assert entries(tmp_path / "cache") == set()
