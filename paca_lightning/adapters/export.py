@@ -17,6 +17,7 @@ from paca_lightning.adapters.exported import (
     hugging_face_model,
     named_paca_layers,
     part_of,
+    target_names,
     whole_modules,
 )
 from paca_lightning.adapters.files import PREFIX, base_model_entries
@@ -151,10 +152,11 @@ def export_lora(
         "lora_alpha": config.r if one_alpha is None else one_alpha,
         "rank_pattern": ranks,
         "alpha_pattern": ranks if one_alpha is None else {},
-        "target_modules": list(layers),
+        "target_modules": target_names(inventory),
         "modules_to_save": list(whole) or None,
         "fan_in_fan_out": any(layer.paca_base_class.__name__ == "Conv1D" for layer in layers.values()),
         "lora_dropout": 0.0,
+        "init_lora_weights": True,  # Petals asks for it
         "bias": "none",
         "inference_mode": True,
     }

@@ -82,6 +82,20 @@ def named_paca_layers(model: nn.Module) -> dict[str, PaCALayer]:
     return layers
 
 
+def target_names(inventory: Inventory) -> list[str]:
+    """The last segments of the layers' paths where they name these layers alone, or else the paths.
+
+    PEFT takes both. Petals looks for last segments, and loads nothing, without an error, where it finds paths.
+    """
+    layers = inventory.named_layers()
+    segments = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    trained = set(inventory.layers.values())
+    others = {
+        path.rpartition(".")[2] for module, paths in inventory.paths.items() for path in paths if module not in trained
+    }
+    return list(layers) if segments.keys() & {path.rpartition(".")[2] for path in others} else list(segments)
+
+
 def whole_modules(inventory: Inventory, task: str | None) -> dict[str, nn.Module]:
     """Modules that a LoRA adapter holds whole, by each of their names.
 

@@ -192,7 +192,46 @@ def test_lora_settings(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert settings["peft_type"] == "LORA"
     assert (settings["r"], settings["lora_alpha"]) == (4, 8)
-    assert settings["target_modules"] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    assert settings["target_modules"] == ["q_proj"]
+
+
+def test_lora_settings_name_paths_where_a_last_segment_would_name_other_layers(tmp_path: Path) -> None:
+    config = PaCAConfig(r=4, target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
+    model = trained(tiny_llama(), config)
+    expected = logits(model)
+    export_lora(model, tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert settings["target_modules"] == [name for name, _ in paca_layers(model)]
+    with_lora = PeftModel.from_pretrained(unload(model), tmp_path / "lora")
+    torch.testing.assert_close(logits(with_lora), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_adapter_as_petals_reads_it(tmp_path: Path) -> None:
+    """Petals 2.2 fills each block by itself: what it reads of the settings, and how it finds the tensors of a layer."""
+    model = trained(tiny_llama(), PaCAConfig(r=4, alpha=8))
+    expected = logits(model)
+    export_lora(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert settings["peft_type"] == "LORA"
+    assert settings["lora_dropout"] == 0
+    assert settings["init_lora_weights"] is True
+    found = 0
+    for index, block in enumerate(unload(model).model.layers):
+        for name, layer in block.named_modules():
+            child = name.rpartition(".")[2]
+            if not isinstance(layer, torch.nn.Linear) or child not in settings["target_modules"]:
+                continue
+            keys = [key for key in tensors if f".layers.{index}." in key and child in key]
+            lora_a, lora_b = (
+                next(tensors[key] for key in keys if key.endswith(f".lora_{part}.weight")) for part in "AB"
+            )
+            assert len(lora_a) == settings["r"]
+            with torch.no_grad():
+                layer.weight += lora_b @ lora_a * (settings["lora_alpha"] / settings["r"])
+            found += 1
+    assert found == 14
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "LoRA"])
@@ -204,7 +243,7 @@ def test_a_flipped_bit_in_an_export_is_refused_when_we_read_it(tmp_path: Path, m
         if merged:
             build_causal_lm(str(tmp_path))
         else:
-            targets = [name for name, _ in paca_layers(model)]
+            targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
             adapt(tiny_llama(), LoraConfig(r=4, lora_alpha=4, target_modules=targets)).load(str(tmp_path))
 
     read()

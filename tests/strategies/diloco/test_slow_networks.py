@@ -1,0 +1,67 @@
+"""Replicas simulated in one process have the bits of replicas that exchange over TCP, and count the same bytes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchft")
+
+from paca_lightning.strategies.diloco.settings import Outer
+from scripts.simulated_replicas import Cluster, ring_bytes
+from scripts.slow_networks import seconds_to
+from tests.strategies.diloco.test_compression import SHAPES, both, moves, pytestmark  # noqa: F401
+
+STEPS = 6
+
+
+def simulated() -> Cluster:
+    """Two replicas that take the steps of those in ``both``."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+
+    def gradients(replica: int, step: int) -> None:
+        for parameter, move in zip(parameters, moves(replica, step + 1)[-1], strict=True):
+            parameter.grad = move
+
+    def optimizer() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        inner = torch.optim.SGD(parameters, lr=1.0)
+        return inner, torch.optim.lr_scheduler.ConstantLR(inner, 1.0)
+
+    return Cluster(parameters, gradients, optimizer, 2)
+
+
+@pytest.mark.parametrize("name", ["none", "bf16", "int8", "top_k"])
+def test_simulated_replicas_have_the_bits_and_bytes_of_real_ones(name: str, lighthouse: Callable[[int], str]) -> None:
+    outer = Outer(sync_every=2, compression=name, top_k=0.05)  # type: ignore[arg-type]
+    real, _, real_bytes = both(lighthouse(2), outer, range(STEPS))[0]
+    cluster = simulated()
+    for again in range(2):  # the second time with the first round remembered
+        *_, (steps, sent) = cluster.diloco(outer, STEPS)
+        assert steps == STEPS
+        assert all(torch.equal(a, b) for a, b in zip(real, cluster.parameters, strict=True)), again
+    assert abs(sent - real_bytes) <= len(SHAPES) * STEPS  # a ring's share of each tensor is rounded
+    assert sent > 0
+
+
+def test_ddp_is_the_mean_of_gradients() -> None:
+    cluster = simulated()
+    *_, (steps, sent) = cluster.ddp(3)
+    expected = [-sum((a + b) / 2 for a, b in zip(*gradients, strict=True)) for gradients in steps_of_both(3)]
+    for parameter, moved in zip(cluster.parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), moved, rtol=1e-5, atol=1e-6)
+    assert (steps, sent) == (3, 3 * 4 * sum(parameter.numel() for parameter in cluster.parameters))
+
+
+def steps_of_both(steps: int) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """By parameter, the gradients of both replicas along the steps."""
+    first, second = moves(0, steps), moves(1, steps)
+    return [([each[n] for each in first], [each[n] for each in second]) for n in range(len(SHAPES))]
+
+
+def test_time_to_a_loss_is_steps_and_bytes() -> None:
+    points = [{"step": 10, "bytes": 1_000_000, "loss": 3.0}, {"step": 20, "bytes": 2_000_000, "loss": 1.0}]
+    assert seconds_to(points, 3.0, 0.5, 10) == pytest.approx(5 + 0.8)
+    assert seconds_to(points, 2.0, 0.5, 10) == pytest.approx(7.5 + 1.2)
+    assert seconds_to(points, 0.9, 0.5, 10) is None
+    assert ring_bytes(100, 4) == 150
