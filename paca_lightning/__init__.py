@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from paca_lightning.layers.nf4_linear import QPaCALinear
     from paca_lightning.tasks.classification_data import ClassificationDataModule
     from paca_lightning.tasks.classifier import ClassifierModule
+    from paca_lightning.tasks.embedding import EmbeddingModule
+    from paca_lightning.tasks.embedding_data import EmbeddingDataModule
 
 __all__ = [
     "AdapterCheckpoint",
@@ -41,6 +43,8 @@ __all__ = [
     "ClassificationDataModule",
     "ClassifierModule",
     "ConversionReport",
+    "EmbeddingDataModule",
+    "EmbeddingModule",
     "LoReFTStrategy",
     "PEFTStrategy",
     "PaCAConfig",
@@ -73,6 +77,8 @@ _MODULES = {  # the same as above, for Python: tests/test_imports.py compares th
     "ClassificationDataModule": "tasks.classification_data",
     "ClassifierModule": "tasks.classifier",
     "ConversionReport": "conversion.report",
+    "EmbeddingDataModule": "tasks.embedding_data",
+    "EmbeddingModule": "tasks.embedding",
     "LoReFTStrategy": "callbacks.loreft_strategy",
     "PEFTStrategy": "callbacks.peft_strategy",
     "PaCAConfig": "core.config",

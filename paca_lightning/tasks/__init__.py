@@ -17,6 +17,8 @@ from paca_lightning.tasks.callbacks.throughput import TokenThroughput
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.classification_data import ClassificationDataModule
 from paca_lightning.tasks.classifier import ClassifierModule
+from paca_lightning.tasks.embedding import EmbeddingModule
+from paca_lightning.tasks.embedding_data import EmbeddingDataModule
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule, MMLUEvaluation
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
@@ -27,6 +29,8 @@ __all__ = [
     "ClassifierModule",
     "ConstantSchedule",
     "CosineSchedule",
+    "EmbeddingDataModule",
+    "EmbeddingModule",
     "EpochProgressBar",
     "ExactAnswers",
     "HeldOutLoss",
