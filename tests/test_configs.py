@@ -54,6 +54,7 @@ def test_none_is_overlooked() -> None:
         "configs/ddp-powersgd.yaml",
         "configs/debug.yaml",
         "configs/diloco.yaml",
+        "configs/dpo-smollm2.yaml",
         "configs/gaudi/mmlu-llama2-7b.yaml",
         "configs/gaudi/oasst1-llama3-8b.yaml",
         "configs/gaudi/oasst1-llama3.1-70b.yaml",

@@ -27,6 +27,7 @@ from paca_lightning.callbacks.run_checks import (
     prepare_files,
     tensor_sums,
 )
+from paca_lightning.core.base_model import KeepsBaseModel
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import spawns_workers
 from paca_lightning.other_methods.adapted import (
@@ -41,7 +42,7 @@ from paca_lightning.other_methods.report import MethodReport, report_on
 from paca_lightning.other_methods.same_base import check_same_base, of_frozen, weight_samples
 
 
-class AdapterMethodStrategy(FiniteSteps):
+class AdapterMethodStrategy(FiniteSteps, KeepsBaseModel):
     """Trains a method's own parameters beside a frozen model, in any LightningModule.
 
     The model is adapted when a run starts, as soon as it exists. Checkpoints hold what is trained and the state of the

@@ -20,6 +20,7 @@ from paca_lightning.callbacks.checkpoint_compatibility import (
     saved_base,
     scalings,
 )
+from paca_lightning.callbacks.disabling import DisablesPaCA
 from paca_lightning.callbacks.finite_steps import FiniteSteps
 from paca_lightning.callbacks.found_rates import apply_to_found_rates
 from paca_lightning.callbacks.life_cycle import (
@@ -49,7 +50,7 @@ from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.private.lightning import logged_step, should_log, spawns_workers
 
 
-class PaCAStrategy(FiniteSteps):
+class PaCAStrategy(FiniteSteps, DisablesPaCA):
     """Train some input columns of each frozen weight instead of the whole model (PaCA, arXiv 2503.01905).
 
     Add it to a Trainer's callbacks, with any LightningModule whose optimizer takes
@@ -58,7 +59,7 @@ class PaCAStrategy(FiniteSteps):
     checkpoints.
 
     It is a *callback*: it goes to ``Trainer(callbacks=...)``, not to ``Trainer(strategy=...)``, and works beside the
-    strategies that distribute a run.
+    strategies that distribute a run. ``disable()`` is a context in which the model is the base model.
 
     Args:
         config: What to train. Default: the settings of the adapter, or 16 columns of every linear layer but the
@@ -150,7 +151,7 @@ class PaCAStrategy(FiniteSteps):
             self._handles.pop().remove()
 
     def _convert(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.report = convert_module(trainer, pl_module, self.config, self.adapter)
+        self.report, self._converted = convert_module(trainer, pl_module, self.config, self.adapter), pl_module
         keep_state(pl_module, self.full_checkpoints)
         load_waiting_adapter(pl_module, self.adapter)
 

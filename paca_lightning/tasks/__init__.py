@@ -1,8 +1,8 @@
 """Fine-tuning tasks: causal language models, heads over labels, their data, MMLU, schedules, callbacks around them.
 
-Configs name the classes exported here (``paca_lightning.tasks.CausalLMModule``). `causal_lm` and `classifier` train,
-`instruction`, `classification_data` and `data` make batches, `mmlu` trains on and evaluates MMLU, `callbacks` measures
-and shows.
+Configs name the classes exported here (``paca_lightning.tasks.CausalLMModule``). `causal_lm`, `classifier` and
+`preference` train, `instruction`, `classification_data`, `preference_data` and `data` make batches, `mmlu` trains
+on and evaluates MMLU, `callbacks` measures and shows.
 May import `core`, `activation_checkpointing` and `strategies`; knows nothing of PaCA, which a callback adds.
 Limits: text only, one optimizer, models from Hugging Face transformers.
 """
@@ -21,6 +21,8 @@ from paca_lightning.tasks.embedding import EmbeddingModule
 from paca_lightning.tasks.embedding_data import EmbeddingDataModule
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule, MMLUEvaluation
+from paca_lightning.tasks.preference import PreferenceModule
+from paca_lightning.tasks.preference_data import PreferenceDataModule
 from paca_lightning.tasks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "LossPlot",
     "MMLUDataModule",
     "MMLUEvaluation",
+    "PreferenceDataModule",
+    "PreferenceModule",
     "RowLosses",
     "SampleAnswers",
     "TokenThroughput",

@@ -3,76 +3,22 @@
 Shapes: B sequences, T tokens each, N = B·T rows, D hidden features, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import is_fake, version_of
+from paca_lightning.tasks.chunked_loss import chunked_cross_entropy
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
 
 MIN_CHUNK = 128
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy over chunks of rows; the forward computes the gradients too.
-
-    Saved for backward: the gradient of the hidden states (N, D), and those of weight and bias if trained. GEMMs run in
-    the weight's dtype, softmax and sums in fp32 (fp64 for fp64).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        chunk_size: int,
-        needs_grad: tuple[bool, bool, bool],
-    ) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad[1] else None
-        grad_bias = torch.zeros_like(cast(Tensor, bias), dtype=wide) if needs_grad[2] else None
-        for start in range(0, len(hidden), chunk_size):
-            rows = slice(start, start + chunk_size)
-            trained = labels[rows] != IGNORE_INDEX
-            targets = labels[rows].clamp(min=0).unsqueeze(1)
-            logits = F.linear(hidden[rows], weight, bias).to(wide)
-            log_normalizer = logits.logsumexp(1, keepdim=True)
-            total += ((log_normalizer - logits.gather(1, targets)).squeeze(1) * trained).sum()
-            if not any(needs_grad):
-                continue
-            # softmax(logits) - onehot(target), in place; zero for rows without a loss
-            grad_logits = logits.sub_(log_normalizer).exp_()
-            grad_logits.scatter_add_(1, targets, torch.full_like(log_normalizer, -1.0))
-            grad_logits.mul_(trained.unsqueeze(1))
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Multiply in fp32: a mean over tokens or a loss scale would be rounded in half precision.
-        scaled = (
-            None if grad is None else (grad.to(grad_outputs[0].dtype) * grad_outputs[0]).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None, None)
 
 
 def linear_cross_entropy(
@@ -113,13 +59,7 @@ def linear_cross_entropy(
             return F.linear_cross_entropy(
                 hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX, options=options
             )
-        return _chunked(hidden, weight, labels, bias, chunk_size)
-
-
-def _chunked(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_size: int) -> Tensor:
-    grad = torch.is_grad_enabled()
-    needs_grad = tuple(grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
-    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, chunk_size, needs_grad))
+        return chunked_cross_entropy(hidden, weight, labels, bias, chunk_size)
 
 
 class CausalLMLoss:
@@ -156,18 +96,45 @@ class CausalLMLoss:
         Returns:
             Two scalars on the model's device: the sum, at least fp32, and the number of tokens, int64.
         """
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        count = (targets != IGNORE_INDEX).sum()
+        targets = next_tokens(labels).flatten()
+        (total,) = self.of_parts(model, inputs, [(slice(None), targets)])
+        return total, (targets != IGNORE_INDEX).sum()
+
+    def of_rows(self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of each row's trained tokens, and their numbers: shape (B,) both, as for all rows."""
+        targets = next_tokens(labels)
+        parts = [(slice(row, row + 1), target) for row, target in enumerate(targets)]
+        return torch.stack(self.of_parts(model, inputs, parts)), (targets != IGNORE_INDEX).sum(1)
+
+    def of_parts(
+        self, model: nn.Module, inputs: dict[str, Tensor], parts: Sequence[tuple[slice, Tensor]]
+    ) -> list[Tensor]:
+        """Summed cross-entropies of one forward.
+
+        Args:
+            model: As above.
+            inputs: As above.
+            parts: Rows of the batch, and the token that follows each of theirs, in one dimension, or -100.
+
+        Returns:
+            A scalar for each part.
+        """
         if self.fused:
-            total = self._fused(model, inputs, targets)
-            if total is not None:
-                return total, count
+            totals = self._fused(model, inputs, parts)
+            if totals is not None:
+                return totals
             self.fused = False
         logits = model(**inputs, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"), count
 
-    def _fused(self, model: nn.Module, inputs: dict[str, Tensor], targets: Tensor) -> Tensor | None:
-        """The sum computed in the head, or None if the head's output is not the model's."""
+        def cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(rows.flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+        return [cross_entropy(logits[rows], targets) for rows, targets in parts]
+
+    def _fused(
+        self, model: nn.Module, inputs: dict[str, Tensor], parts: Sequence[tuple[slice, Tensor]]
+    ) -> list[Tensor] | None:
+        """The sums computed in the head, or None if the head's output is not the model's."""
         head = model.get_output_embeddings()  # type: ignore[operator]
         if type(head).forward is not nn.Linear.forward:
             rank_zero_info(
@@ -176,20 +143,33 @@ class CausalLMLoss:
             return None
         returned: list[tuple[Tensor, int]] = []
 
-        def loss_in_place_of_logits(hidden: Tensor) -> Tensor:
-            total = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets, head.bias, self.chunk_size)
-            total = total.view(1, 1, 1)
-            returned.append((total, version_of(total)))
-            return total
+        # Gradients are computed in the forward: each part's for the whole head, if it is trained. They are recomputed.
+        recomputed = len(parts) > 1 and head.weight.requires_grad and torch.is_grad_enabled()
 
-        with _forward_replaced(head, loss_in_place_of_logits):
+        def losses_in_place_of_logits(hidden: Tensor) -> Tensor:
+            def loss_of(rows: slice, targets: Tensor) -> Tensor:
+                arguments = hidden[rows].flatten(0, 1), head.weight, targets, head.bias, self.chunk_size
+                if recomputed:
+                    return cast(Tensor, checkpoint(linear_cross_entropy, *arguments, use_reentrant=False))
+                return linear_cross_entropy(*arguments)
+
+            totals = torch.stack([loss_of(*part) for part in parts]).view(1, 1, -1)
+            returned.append((totals, version_of(totals)))
+            return totals
+
+        with _forward_replaced(head, losses_in_place_of_logits):
             logits = model(**inputs, use_cache=False).logits
         if len(returned) == 1:
-            total, version = returned[0]
-            if logits is total and version_of(logits) == version:
-                return total.view(())
+            totals, version = returned[0]
+            if logits is totals and version_of(logits) == version:
+                return list(totals.flatten())
         rank_zero_info(f"{type(model).__name__} changes its logits after the head: the loss needs full logits.")
         return None
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """The label that follows each token (B, T); none follows the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from paca_lightning.tasks.data.mixture import OnBadRow
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.instruction import InstructionDataModule
+from paca_lightning.tasks.preference_data import PreferenceDataModule
 from paca_lightning.tools.run_config import lightning_cli
 from paca_lightning.tools.short_errors import PlainShortErrors
 
@@ -55,6 +56,7 @@ def main(arguments: list[str]) -> None:
         parser.add_argument("files", nargs="+", metavar="FILE", help="file, directory, pattern or hub id")
         parser.add_argument("--model", required=True, metavar="DIRECTORY", help="model, or tokenizer, whose template")
         parser.add_argument("--format", default="auto", choices=get_args(Format), metavar="NAME", help="default: auto")
+        parser.add_argument("--preferences", action="store_true", help="pairs of answers, or answers with a label")
         parser.add_argument("--max_length", type=int, default=512, metavar="N", help="tokens kept (default: 512)")
         parser.add_argument("--on_bad_row", default="error", choices=get_args(OnBadRow), help="default: error")
     known, others = parser.parse_known_args(arguments)
@@ -67,7 +69,9 @@ def main(arguments: list[str]) -> None:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     datasets.disable_progress_bars()
     settings = {name: getattr(known, name) for name in ("format", "max_length", "on_bad_row")}
-    of_files = InstructionDataModule(known.model, known.files, **settings)
+    of_files = (PreferenceDataModule if known.preferences else InstructionDataModule)(
+        known.model, known.files, **settings
+    )
     of_files.setup()
     _show(of_files, known.samples, known.full)
 
@@ -102,11 +106,23 @@ def _show(datamodule: InstructionDataModule, samples: int, full: bool) -> None:
             console.print(Text(f"{name}: {sentence if full else _shortened(sentence, limit)}"))
     train = datamodule.splits["train"]
     for sample in train.dataset.select(range(min(samples, len(train.dataset)))):
-        console.rule(f"{train.locations[sample['file']]}, row {sample['row']}: {sample['length']} tokens")
-        console.print(marked(datamodule.tokenizer, sample["input_ids"], sample["trained"], full))
+        for name, part in _conversations(sample):
+            tokens = part.stop - part.start
+            console.rule(f"{train.locations[sample['file']]}, row {sample['row']}{name}: {tokens} tokens")
+            console.print(marked(datamodule.tokenizer, sample["input_ids"][part], sample["trained"][part], full))
     console.rule()
     kinds = "no remarks" if not any(split.report.remarks for split in datamodule.splits.values()) else "remarks above"
     console.print(f"Chat template: {kinds}. Trained tokens stand in ⟦ ⟧, the others are context.")
+
+
+def _conversations(sample: dict[str, Any]) -> list[tuple[str, slice]]:
+    """The conversations of a document and what they are: of preferences, both of a pair or one with a label."""
+    first, length = sample["chosen_length"], sample["length"]
+    if first is None:
+        return [("", slice(0, length))]
+    if 0 < first < length:
+        return [(", chosen", slice(0, first)), (", rejected", slice(first, length))]
+    return [(", good" if first else ", bad", slice(0, length))]
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: list[bool], full: bool = True) -> Text:

@@ -81,3 +81,17 @@ def test_any_file_is_shown_on_one_screen(
 def test_the_data_tool_names_an_option_that_it_does_not_have() -> None:
     with pytest.raises(PaCAError, match="unrecognized arguments: --sampels 3"):
         data_tool.main(["rows.jsonl", "--model", "m", "--sampels", "3"])
+
+
+def test_the_data_tool_shows_both_answers_of_a_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    monkeypatch.setattr(data_tool, "Console", lambda: console)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "Is ice wet?", "chosen": "No.", "rejected": "A dog."}])
+    data_tool.main([str(path), "--model", str(tmp_path), "--preferences"])
+    shown = console.export_text()
+    assert "row 1, chosen:" in shown
+    assert "row 1, rejected:" in shown
+    assert "⟦No.<|im_end|>⟧" in shown
+    assert "⟦A dog.<|im_end|>⟧" in shown
+    assert "prompt_completion (pairs)" in shown

@@ -14,7 +14,8 @@ from paca_lightning.tasks.data.pretokenized import pretokenized
 class Document(NamedTuple):
     """A tokenized conversation or piece of a text, its origin, and what became of it.
 
-    Without tokens, `error` says what is wrong with its row, or there is nothing to train in it.
+    Without tokens, `error` says what is wrong with its row, or there is nothing to train in it. A document of
+    preferences begins with `chosen_length` tokens of a good answer's conversation; the rest are those of a bad one's.
     """
 
     encoded: Encoded
@@ -25,6 +26,7 @@ class Document(NamedTuple):
     unread: Sequence[str] = ()
     remarks: Sequence[str] = ()
     error: str | None = None
+    chosen_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ def refuse_other_tasks(row: Row) -> None:
     for names in _PREFERENCES:
         if found := filled & set(names):
             raise PaCAError(
-                f"the fields {_listed(found)} make it a preference pair, which belongs to preference training (DPO), "
-                "not to InstructionDataModule. To train on the preferred answers alone, make them the last turns of "
-                "the conversations and remove the other ones"
+                f"the fields {_listed(found)} make it a preference pair, which belongs to preference training (DPO): "
+                "use PreferenceDataModule, with PreferenceModule. To train on the preferred answers alone, make them "
+                "the last turns of the conversations and remove the other ones"
             )
     rating = "kto_tag" if "kto_tag" in filled else "label"
     if rating == "kto_tag" or isinstance(row.get(rating), bool):
         raise PaCAError(
-            f"the field {rating!r} rates the answer as good or bad, which belongs to training on ratings (KTO), not to "
-            f"InstructionDataModule. To train on the good answers alone, keep the rows with {rating!r}: true, and "
-            "remove the field"
+            f"the field {rating!r} rates the answer as good or bad, which belongs to training on ratings (KTO): use "
+            "PreferenceDataModule, with PreferenceModule. To train on the good answers alone, keep the rows with "
+            f"{rating!r}: true, and remove the field"
         )
     if found := filled & set(_MEDIA):
         raise PaCAError(

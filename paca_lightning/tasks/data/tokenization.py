@@ -27,7 +27,7 @@ from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.row_json import from_json, to_json
 from paca_lightning.tasks.data.tokenizer import tokenizer_fingerprint
 
-_VERSION = 6  # of the cached documents: raise it when the same rows and settings give others
+_VERSION = 7  # of the cached documents: raise it when the same rows and settings give others
 _RECORDS_PER_PROCESS = 2000  # fewer are not worth starting a process
 _RECORDS_PER_BATCH = 1000
 
@@ -54,6 +54,7 @@ _DOCUMENTS = Features(
         "format": Value("string"),
         "unread": List(Value("string")),
         "remarks": List(Value("string")),
+        "chosen_length": Value("int32"),
     }
 )
 
@@ -209,7 +210,7 @@ def document_table(documents: list[Document]) -> pa.Table:
         "truncated": [one.truncated for one in encoded],
         **{
             name: [getattr(document, name) for document in documents]
-            for name in ("file", "row", "piece", "error", "format", "unread", "remarks")
+            for name in ("file", "row", "piece", "error", "format", "unread", "remarks", "chosen_length")
         },
     }
     schema = _DOCUMENTS.arrow_schema.remove_metadata()

@@ -33,6 +33,8 @@ _SHAREGPT_ROLES = {
     "tool_response": "tool",
     **_CHAT_ROLES,
 }
+ANSWERING = frozenset(name for name, role in _SHAREGPT_ROLES.items() if role == "assistant")
+"""Names of roles that answer."""
 _CALL_ROLES = ("function_call", "tool_call")
 
 
