@@ -165,7 +165,7 @@ def compressor(parts: Sequence[nn.ParameterList], settings: Outer) -> Compressor
     """What compresses changes of fragments; None if they are sent as they are.
 
     Raises:
-        PaCAError: If parameters have several dtypes, which one vector cannot hold.
+        PaCAError: If parameters have several dtypes, which one vector cannot hold, or are more than top_k can count.
     """
     chosen, dtypes = code(settings), {parameter.dtype for part in parts for parameter in part}
     if chosen is None:
@@ -175,7 +175,12 @@ def compressor(parts: Sequence[nn.ParameterList], settings: Outer) -> Compressor
             f"compression={settings.compression!r} needs trained parameters of one dtype; here are "
             f"{', '.join(sorted(map(str, dtypes)))}. Set compression: none, or train modules_to_save in float32."
         )
-    return Compressor(chosen, [sum(parameter.numel() for parameter in part) for part in parts])
+    sizes = [sum(parameter.numel() for parameter in part) for part in parts]
+    if settings.compression == "top_k" and max(sizes) > torch.iinfo(torch.int32).max:
+        raise PaCAError(
+            f"compression='top_k' counts up to 2,147,483,647 values; here are {max(sizes):,}. Set fragments."
+        )
+    return Compressor(chosen, sizes)
 
 
 def as_bytes(values: Tensor) -> Tensor:

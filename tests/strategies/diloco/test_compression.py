@@ -199,6 +199,18 @@ def test_returning_replica_owes_nothing(lighthouse: Callable[[int], str]) -> Non
     assert torch.isclose(owed, change, atol=1e-5).sum() == SIZE - int(SIZE * SHARE)
 
 
+def test_replica_that_returns_for_the_last_exchanges_of_fragments_ends_with_the_same_bits(
+    lighthouse: Callable[[int], str],
+) -> None:
+    settings = Outer(sync_every=4, fragments=2, compression="int8")
+    _, (at, state, _) = both(lighthouse(2), settings, range(2))
+    anew = {"state": [state, None], "start": [at, None], "last": [3, 3]}
+    (first, before, _), (second, after, _) = both(lighthouse(2), settings, range(2, 4), **anew)
+    assert same_bits(first, second)
+    assert before["manager"] == after["manager"]
+    assert before["manager"]["step"] == 3  # one before, and the last one of each fragment
+
+
 def test_failed_exchange_leaves_what_was_owed_before() -> None:
     changes = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     steady, failing = Compressor(TopK(0.1), [100]), Compressor(TopK(0.1), [100])
@@ -241,6 +253,12 @@ def test_parameters_of_several_dtypes_are_refused() -> None:
     with pytest.raises(PaCAError, match=r"torch.bfloat16, torch.float32"):
         compressor(parts, Outer(compression="int8"))
     assert compressor(parts, Outer()) is None
+
+
+def test_more_values_than_top_k_can_count_are_refused() -> None:
+    parts = [nn.ParameterList([torch.empty(2**31, device="meta")])]
+    with pytest.raises(PaCAError, match="Set fragments"):
+        compressor(parts, Outer(compression="top_k"))
 
 
 def test_state_of_another_compression_is_refused(lighthouse: Callable[[int], str]) -> None:
