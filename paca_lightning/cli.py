@@ -54,6 +54,11 @@ TOOLS = {
         "Write a merged Hugging Face checkpoint or a LoRA adapter.",
         "--model DIRECTORY --adapter DIRECTORY --output DIRECTORY --format merged",
     ),
+    "eval": Tool(
+        "paca_lightning.tools.evaluation.command",
+        "Measure a model, and adapters beside it, on lm-eval's tasks.",
+        "--model DIRECTORY --adapter DIRECTORY --tasks arc_easy hellaswag --limit 100",
+    ),
     "bench": Tool(
         "paca_lightning.tools.bench.command",
         "Measure time and memory of PaCA against other methods.",

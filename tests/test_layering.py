@@ -46,6 +46,7 @@ FENCES: dict[str, set[str]] = {  # library: where it may be imported
     "bitsandbytes": {"layers.bitsandbytes", "layers.linear4bit", "core.private"},
     "habana_frameworks": {"strategies.hpu"},
     "optuna": {"tools.compare"},
+    "lm_eval": {"tools.evaluation"},
     "torchft": {"strategies.diloco", "core.private"},
 }
 NO_DISTRIBUTED_AT_IMPORT = {"core", "layers", "conversion", "adapters"}

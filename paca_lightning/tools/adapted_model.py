@@ -34,6 +34,7 @@ class AdaptedModel:
 
     Attributes:
         model: In eval mode.
+        sources: Directories and checkpoints of the adapters, by name.
         names: Of the adapters, in the order in which they were given.
 
     Raises:
@@ -49,7 +50,7 @@ class AdaptedModel:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        sources = named_sources(adapters)
+        self.sources = sources = named_sources(adapters)
         for source in sources.values():
             saved_config(source)  # before a large model is loaded
         self.names = list(sources)
