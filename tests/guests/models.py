@@ -12,6 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from paca_lightning import PaCAConfig
+from tests.guests import modalities
 from tests.guests.timm_import import import_timm
 from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
@@ -62,6 +63,7 @@ class Guest:
         library: Whose model it is.
         config: What is trained.
         layers: How many layers that converts.
+        left: The linear layers that stay as they are, whose reasons the report has; None: not looked at.
     """
 
     build: Callable[[], nn.Module]
@@ -69,6 +71,7 @@ class Guest:
     library: str
     layers: int
     config: PaCAConfig = field(default_factory=lambda: CONFIG)
+    left: tuple[str, ...] | None = None
 
     def seeded(self) -> nn.Module:
         """The model, with the same weights each time and whatever the global random state is."""
@@ -216,11 +219,30 @@ MODELS: dict[str, Guest] = {
         }.items()
     },
     "Mamba (`dt_proj`, whose weight it reads without calling it, stays frozen)": Guest(mamba, language_loss, HF, 6),
-    "T5": Guest(t5, language_loss, HF, 32),
-    "Whisper": Guest(whisper, speech_loss, HF, 16),
-    "BERT, a new head trained whole": Guest(bert, class_loss, HF, 13, PaCAConfig(r=2, modules_to_save=["classifier"])),
+    "T5": Guest(t5, language_loss, HF, 32, left=("lm_head",)),
+    "Whisper": Guest(whisper, speech_loss, HF, 16, left=("proj_out",)),
+    "BERT, a new head trained whole": Guest(
+        bert, class_loss, HF, 13, PaCAConfig(r=2, modules_to_save=["classifier"]), left=("classifier",)
+    ),
     "RoBERTa, a new head trained whole": Guest(
         roberta, class_loss, HF, 12, PaCAConfig(r=2, modules_to_save=["classifier"])
+    ),
+    "ViT, a new head trained whole": Guest(
+        modalities.vit,
+        modalities.class_loss,
+        HF,
+        12,
+        PaCAConfig(r=2, modules_to_save=["classifier"]),
+        left=("classifier",),
+    ),
+    "CLIP, text and images": Guest(modalities.clip, modalities.pair_loss, HF, 26, left=()),
+    "LLaVA, without the last block of its vision tower, whose output it does not read": Guest(
+        modalities.llava,
+        modalities.answer_loss,
+        HF,
+        22,
+        PaCAConfig(r=2, exclude_modules=[modalities.UNREAD]),
+        left=("lm_head", *modalities.UNREAD_LAYERS),
     ),
     "a frozen teacher and its student in one module": Guest(Distillation, distillation_loss, HF, 14),
     "LitGPT": Guest(litgpt, logit_loss, "litgpt", 8),
@@ -230,6 +252,7 @@ MODELS: dict[str, Guest] = {
         "timm",
         8,
         PaCAConfig(r=2, modules_to_save=["head"]),
+        left=("head",),
     ),
     "timm's ConvNeXt": Guest(
         functools.partial(of_timm, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 16, 32), conv_mlp=False),

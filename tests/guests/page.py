@@ -13,6 +13,7 @@ from tests.guests.test_trainers import TRAINERS
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "works-with.md"
 ALL_FOUR = "fit, resume bitwise, adapter saved and loaded, merge"
+LEFT = ", the report names all that stays frozen"
 
 HEADER = """# Works with
 
@@ -155,7 +156,10 @@ class Row:
 def sections() -> Iterator[tuple[str, list[Row]]]:
     """Title and rows of each table."""
     test = "test_a_model_is_fitted_resumed_saved_and_merged"
-    yield "Models, in a LightningModule", [Row(name, g.library, ALL_FOUR, test) for name, g in MODELS.items()]
+    yield (
+        "Models, in a LightningModule",
+        [Row(name, g.library, ALL_FOUR + (LEFT if g.left is not None else ""), test) for name, g in MODELS.items()],
+    )
     test = "test_a_trainer_fits_resumes_saves_and_merges"
     rows = [Row(name, library, ALL_FOUR, test) for name, (_, library) in TRAINERS.items()]
     other = [Row(name, "transformers", tried, test) for name, tried, test in OTHER_TRAINERS]

@@ -9,7 +9,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, load_adapter, merge, paca_layers, save_adapter
+from paca_lightning import (
+    ConversionReport,
+    PaCAConfig,
+    PaCAError,
+    PaCAStrategy,
+    load_adapter,
+    merge,
+    paca_layers,
+    save_adapter,
+)
 from paca_lightning.layers.base import PaCALayer
 from tests.guests.checks import is_written, same_state
 from tests.guests.models import MODELS, Guest
@@ -51,6 +60,13 @@ def loss_of(guest: Guest, model: nn.Module) -> Tensor:
         return guest.loss(model.eval(), ALL)
 
 
+def frozen_elsewhere(module: nn.Module, report: ConversionReport) -> list[str]:
+    """Frozen parameters but the weights of PaCA layers, and of linear layers that were left alone."""
+    told = {path for path, _ in paca_layers(module)} | report.skipped.keys()
+    frozen = [name.rpartition(".") for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    return [f"{path}.{own}" for path, _, own in frozen if own == "bias" or path not in told]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_fitted_resumed_saved_and_merged(name: str, tmp_path: Path) -> None:
     guest = MODELS[name]
@@ -60,6 +76,9 @@ def test_a_model_is_fitted_resumed_saved_and_merged(name: str, tmp_path: Path) -
     assert len(layers) == guest.layers, strategy.report
     assert all(layer.paca_delta.any() for layer in layers.values())
     assert is_written(module)
+    if guest.left is not None:
+        assert set(strategy.report.skipped) == {f"net.{path}" for path in guest.left}
+        assert sum(group.tensors for group in strategy.report.frozen) == len(frozen_elsewhere(module, strategy.report))
     assert loss_of(guest, module.net) < loss_of(guest, guest.seeded())
 
     resumed, _ = fitted(guest, tmp_path / "resumed", str(tmp_path / "whole" / "epoch=0.ckpt"))
