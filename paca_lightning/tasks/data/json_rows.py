@@ -19,8 +19,9 @@ _MARKS = (  # by the bytes that a file begins with; the longer ones first
     (b"\xfe\xff", "utf-16"),
     (b"\xef\xbb\xbf", "utf-8-sig"),
 )
-_OTHERS = (  # of binary files, as text
+_OTHERS = (  # how other kinds of files begin, as text
     ("PK\3\4", "it is a zip archive, or a table of Excel"),
+    ("version https://git-lfs", "it is a pointer of Git LFS: `git lfs pull` fetches the file"),
     ("ARROW1", "it is an Arrow file: give the directory that `save_to_disk` wrote"),
     ("\udcff\udcff\udcff\udcff", "it is an Arrow stream: give the directory that `save_to_disk` wrote"),
 )

@@ -1,6 +1,9 @@
 """Messages of `chat` and `sharegpt` rows: roles, contents, tool calls, reasoning, and marks of what is trained."""
 
+import inspect
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.conversation import Message
@@ -35,6 +38,8 @@ _SHAREGPT_ROLES = {
 }
 ANSWERING = frozenset(name for name, role in _SHAREGPT_ROLES.items() if role == "assistant")
 """Names of roles that answer."""
+_OF_THE_CALL = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+_OF_THE_CALL -= {"tools", "documents"}
 _CALL_ROLES = ("function_call", "tool_call")
 
 
@@ -192,6 +197,11 @@ def template_arguments(fields: Fields) -> dict[str, Any]:
     extra = fields.parsed("chat_template_kwargs")
     if extra is not None and not isinstance(extra, dict):
         raise PaCAError(f"the field 'chat_template_kwargs' is {kind(extra)}, expected an object")
+    if extra and (taken := sorted(_OF_THE_CALL & extra.keys())):
+        raise PaCAError(
+            f"the field 'chat_template_kwargs' sets {', '.join(map(repr, taken))}, which belongs to the call of the "
+            "template, not to a row. Set `chat_template` of the data module for another template"
+        )
     return arguments | checked_json(extra, "chat_template_kwargs") if extra else arguments
 
 

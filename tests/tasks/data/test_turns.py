@@ -155,6 +155,12 @@ def test_system_texts_and_template_arguments_of_a_row() -> None:
     assert conversation.unread == ()
 
 
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "add_generation_prompt", "messages", "max_length"])
+def test_a_row_does_not_change_the_call_of_the_template(name: str) -> None:
+    with pytest.raises(PaCAError, match=f"'chat_template_kwargs' sets '{name}', which belongs to the call"):
+        only({**GOOD, "chat_template_kwargs": {name: "x"}})
+
+
 def test_prompts_and_completions_in_messages_train_the_completion_alone() -> None:
     conversation = only({"prompt": [*TURNS, {"role": "user", "content": "two?"}], "completion": TURNS[1:]})
     assert [message["content"] for message in conversation.messages] == ["one?", "1", "two?", "1"]
