@@ -13,6 +13,7 @@ CPU seconds of a step are those of several threads.
 
 import argparse
 import json
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from paca_lightning.tasks import InstructionDataModule
 from paca_lightning.tasks.pretrained import build_for_training
 from scripts.simulated_replicas import Cluster, ring_bytes
 
-LINKS = (10, 100)  # Mbit/s
+LINKS = {"at 10 Mbit/s": 10.0, "at 100 Mbit/s": 100.0, "unlimited": math.inf}
 LORA_RANK = 8  # trains about as many parameters as PaCA r 16
 LR, WARMUP, CLIP = 4e-3, 0.1, 1.0  # of configs/study/conversations.yaml
 
@@ -125,10 +126,10 @@ def tables(results: dict[str, Any], replicas: int) -> str:
     ddp = trained["ddp"][-1]
     goal = 1.02 * ddp["loss"]
     head = [f"{replicas} replicas", "held-out loss", "to DDP's", "MB sent", "DDP's over it"]
-    rows = [head + [f"s to {goal:.3f} at {link} Mbit/s" for link in LINKS], ["---"] * (len(head) + len(LINKS))]
+    rows = [head + [f"s to {goal:.3f} {link}" for link in LINKS], ["---"] * (len(head) + len(LINKS))]
     for name, points in trained.items():
         loss, sent = points[-1]["loss"], points[-1]["bytes"]
-        times = [seconds_to(points, goal, step_seconds, link) for link in LINKS]
+        times = [seconds_to(points, goal, step_seconds, megabits) for megabits in LINKS.values()]
         row = [
             name,
             f"{loss:.4f}",

@@ -10,7 +10,7 @@ pytest.importorskip("torchft")
 
 from paca_lightning.strategies.diloco.settings import Outer
 from scripts.simulated_replicas import Cluster, ring_bytes
-from scripts.slow_networks import seconds_to
+from scripts.slow_networks import arms, seconds_to, tables
 from tests.strategies.diloco.test_compression import SHAPES, both, moves, pytestmark  # noqa: F401
 
 STEPS = 6
@@ -65,3 +65,13 @@ def test_time_to_a_loss_is_steps_and_bytes() -> None:
     assert seconds_to(points, 2.0, 0.5, 10) == pytest.approx(7.5 + 1.2)
     assert seconds_to(points, 0.9, 0.5, 10) is None
     assert ring_bytes(100, 4) == 150
+
+
+def test_table_compares_with_ddp() -> None:
+    points = [{"step": step, "bytes": 1_000_000 * step, "loss": 3 - step / 50} for step in (50, 100)]
+    trained = {name: points if outer is None else [points[-1] | {"bytes": 500_000}] for name, outer in arms(20).items()}
+    head, _, ddp, *others = tables({"step_seconds": 0.5, "full": 1000, "lora": 10, "2": trained}, 2).splitlines()
+    assert "s to 1.020 at 100 Mbit/s" in head
+    assert [cell.strip() for cell in ddp.split("|")[1:6]] == ["ddp", "1.0000", "+0.00%", "100.00", "1"]
+    assert len(others) == 5 + 2
+    assert all(cell in others[0] for cell in ("| H=20 none |", "| 0.50 | 200 |", "| 50 | 50 | 50 |"))
