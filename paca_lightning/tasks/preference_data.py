@@ -1,5 +1,7 @@
 """The data module for preference tuning: pairs of answers, or answers with a label."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +16,7 @@ from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.mixture import DataSource, Part, parts_of
 from paca_lightning.tasks.data.preference_batches import PreferenceCollator, PreferenceReader
 from paca_lightning.tasks.data.preference_encoder import FORMAT, PreferenceEncoder
+from paca_lightning.tasks.data.records import Source
 from paca_lightning.tasks.data.sampler import BatchOrder
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.tokenizer import pad_token_id
@@ -110,7 +113,8 @@ class PreferenceDataModule(InstructionDataModule):
             raise PaCAError(f"{name}: a source of preferences has no `format`. Leave it out.")
         settings = {"split": hparams[f"{name}_split"], "format": FORMAT}
         settings |= {"subset": hparams["subset"]} if hparams["subset"] else {}
-        return parts_of(hparams[name], settings, name, hparams["cache_dir"])
+        parts = parts_of(hparams[name], settings, name, hparams["cache_dir"])
+        return [replace(part, rows=replace(part.rows, sources=_with_tables(part.rows.sources))) for part in parts]
 
     def _load(self, name: str, encode: DocumentEncoder) -> TokenizedSplit:
         split = super()._load(name, encode)
@@ -144,6 +148,10 @@ class PreferenceDataModule(InstructionDataModule):
         reader = PreferenceReader(split.dataset, hparams["max_length"], _is_paired(split))
         trainer = self.trainer if name == "train" else None
         return ResumableLoader(reader, order, PreferenceCollator(pad), hparams["num_workers"], trainer)
+
+
+def _with_tables(sources: Sequence[Source]) -> list[Source]:
+    return [replace(source, tables=True) for source in sources]
 
 
 def _pairs(split: TokenizedSplit) -> np.ndarray:

@@ -20,6 +20,7 @@ from paca_lightning import (
 )
 from paca_lightning.adapters.state_dict import keep_trained_state
 from paca_lightning.layers.base import PaCALayer
+from tests import tiny
 from tests.guests.checks import is_written, same_state
 from tests.guests.models import IDS
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -203,3 +204,20 @@ def test_a_trainer_fits_resumes_saves_and_merges(name: str, tmp_path: Path) -> N
     merge(model)
     assert not any(isinstance(part, PaCALayer) for part in model.modules())
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")  # TRL's
+@pytest.mark.parametrize("way", [supervised, preferences])
+def test_trl_takes_a_model_that_was_converted_before(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = way(tmp_path / "by callback", False)
+    monkeypatch.setattr(f"{__name__}.tiny_llama", converted_llama)
+    monkeypatch.setattr(f"{__name__}.CONFIG", None)  # the callback takes that of the model
+    found = way(tmp_path / "before", False)
+    assert is_written(found)
+    assert same_state(found, expected)
+
+
+def converted_llama() -> Any:
+    model = tiny.tiny_llama()  # not this module's name, which a test replaces
+    apply_paca(model, PaCAConfig(r=4))
+    return model

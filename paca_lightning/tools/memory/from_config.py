@@ -2,6 +2,7 @@
 
 import atexit
 import tempfile
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -21,6 +22,7 @@ from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.diloco.strategy import DiLoCoStrategy
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
+from paca_lightning.tasks.preference import PreferenceModule
 from paca_lightning.tools.memory.baselines import FULL, PACA
 from paca_lightning.tools.memory.traced_run import TracedRun
 from paca_lightning.tools.presets import preset_config
@@ -87,6 +89,8 @@ def run_to_trace(
         raise PaCAError(
             f"{type(datamodule).__name__} does not say how long its sequences are. Give --tokens and --batch."
         )
+    if isinstance(module, PreferenceModule):
+        module.reference.context = nullcontext  # its forward needs as much, whichever weights it has
     configs = [callback.config for callback in trainer.callbacks or [] if isinstance(callback, PaCAStrategy)]
     config = configs[0] if configs else None
     ranks = _count_devices(trainer.devices) * trainer.num_nodes

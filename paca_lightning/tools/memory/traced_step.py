@@ -17,6 +17,7 @@ from paca_lightning.conversion.write_back import attach
 from paca_lightning.core.private.torch import shards_copied_before_gathering
 from paca_lightning.core.private.transformers import packing_not_detected
 from paca_lightning.layers.base import paca_layers
+from paca_lightning.tasks.preference import PreferenceModule
 from paca_lightning.tools.memory.timeline import Kind, Timeline
 from paca_lightning.tools.memory.traced_run import TracedRun
 from paca_lightning.tools.memory.tracing import MemoryTracer
@@ -163,9 +164,14 @@ def _blocks_as_phases(tracer: MemoryTracer, blocks: list[nn.Module]) -> Iterator
 
 
 def _batch(run: TracedRun) -> dict[str, Tensor]:
-    """A batch of the run's shape, (batch, tokens)."""
-    ids = torch.zeros((run.batch_size, run.tokens), dtype=torch.int64)
+    """A batch of the run's shape, (batch, tokens); of preferences, twice as many conversations."""
+    preferences = isinstance(run.module, PreferenceModule)
+    ids = torch.zeros((run.batch_size * (1 + preferences), run.tokens), dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids.clone()}
+    if isinstance(run.module, PreferenceModule):
+        batch["rows"] = torch.zeros(run.batch_size, dtype=torch.int64)
+        if run.module.preference.name == "kto":
+            batch["good"] = torch.zeros(run.batch_size, dtype=torch.bool)
     if run.packed:
         batch["position_ids"] = ids.clone()
     return batch

@@ -1,5 +1,6 @@
 """Rows of preferences in the known formats: what is context, what is trained, and what is refused."""
 
+import csv
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -110,6 +111,18 @@ def test_parquet_is_read_as_json_is(read: Any, tokenizer_directory: str, tmp_pat
     rows = [PAIRS["messages"], PAIRS["messages"]]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     data = PreferenceDataModule(tokenizer_directory, str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    data.setup("fit")
+    assert texts(data, 1) == texts(read(rows), 1)
+
+
+@pytest.mark.parametrize("row", [PAIRS["texts"], LABELS["texts"]])
+def test_tables_are_read_as_json_is(row: dict[str, Any], read: Any, tokenizer_directory: str, tmp_path: Path) -> None:
+    rows = [row, {**row, "prompt": "Why,\nthen?", **({"label": False} if "label" in row else {})}]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerows(rows)
+    data = PreferenceDataModule(tokenizer_directory, str(tmp_path / "rows.csv"), cache_dir=str(tmp_path / "cache"))
     data.setup("fit")
     assert texts(data, 1) == texts(read(rows), 1)
 
