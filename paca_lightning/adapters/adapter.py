@@ -27,7 +27,7 @@ from paca_lightning.adapters.update import in_own_steps, whole_update
 from paca_lightning.conversion.changed_state import changed_state, overwrite, remember_thawed
 from paca_lightning.conversion.convert import convert
 from paca_lightning.conversion.inventory import take_inventory
-from paca_lightning.conversion.named_adapters import adding_adapter, refuse_quantized
+from paca_lightning.conversion.named_adapters import adding_adapter, hold_quantized_base
 from paca_lightning.conversion.report import ConversionReport, layer_records
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.select import check_quantizable, quantize_layers
@@ -105,18 +105,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
     Raises:
         PaCAError: If a file is missing or damaged, a tensor does not fit (naming the layer), or the base model is
-            another one; if the name is taken, or the base is quantized or sharded and gets a name. The model is then as
+            another one; if the name is taken, or several adapters cannot have this base. The model is then as
             it was, bitwise: everything is checked before anything is changed. One exception: a fresh model that
-            bitsandbytes had quantized is dequantized.
+            bitsandbytes had quantized is dequantized, or with a name holds the same bits in layers of ours.
     """
     adapter = read_adapter(directory)
     with _directory_in_errors(directory):
         if name is None:
             report = load_saved(model, adapter)
         else:
-            refuse_quantized(model, adapter.config)
+            hold_quantized_base(model, adapter.config)
             with adding_adapter(model, name):
-                report = load_saved(model, adapter)
+                report = load_saved(model, adapter, quantize=False)
     if not adapter.verified and is_first_rank():
         log.warning("%s: the adapter has no checksums, so whether its bytes are as saved was not verified.", directory)
     if adapter.settings is not None and adapter.settings.fingerprint is None and is_first_rank():
@@ -128,8 +128,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     return report
 
 
-def load_saved(model: nn.Module, adapter: SavedAdapter) -> ConversionReport:
+def load_saved(model: nn.Module, adapter: SavedAdapter, *, quantize: bool = True) -> ConversionReport:
     """Convert a fresh base model as an adapter says, or take a converted one, and load the adapter into it.
+
+    Args:
+        model: The model.
+        adapter: The adapter.
+        quantize: Whether to quantize, if its settings say so. It cannot be undone.
 
     Raises:
         PaCAError: If it does not fit. The model is then as it was.
@@ -161,7 +166,8 @@ def load_saved(model: nn.Module, adapter: SavedAdapter) -> ConversionReport:
         remember_thawed(model, {id(tensor) for tensor, _ in targets.values()})
         for tensor, value in targets.values():
             copy_into(tensor, value)
-    quantize_layers(layers, config)
+    if quantize:
+        quantize_layers(layers, config)
     report.layers = layer_records(inventory)
     return report
 

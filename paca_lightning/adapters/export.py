@@ -34,6 +34,7 @@ from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.layers.linear4bit import from_linear4bit, linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4 import dequantize_rows
 from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.layers.nf4_plain import NF4Linear
 
 DTYPE = torch.bfloat16
 SHARD_SIZE = "5GB"
@@ -191,7 +192,7 @@ def _plain_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Each is gathered when it is asked for, so that ranks have to ask for all of them.
     """
     linear4bit = linear4bit_class()
-    kinds = (PaCALayer,) if linear4bit is None else (PaCALayer, linear4bit)
+    kinds = (PaCALayer, NF4Linear) if linear4bit is None else (PaCALayer, NF4Linear, linear4bit)
     special = {clean_path(path): module for path, module in base.named_modules() if isinstance(module, kinds)}
     for name, tensor in base.state_dict().items():
         key = clean_path(name)
@@ -217,7 +218,7 @@ def _dense_weight(path: str, module: nn.Module) -> Tensor:
         shape = (module.out_features, module.in_features)
         weight = sharded_like(module.dequantize(DTYPE), module.packed, shape)
         return weight.t() if module.paca_base_class.__name__ == "Conv1D" else weight
-    if isinstance(module, PaCALayer):
+    if isinstance(module, PaCALayer | NF4Linear):
         return _narrow(module.weight)
     if (obstacle := linear4bit_obstacle(module)) is not None:
         raise PaCAError(f"{path!r} cannot be exported: {obstacle}.")

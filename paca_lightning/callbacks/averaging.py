@@ -13,6 +13,7 @@ from paca_lightning.core.private.lightning import averaged_model
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.layers.linear4bit import linear4bit_class
 from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.layers.nf4_plain import NF4Linear
 
 Averaging = (WeightAveraging, StochasticWeightAveraging)
 
@@ -47,7 +48,7 @@ def check_bases(trainer: Trainer, model: nn.Module) -> None:
 
 def _quantized_classes() -> tuple[type[nn.Module], ...]:
     linear4bit = linear4bit_class()
-    return (QPaCALinear,) if linear4bit is None else (QPaCALinear, linear4bit)
+    return (QPaCALinear, NF4Linear) if linear4bit is None else (QPaCALinear, NF4Linear, linear4bit)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.saved_modules import is_marked, mark, original_state
 from paca_lightning.conversion.scores import BY_WEIGHT, weight_scores
 from paca_lightning.conversion.select import quantize_layers, select_columns
+from paca_lightning.conversion.stacked import weight_of
 from paca_lightning.conversion.state import Conversion, conversions_of, rooted_conversion
 from paca_lightning.conversion.targets import FROZEN, Target, in_features_of, resolve
 from paca_lightning.conversion.trained_along import find_trained_along
@@ -187,7 +188,8 @@ def _refuse_other_config(inventory: Inventory, config: PaCAConfig) -> None:
 
 
 def _refuse_sharded(inventory: Inventory, fresh: list[Target]) -> None:
-    sharded = next((target.path for target in fresh if is_sharded(target.module.get_parameter("weight"))), None)
+    weights = {target.path: weight_of(target.module) for target in fresh}
+    sharded = next((path for path, weight in weights.items() if weight is not None and is_sharded(weight)), None)
     if fresh and (where := sharded or inventory.fsdp1) is not None:
         raise PaCAError(
             f"{where!r} is sharded already. Call apply_paca before fully_shard, or leave both to strategy='paca_fsdp2'."

@@ -12,8 +12,9 @@ from paca_lightning.conversion.state import ADAPTERS, conversions_in
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError, did_you_mean
 from paca_lightning.layers.base import paca_layers
-from paca_lightning.layers.linear4bit import linear4bit_class
+from paca_lightning.layers.linear4bit import linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.layers.nf4_plain import NF4Linear
 
 UNNAMED = "default"
 """Name of an adapter that was trained, or loaded without a name, before others were loaded by name."""
@@ -162,20 +163,31 @@ def adding_adapter(model: nn.Module, name: str) -> Iterator[None]:
         conversion.name = name
 
 
-def refuse_quantized(model: nn.Module, config: PaCAConfig) -> None:
-    """Raise if an adapter's base is quantized: other columns cannot start from weights that are gone.
+def hold_quantized_base(model: nn.Module, config: PaCAConfig) -> None:
+    """Make layers that bitsandbytes quantized ones that can lose their columns and get others; their bits stay.
 
     Raises:
-        PaCAError: If the settings quantize the base, or it was quantized before.
+        PaCAError: If the settings quantize a base that is not, or columns here started from the unquantized weight:
+            others could not, as it is gone.
     """
-    quantized = (QPaCALinear, linear4bit_class() or QPaCALinear)
-    found = next((path for path, module in model.named_modules() if isinstance(module, quantized)), None)
-    if config.quantize is not None or found is not None:
-        where = f"quantize={config.quantize!r} of the adapter" if found is None else f"{found!r} of the model"
+    linear4bit, none = linear4bit_class(), ()
+    found = {path: m for path, m in model.named_modules() if isinstance(m, linear4bit or none)}
+    layers = {path: layer for path, layer in paca_layers(model) if isinstance(layer, QPaCALinear)}
+    fresh = {path: layer for path, layer in layers.items() if layer.paca_base_class is not NF4Linear}
+    exact = next((path for path, layer in fresh.items() if not layer.starts_quantized()), None)
+    held = any(isinstance(module, NF4Linear) for module in model.modules())
+    if exact is not None or (config.quantize is not None and not (found or layers or held)):
+        where = f"quantize={config.quantize!r} of the adapter" if exact is None else f"{exact!r} of the model"
         raise PaCAError(
-            f"Several adapters by name need a base that is not quantized ({where}): each has columns of its own, "
-            "which start from the unquantized weight. Load this one without a name, into a model of its own."
+            f"Several adapters by name cannot each start from the unquantized weight ({where}): it is gone once the "
+            "first one is there. Load the base model in NF4 (transformers' BitsAndBytesConfig), where columns start "
+            "from quantized values, or load this adapter alone, without a name."
         )
+    for module in found.values():
+        if linear4bit_obstacle(module) is None and module.weight.quant_state is not None:  # type: ignore[union-attr]
+            NF4Linear.adopt(module)
+    for layer in fresh.values():
+        layer.paca_base_class = NF4Linear
 
 
 def adapters_of(model: nn.Module) -> NamedAdapters:

@@ -22,6 +22,7 @@ from paca_lightning.layers.experts import ExpertWeight, PaCAExperts
 from paca_lightning.layers.linear import PaCAConv1D, PaCALinear
 from paca_lightning.layers.linear4bit import linear4bit_class, linear4bit_obstacle
 from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.layers.nf4_plain import NF4Linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OUTPUT_HEAD = "output head"
@@ -65,7 +66,7 @@ class Resolution:
 
 
 def base_class_of(module: nn.Module) -> type[nn.Module] | None:
-    """The linear class of a module: ``nn.Linear``, ``Linear4bit``, ``Conv1D``, stacked experts' weights, or None."""
+    """The linear class of a module: ``nn.Linear``, one in NF4, ``Conv1D``, stacked experts' weights, or None."""
     return next((base for base in _layer_classes() if isinstance(module, base)), None)
 
 
@@ -77,6 +78,7 @@ def _layer_classes() -> dict[type[nn.Module], type[PaCALayer]]:
     classes: dict[type[nn.Module] | None, type[PaCALayer]] = {
         ExpertWeight: PaCAExperts,
         linear4bit: QPaCALinear,
+        NF4Linear: QPaCALinear,
         nn.Linear: PaCALinear,
         conv1d: PaCAConv1D,
     }
@@ -208,7 +210,7 @@ def _obstacle(module: nn.Module, inventory: Inventory, config: PaCAConfig) -> st
         return CLASS_HEAD if module in inventory.heads.over_classes else OUTPUT_HEAD
     if isinstance(module, ExpertWeight) and (obstacle := experts_obstacle(module, config)) is not None:
         return obstacle
-    if isinstance(module, PaCALayer):
+    if isinstance(module, PaCALayer | NF4Linear):
         return None
     if parametrize.is_parametrized(module) or weight is None:
         masked = hasattr(module, "weight_mask")

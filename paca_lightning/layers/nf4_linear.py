@@ -13,6 +13,7 @@ from paca_lightning.layers.linear import BuiltLikeLinear, PaCALinear
 from paca_lightning.layers.linear4bit import from_linear4bit, strip_linear4bit
 from paca_lightning.layers.nf4 import Scales, dequantize_rows, quantize_rows
 from paca_lightning.layers.nf4_autograd import dequantized_linear, merged_weight
+from paca_lightning.layers.nf4_plain import NF4Linear, hold, scales_of
 from paca_lightning.layers.plain import with_columns
 
 
@@ -78,38 +79,33 @@ class QPaCALinear(BuiltLikeLinear):
         del layer.weight
         layer.__class__ = cls
         layer.in_features, layer.out_features = shape
-        layer._hold(packed, (absmax,), weight.dtype)  # type: ignore[operator]
+        hold(layer, packed, (absmax,), weight.dtype)
 
     @classmethod
     def adopt(cls, module: nn.Module, indices: Tensor, scaling: float) -> None:
-        """Turn a ``bitsandbytes.nn.Linear4bit`` into one of this class, in place. Its bits are kept.
+        """Turn an NF4Linear or a ``bitsandbytes.nn.Linear4bit`` into one of this class, in place. Its bits are kept.
 
         The columns start from its quantized values, or from its full-precision weight if it is not quantized yet.
         """
+        if isinstance(module, NF4Linear):
+            module.__class__ = cls  # type: ignore[assignment]
+            module._add_columns(indices, scaling, NF4Linear)  # type: ignore[operator]
+            return
         weight: Any = module.weight
         whole = weight.detach() if weight.quant_state is None else None
         packed, scales, dtype = from_linear4bit(module)
         strip_linear4bit(module)
         module.__class__ = cls
-        module._hold(packed, scales, dtype)  # type: ignore[operator]
+        hold(module, packed, scales, dtype)
         module._add_columns(indices, scaling, nn.Linear)  # type: ignore[operator]
         if whole is not None:
             columns = whole.index_select(1, indices.to(whole.device))
             module.paca_base_columns = nn.Parameter(columns, requires_grad=False)
 
-    def _hold(self, packed: Tensor, scales: Scales, dtype: torch.dtype) -> None:
-        absmax, scale, phase, code, offset = scales if len(scales) > 1 else (*scales, None, None, None, None)
-        for name, rows in (("packed", packed), ("absmax", absmax), ("absmax_scale", scale), ("absmax_phase", phase)):
-            self.register_parameter(name, None if rows is None else nn.Parameter(rows, requires_grad=False))
-        self.register_buffer("absmax_code", code, persistent=False)  # the same in every layer
-        self.register_buffer("absmax_offset", offset)
-        self.weight_dtype = dtype
-
     @property
     def scales(self) -> Scales:
         """The scales as ``nf4.dequantize_rows`` takes them."""
-        nested = (self.absmax_scale, self.absmax_phase, self.absmax_code, self.absmax_offset)
-        return (self.absmax, *(tensor for tensor in nested if tensor is not None))
+        return scales_of(self)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -137,7 +133,15 @@ class QPaCALinear(BuiltLikeLinear):
         )
 
     def release(self, *, trained: bool) -> None:
-        """Turn into a dense layer: the dequantized weight with the trained or the base columns."""
+        """Turn into a dense layer, of the dequantized weight with the trained or the base columns.
+
+        A layer that was an NF4Linear is one again if it gets its base columns.
+        """
+        if self.paca_base_class is NF4Linear:
+            if not trained:
+                super().release(trained=False)
+                return
+            self.paca_base_class = nn.Linear
         weight = self.dequantize(trained=trained)
         del self.packed, self.absmax, self.absmax_scale, self.absmax_phase, self.absmax_code, self.absmax_offset
         del self.weight_dtype
@@ -149,6 +153,8 @@ class QPaCALinear(BuiltLikeLinear):
         """Quantized values of columns of this rank's rows. Default: the selected ones. Shape (rows, r)."""
         if self.packed.is_meta:
             return torch.empty(self.out_features, self.r, device="meta")
+        if indices is None and not self.r:  # columns that are known follow
+            return self.packed.new_empty(self.out_features, 0, dtype=torch.float32)
         weight = dequantize_rows(local(self.packed), tuple(map(local, self.scales)), self.in_features, torch.float32)
         return weight.index_select(1, self.paca_indices if indices is None else indices)
 
@@ -178,10 +184,10 @@ class QPaCALinear(BuiltLikeLinear):
 
     def check_movable(self) -> None:
         """Raise unless the layer can train other columns, as ``move_to_columns``."""
-        if not self._starts_quantized():
+        if not self.starts_quantized():
             raise PaCAError(_other_columns(repr(self)))
 
-    def _starts_quantized(self) -> bool:
+    def starts_quantized(self) -> bool:
         """Whether the base columns are the quantized values."""
         return torch.equal(local(self.paca_base_columns).float(), self._read_columns())
 
@@ -190,7 +196,7 @@ class QPaCALinear(BuiltLikeLinear):
         indices = state_dict.get(prefix + "paca_indices")
         if indices is None or self.packed.is_meta or prefix + self.base_name in state_dict:
             return
-        if not torch.equal(indices.to(self.paca_indices.device), self.paca_indices) and not self._starts_quantized():
+        if not torch.equal(indices.to(self.paca_indices.device), self.paca_indices) and not self.starts_quantized():
             raise PaCAError(_other_columns(repr(path)))
 
     def _uncast(self) -> tuple[Tensor, ...]:

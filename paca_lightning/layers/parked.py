@@ -67,8 +67,7 @@ class ParkedColumns:
         layer = self.module
         assert isinstance(layer, PaCALayer)
         device = layer.base.device
-        rows, known = _some_rows(layer._rows()), _some_rows(self.base_columns)
-        if not torch.equal(rows.index_select(-1, self.indices.to(device)), known.to(rows)):
+        if layer.keeps_weight and not self._belong_to(layer):  # a packed weight never changes
             layer.release(trained=False)
             raise PaCAError(
                 f"The weight of {self.path!r} has changed since the adapter was put aside, so it would be applied to "
@@ -81,6 +80,10 @@ class ParkedColumns:
         layer.paca_scale = None if self.scale is None else self.scale.to(device)
         layer.paca_pending, layer.paca_conversion, layer.paca_path = self.pending, self.conversion, self.path
         layer.write_columns()
+
+    def _belong_to(self, layer: PaCALayer) -> bool:
+        rows, known = _some_rows(layer._rows()), _some_rows(self.base_columns)
+        return torch.equal(rows.index_select(-1, self.indices.to(rows.device)), known.to(rows))
 
 
 def _some_rows(tensor: Tensor) -> Tensor:

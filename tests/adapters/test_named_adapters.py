@@ -17,6 +17,7 @@ from paca_lightning import (
     attach,
     delete_adapter,
     disable_paca,
+    export_merged,
     load_adapter,
     merge,
     merge_adapters,
@@ -26,6 +27,9 @@ from paca_lightning import (
     unload,
     write_columns,
 )
+from paca_lightning.conversion.linear4bit_base import quantize_base
+from paca_lightning.conversion.named_adapters import hold_quantized_base
+from paca_lightning.layers.nf4_plain import NF4Linear
 from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
 
@@ -245,7 +249,7 @@ def test_another_base_model_meanwhile_is_refused(
         (lambda m, d: load_adapter(m, d["a"], name="b"), "There is an adapter 'b' already"),
         (lambda m, d: load_adapter(m, d["a"], name="c"), "There is an adapter 'c' already"),
         (lambda m, d: load_adapter(m, d["a"], name=""), "The name of an adapter is empty"),
-        (lambda m, d: load_adapter(m, d["nf4"], name="d"), "need a base that is not quantized"),
+        (lambda m, d: load_adapter(m, d["nf4"], name="d"), "cannot each start from the unquantized weight"),
         (lambda m, d: load_adapter(m, d["other"], name="d"), "trained on another base model"),
         (lambda m, d: load_adapter(m, d["a"].parent, name="d"), "adapter_config.json is missing"),
         (lambda m, d: merge_adapters(m, {"a": 1.0, "d": 1.0}, "sum"), "There is no adapter 'd'"),
@@ -272,11 +276,70 @@ def test_mistakes_leave_everything_as_it_was(
         assert_same(model, expected["fp32"][name])
 
 
-def test_a_quantized_model_takes_no_names(directories: dict[str, dict[str, Path]]) -> None:
+def test_columns_that_started_unquantized_take_no_names(directories: dict[str, dict[str, Path]]) -> None:
     model = tiny_llama()
     apply_paca(model, PaCAConfig(r=2, quantize="nf4"))
-    with pytest.raises(PaCAError, match=r"not quantized \('model.layers.0.self_attn.q_proj' of the model\)"):
+    with pytest.raises(PaCAError, match=r"unquantized weight \('model.layers.0.self_attn.q_proj' of the model\)"):
         load_adapter(model, directories["fp32"]["a"], name="a")
+
+
+# -- NF4 bases
+
+
+def nf4_llama() -> nn.Module:
+    """A tiny Llama that bitsandbytes has quantized."""
+    model = tiny_llama(intermediate_size=128).requires_grad_(False)
+    quantize_base(model)
+    return model
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(16).reshape(2, 8)).logits
+
+
+def test_adapters_on_an_nf4_base(tmp_path: Path) -> None:
+    model, plain = nf4_llama(), nf4_llama()
+    by_bitsandbytes = outputs(nf4_llama())
+    hold_quantized_base(plain, PaCAConfig())
+    expected: dict[str | None, Tensor] = {None: outputs(plain)}
+    assert torch.allclose(expected[None], by_bitsandbytes, atol=0.02)  # its kernel for CPUs computes in bf16
+    for number, (name, settings) in enumerate(SETTINGS.items()):
+        save_adapter(trained(nf4_llama(), number, settings), tmp_path / name)
+        fresh = nf4_llama()
+        hold_quantized_base(fresh, PaCAConfig())
+        load_adapter(fresh, tmp_path / name)
+        expected[name] = outputs(fresh)
+        load_adapter(model, tmp_path / name, name=name)
+    for name in ("a", "b", None, "c", "a", None, "b"):
+        set_adapter(model, name)
+        assert torch.equal(outputs(model), expected[name])
+    set_adapter(model, None)
+    assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14
+    model.to(torch.bfloat16).to(torch.float32)  # scales keep their dtype
+    hidden = torch.randn(2, 64, requires_grad=True)
+    layer = model.model.layers[0].mlp.up_proj
+    layer(hidden).sum().backward()
+    assert torch.allclose(hidden.grad, layer.weight.sum(0).expand(2, -1), atol=1e-4)
+    set_adapter(model, "b")
+    merge_adapters(model, {"a": 0.5, "b": 0.5}, "mean")
+    mean = outputs(model)
+    export_merged(model, tmp_path / "merged")
+    assert torch.allclose(outputs(type(model).from_pretrained(tmp_path / "merged").float()), mean, atol=0.05)
+    assert torch.allclose(outputs(merge(model)), mean, atol=1e-5)
+    assert not any(isinstance(module, NF4Linear) for path, module in model.named_modules() if "lm_head" in path)
+
+
+def test_an_adapter_that_was_trained_on_an_nf4_base_before(tmp_path: Path) -> None:
+    save_adapter(trained(nf4_llama(), 1, {"r": 4, "seed": 3}), tmp_path)
+    model = trained(nf4_llama(), 0, {"r": 2})
+    before = outputs(model)
+    load_adapter(model, tmp_path, name="other")
+    fresh = nf4_llama()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(outputs(model), outputs(fresh))
+    set_adapter(model, "default")
+    assert torch.equal(outputs(model), before)
 
 
 # -- Weighted sums

@@ -40,6 +40,7 @@ OVERRIDES = (
             "layers.base",
             "layers.experts",
             "layers.nf4_linear",
+            "layers.nf4_plain",
             "tasks.metrics",
             "tasks.wide_buffers",
             "tools.memory.baselines",
