@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from paca_lightning.adapters.exported import (
     check_lora_can_hold,
@@ -23,7 +25,6 @@ from paca_lightning.adapters.exported import (
 from paca_lightning.adapters.files import PREFIX, base_model_entries
 from paca_lightning.adapters.update import whole_update
 from paca_lightning.conversion.inventory import take_inventory
-from paca_lightning.conversion.state import config_of
 from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
@@ -107,7 +108,8 @@ def export_lora(
     """Write the training result as a LoRA adapter in PEFT's layout, of the same rank and without loss.
 
     The change of the selected columns, ``scaling * D``, is the product ``B A`` of ``B = D`` and a matrix ``A`` whose
-    rows select the columns. Servers that only know LoRA can run it. The adapter of an NF4 base belongs on the
+    rows select the columns. Servers that only know LoRA can run it. Layers of a lower rank than others are filled up
+    with zeros, so that all have one rank. The adapter of an NF4 base belongs on the
     full-precision model, from whose columns the training started; a warning says by how much the two bases differ.
     Modules trained whole are written whole, and with them those that share a weight, such as tied embeddings.
 
@@ -128,19 +130,16 @@ def export_lora(
     inventory = take_inventory(model)
     layers = inventory.named_layers()
     check_quantized_base(layers)
-    config = config_of(model)
-    assert config is not None
-    alphas = {layer.scaling * layer.r for layer in layers.values()}
-    one_alpha = alphas.pop() if len(alphas) == 1 else None
-    ranks = {name: layer.r for name, layer in layers.items() if layer.r != config.r}
+    # One rank and one scaling for all layers: vLLM and llama.cpp do not read PEFT's rank_pattern and alpha_pattern.
+    rank, scalings = max(layer.r for layer in layers.values()), {layer.scaling for layer in layers.values()}
+    common = scalings.pop() if len(scalings) == 1 else None
     tensors = {}
     for name, layer in layers.items():
-        # Where alphas differ, each is set to its rank (LoRA's scaling is then 1), and B takes our scaling.
-        factor = 1.0 if one_alpha is not None else layer.scaling
-        selection = torch.zeros(layer.r, layer.in_features)
+        selection = torch.zeros(rank, layer.in_features)
         selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
+        update = whole_update(layer).float() * (1.0 if common is not None else layer.scaling)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = selection
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = whole_update(layer).float() * factor
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pad(update, (0, rank - layer.r))
     base_entries = base_model_entries(inventory.base_model)
     whole = whole_modules(inventory, base_entries["task_type"])
     for name, module in whole.items():
@@ -149,10 +148,8 @@ def export_lora(
     settings = {
         "peft_type": "LORA",
         **base_entries,
-        "r": config.r,
-        "lora_alpha": config.r if one_alpha is None else one_alpha,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks if one_alpha is None else {},
+        "r": rank,
+        "lora_alpha": rank * (1.0 if common is None else common),
         "target_modules": target_names(inventory),
         "modules_to_save": list(whole) or None,
         "fan_in_fan_out": any(layer.paca_base_class.__name__ == "Conv1D" for layer in layers.values()),
@@ -194,10 +191,17 @@ def _plain_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     linear4bit = linear4bit_class()
     kinds = (PaCALayer, NF4Linear) if linear4bit is None else (PaCALayer, NF4Linear, linear4bit)
     special = {clean_path(path): module for path, module in base.named_modules() if isinstance(module, kinds)}
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, parameters.values()))
+    tied: dict[int, Tensor] = {}
     for name, tensor in base.state_dict().items():
-        key = clean_path(name)
-        if key.endswith(".bias") or not any(parent in special for parent in _parents(key)):
-            yield key, whole_tensor(_narrow(tensor))
+        key, owner = clean_path(name), id(parameters.get(name))
+        if not key.endswith(".bias") and any(parent in special for parent in _parents(key)):
+            continue
+        whole = tied[owner] if owner in tied else whole_tensor(_narrow(tensor))
+        if uses[owner] > 1:  # one memory for all its names, so that save_pretrained writes one of them
+            tied[owner] = whole
+        yield key, whole
     for path, module in special.items():
         name = module.base_path(path) if isinstance(module, PaCAExperts) else f"{path}.weight"
         yield name, whole_tensor(_dense_weight(path, module))

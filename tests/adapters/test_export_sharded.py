@@ -89,4 +89,4 @@ def test_only_the_first_rank_keeps_what_is_gathered(exports: dict[str, Any], nam
     total, largest = sum(tensor.nbytes for tensor in state), max(tensor.nbytes for tensor in state)
     first, second = (peaks[name] for peaks in exports["peaks"])
     assert first >= total
-    assert second <= 4 * largest < 0.8 * total
+    assert second <= 4 * largest < 0.9 * total
