@@ -16,7 +16,7 @@ GUESTS := --requirement constraints/guests.txt
 
 GPU_VENV := .venv-gpu
 
-.PHONY: install demo mmlu study bench gpu test test-quick test-min test-latest soak check audit lock format clean
+.PHONY: install demo mmlu study serving bench gpu test test-quick test-min test-latest soak check audit lock format clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,24 @@ METHODS := lora:8,lr=1e-3:8e-3 paca:16,lr=2e-3:1.6e-2 paca:16,selection=gradient
 study: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
 	$(BIN)/paca-lightning compare --config configs/study/conversations.yaml configs/study/sciq.yaml configs/study/gsm8k.yaml \
 		--methods $(METHODS) --trials 4 --widen --jobs 2 $(if $(MINUTES),--minutes $(MINUTES)) --output runs/study
+
+# Gives the adapter of `make demo` to llama.cpp, merged and as LoRA, and compares logits: docs/serving.md. Builds llama.cpp
+# first (ten minutes on two idle cores), with its converters, out of a PyPI package.
+LLAMA_CPP := .cache/llama-cpp
+LLAMA_CPP_PACKAGE := llama-cpp-python==0.3.36
+
+$(LLAMA_CPP)/.built: | $(INSTALLED)
+	rm -rf $(LLAMA_CPP)
+	mkdir -p $(LLAMA_CPP)
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(LLAMA_CPP) $(LLAMA_CPP_PACKAGE)
+	tar --extract --gzip --strip-components 1 --file $(LLAMA_CPP)/*.tar.gz --directory $(LLAMA_CPP)
+	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python diskcache==5.6.3 sentencepiece==0.2.1
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python $(LLAMA_CPP)/*.tar.gz
+	touch $@
+
+serving: $(INSTALLED) $(SMOLLM2)/config.json $(LLAMA_CPP)/.built
+	test -e runs/quickstart/version_0/adapter || $(MAKE) demo
+	PYTHONPATH=$(LLAMA_CPP)/python $(BIN)/python -m scripts.serving --llama-cpp $(LLAMA_CPP)/vendor/llama.cpp
 
 # Measures all of docs/performance.md and rewrites its tables and plots, in about 40 minutes on two
 # idle cores; ONLY="small-512 rank" measures some of them.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from paca_lightning.conversion.inventory import Inventory
+from paca_lightning.conversion.quantized import packed_obstacle
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import did_you_mean
 from paca_lightning.core.paths import matches
@@ -27,17 +28,23 @@ def no_match(setting: str, pattern: str, modules: Mapping[nn.Module, set[str]], 
     return f"{setting}: {pattern!r} matched {kind}; suffixes present: {suffixes}.{hint}"
 
 
-def nothing_matched(config: PaCAConfig, linears: Mapping[nn.Module, set[str]], skipped: Mapping[str, str]) -> str:
+def nothing_matched(
+    config: PaCAConfig, linears: Mapping[nn.Module, set[str]], skipped: Mapping[str, str], inventory: Inventory
+) -> str:
     """The message for a configuration that leaves nothing to train.
 
     Args:
         config: The settings.
         linears: The linear layers with their names.
         skipped: Why each of them is left alone, by path.
+        inventory: Of the model.
     """
+    obstacles = {paths[0]: packed_obstacle(module) for module, paths in inventory.paths.items()}
+    if packed := {path: obstacle for path, obstacle in obstacles.items() if obstacle is not None}:
+        return f"There is nothing for PaCA to train. {_by_reason(packed)}."
     if not linears:
         return "The model has no linear layers, so there is nothing for PaCA to train."
-    reasons = "; ".join(f"{path}: {reason}" for path, reason in list(skipped.items())[:5])
+    reasons = _by_reason(skipped)
     if config.target_modules == ALL_LINEAR:
         return (
             f"target_modules={ALL_LINEAR!r} matched no linear layer that can be converted: all {len(linears)} are left "
@@ -50,6 +57,17 @@ def nothing_matched(config: PaCAConfig, linears: Mapping[nn.Module, set[str]], s
         f"target_modules={config.target_modules!r} matched no linear layer that can be converted; suffixes present: "
         f"{_suffixes(linears)}. Fix the name or pass {ALL_LINEAR!r}.{hint} Left alone: {reasons}."
     )
+
+
+def _by_reason(left: Mapping[str, str]) -> str:
+    """Layers that are left alone, by path, with the first five reasons: one layer of each, and how many more."""
+    paths: dict[str, list[str]] = {}
+    for path, reason in left.items():
+        paths.setdefault(reason, []).append(path)
+    named = [
+        f"{first}{f' and {len(others)} more' if others else ''}: {reason}" for reason, (first, *others) in paths.items()
+    ]
+    return "; ".join(named[:5])
 
 
 def _suffixes(modules: Mapping[nn.Module, set[str]]) -> list[str]:
@@ -73,6 +91,8 @@ def _something_else(pattern: str, inventory: Inventory) -> str | None:
     others = {paths[0]: m for m, paths in inventory.paths.items() if _names(pattern, paths[0], inventory)}
     if others:
         path, module = next(iter(others.items()))
+        if (obstacle := packed_obstacle(module)) is not None:
+            return f"{path}: {obstacle}."
         return (
             f"{path!r} is {type(module).__name__}, and PaCA trains columns of linear layers. Name those inside it, or "
             "list it in modules_to_save to train it whole."

@@ -12,6 +12,7 @@ from paca_lightning.conversion.forward_check import computes_as_linear
 from paca_lightning.conversion.frozen_by_hand import frozen_by_hand
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.mismatch import no_match, nothing_matched
+from paca_lightning.conversion.quantized import quantized_obstacle
 from paca_lightning.conversion.stacked import experts_obstacle, weight_name, weight_of
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
@@ -150,7 +151,7 @@ def resolve(
             )
     _check_patterns_used(config, result.targets, inventory)
     if not result.targets:
-        raise PaCAError(nothing_matched(config, linears, result.skipped))
+        raise PaCAError(nothing_matched(config, linears, result.skipped, inventory))
     return result
 
 
@@ -212,6 +213,8 @@ def _obstacle(module: nn.Module, inventory: Inventory, config: PaCAConfig) -> st
         return obstacle
     if isinstance(module, PaCALayer | NF4Linear):
         return None
+    if (obstacle := quantized_obstacle(module)) is not None:
+        return obstacle
     if parametrize.is_parametrized(module) or weight is None:
         masked = hasattr(module, "weight_mask")
         return "its weight has a pruning mask" if masked else "its weight is parametrized"
