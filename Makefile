@@ -55,7 +55,7 @@ study: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
 		--methods $(METHODS) --trials 4 --widen --jobs 2 $(if $(MINUTES),--minutes $(MINUTES)) --output runs/study
 
 # Gives the adapter of `make demo` to llama.cpp, merged and as LoRA, and compares logits: docs/serving.md. Builds llama.cpp
-# first (ten minutes on two idle cores), with its converters, out of a PyPI package.
+# first (about ten minutes of CPU time), with its converters, out of a PyPI package.
 LLAMA_CPP := .cache/llama-cpp
 LLAMA_CPP_PACKAGE := llama-cpp-python==0.3.36
 
@@ -64,7 +64,7 @@ $(LLAMA_CPP)/.built: | $(INSTALLED)
 	mkdir -p $(LLAMA_CPP)
 	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(LLAMA_CPP) $(LLAMA_CPP_PACKAGE)
 	tar --extract --gzip --strip-components 1 --file $(LLAMA_CPP)/*.tar.gz --directory $(LLAMA_CPP)
-	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python diskcache==5.6.3 sentencepiece==0.2.1
+	$(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python diskcache==5.6.3 sentencepiece==0.2.3
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $(BIN)/pip install --quiet --no-deps --target $(LLAMA_CPP)/python $(LLAMA_CPP)/*.tar.gz
 	touch $@
 
