@@ -16,7 +16,7 @@ def quantized_obstacle(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__name__ == "Linear8bitLt" and kind.__module__.startswith("bitsandbytes."):
         return f"its weight is quantized to 8 bits by bitsandbytes. {REMEDY}"
-    weight = type(module._parameters.get("weight"))
+    weight = type(dict(module.named_parameters(recurse=False)).get("weight"))
     # A subclass of Tensor that shows the dtype from before.
     if weight.__module__.partition(".")[0] == "torchao":
         return f"its weight is quantized by torchao ({weight.__name__}). {REMEDY}"
@@ -25,5 +25,6 @@ def quantized_obstacle(module: nn.Module) -> str | None:
 
 def packed_obstacle(module: nn.Module) -> str | None:
     """The same for a layer that need not be a linear one by its class: it has packed tensors and no weight."""
-    name = next((name for name in PACKED if name in module._buffers or name in module._parameters), None)
+    own = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
+    name = next((name for name in PACKED if name in own), None)
     return None if name is None else f"{type(module).__name__} holds a quantized weight ({name!r}). {REMEDY}"
