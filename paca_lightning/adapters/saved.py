@@ -8,6 +8,7 @@ from torch import Tensor
 
 from paca_lightning.adapters.checkpoint import read_checkpoint, read_note
 from paca_lightning.adapters.files import CONFIG, adapter_config, read_files
+from paca_lightning.adapters.head import Head
 from paca_lightning.adapters.settings import AdapterSettings
 from paca_lightning.adapters.tensors import AdapterTensors, read_tensors
 from paca_lightning.core.checkpoints import SUFFIX, is_checkpoint_directory
@@ -63,6 +64,17 @@ def saved_config(source: str | os.PathLike[str]) -> PaCAConfig:
     """
     path = Path(source)
     return read_note(path).settings.config if is_checkpoint(path) else adapter_config(path)
+
+
+def saved_head(source: str | os.PathLike[str]) -> Head | None:
+    """The head over labels of the model that an adapter was trained on, if it had one.
+
+    Raises:
+        PaCAError: As :func:`read_adapter`.
+    """
+    path = Path(source)
+    settings = read_note(path).settings if is_checkpoint(path) else read_files(path)[1]
+    return None if settings is None else settings.head
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from paca_lightning.adapters.head import Head, head_entries, parse_head
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.state import layers_left
 from paca_lightning.core.config import PaCAConfig
@@ -23,6 +24,7 @@ class AdapterSettings:
         changed: Names of what else had changed.
         left: Paths of layers that were frozen by hand.
         checksums: Of each tensor, by name; None in files of version 0.1.0, and in checkpoints.
+        head: The base model's head over labels, if it has one.
     """
 
     config: PaCAConfig
@@ -31,6 +33,7 @@ class AdapterSettings:
     changed: list[str]
     left: list[str]
     checksums: dict[str, str] | None
+    head: Head | None = None
 
 
 def settings_of(
@@ -52,6 +55,7 @@ def settings_of(
         "left": layers_left(inventory),
         "changed": list(changed),
         "fingerprint": samples,
+        "head": head_entries(inventory.base_model),
     }
 
 
@@ -74,6 +78,7 @@ def parse_settings(content: dict[str, Any], source: str) -> AdapterSettings:
             changed=[str(name) for name in content.get("changed", [])],  # not in files of version 0.1.0
             left=[str(path) for path in content.get("left", [])],  # nor this
             checksums=None if sums is None else {str(name): str(value) for name, value in sums.items()},
+            head=parse_head(content.get("head")),
         )
     except PaCAError as error:
         raise PaCAError(f"{source}: {error}") from error

@@ -4,16 +4,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.adapters.adapter import load_adapter
+from paca_lightning.adapters.head import Head
 from paca_lightning.adapters.history import tokenizer_directory
-from paca_lightning.adapters.saved import is_checkpoint, saved_config
+from paca_lightning.adapters.saved import is_checkpoint, saved_head
 from paca_lightning.conversion.named_adapters import set_adapter
 from paca_lightning.conversion.revert import disable_paca
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.tokenizer import load_tokenizer
+from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id, plain_tokenizer
+from paca_lightning.tasks.new_heads import HeadTask, build_with_head
 from paca_lightning.tasks.pretrained import build_causal_lm
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ class AdaptedModel:
         dtype: Of the weights: auto (as saved), float32, bfloat16 or float16.
         revision: Branch, tag or commit of the model and its tokenizer on the hub.
         trust_remote_code: Whether to run code that comes with the model or the tokenizer.
+        with_head: Whether an adapter may be of a model with a head over labels, which does not answer.
 
     Attributes:
         model: In eval mode.
@@ -49,17 +53,26 @@ class AdaptedModel:
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        with_head: bool = False,
     ) -> None:
         self.sources = sources = named_sources(adapters)
-        for source in sources.values():
-            saved_config(source)  # before a large model is loaded
+        self._head: Head | None = None
+        for source in sources.values():  # before a large model is loaded
+            self._head = saved_head(source)
+            if self._head is not None and not with_head:
+                raise PaCAError(
+                    f"{source}: the adapter of a model with a head over {len(self._head.labels)} labels, which writes "
+                    "no text. Write the whole model with `paca-lightning export`, and use transformers.pipeline."
+                )
         self.names = list(sources)
         self._base, self._revision, self._trusted = model, revision, trust_remote_code
         self._own = {name: tokenizer_directory(source) for name, source in sources.items()}
         self._tokenizers: dict[Path | None, PreTrainedTokenizerBase] = {}
-        self.model: PreTrainedModel = build_causal_lm(
-            model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-        )
+        settings = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+        if self._head is None:
+            self.model: PreTrainedModel = build_causal_lm(model, **settings)
+        else:
+            self.model = self._with_head(self._head, settings)
         for name in self.names or [BASE]:
             self.tokenizer(name)
         for name, source in sources.items():
@@ -82,9 +95,17 @@ class AdaptedModel:
         directory = self._own.get(name)
         if directory not in self._tokenizers:
             source, revision = (self._base, self._revision) if directory is None else (str(directory), None)
-            loaded = load_tokenizer(source, revision=revision, trust_remote_code=self._trusted)
+            load = load_tokenizer if self._head is None else plain_tokenizer
+            loaded = load(source, revision=revision, trust_remote_code=self._trusted)
             self._tokenizers[directory] = loaded
         return self._tokenizers[directory]
+
+    def _with_head(self, head: Head, settings: dict[str, Any]) -> PreTrainedModel:
+        """The base model with a head like that of the adapter's, which the adapter fills."""
+        tasks: dict[str | None, HeadTask] = {"multi_label_classification": "multi_label", "regression": "regression"}
+        task = "tokens" if head.kind == "ForTokenClassification" else tasks.get(head.problem_type, "sequence")
+        pad = pad_token_id(self.tokenizer(self.names[0]))
+        return build_with_head(self._base, task=task, labels=list(head.labels), pad_token_id=pad, **settings)
 
     @contextmanager
     def using(self, name: str) -> Iterator[PreTrainedTokenizerBase]:

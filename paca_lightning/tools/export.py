@@ -47,7 +47,9 @@ def export(
     # An adapter holds modules trained whole in fp32, which a bf16 model would round; deltas are fp32 in any model.
     whole = format == "lora" and bool(saved_config(adapter).modules_to_save)
     dtype = "float32" if whole else "auto"
-    models = AdaptedModel(model, [adapter], dtype, revision=revision, trust_remote_code=trust_remote_code)
+    models = AdaptedModel(
+        model, [adapter], dtype, revision=revision, trust_remote_code=trust_remote_code, with_head=True
+    )
     built, tokenizer = models.model, models.tokenizer(models.names[0])
     if format == "merged":
         export_merged(built, output, tokenizer)

@@ -1,0 +1,48 @@
+"""The head over labels of the model that an adapter was trained on: what it takes to build that model again."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+KINDS = ("ForSequenceClassification", "ForTokenClassification")
+"""Ends of class names of transformers' models with such a head."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head over labels.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        labels: Their names, in the order of their numbers.
+        problem_type: What transformers calls the task, if the model's config says it.
+    """
+
+    kind: str
+    labels: tuple[str, ...]
+    problem_type: str | None
+
+
+def head_entries(base_model: nn.Module | None) -> dict[str, Any] | None:
+    """The head of a Hugging Face model as plain values; None if it has no such head."""
+    kind = next((kind for kind in KINDS if type(base_model).__name__.endswith(kind)), None)
+    if kind is None or base_model is None:
+        return None
+    config: Any = base_model.config
+    names = [str(config.id2label[number]) for number in sorted(config.id2label)]
+    return {"kind": kind, "labels": names, "problem_type": config.problem_type}
+
+
+def parse_head(content: dict[str, Any] | None) -> Head | None:
+    """The head from plain values.
+
+    Raises:
+        KeyError, TypeError, ValueError: If they are damaged.
+    """
+    if content is None:  # another model, or a file of version 0.1.0
+        return None
+    kind, labels, problem = content["kind"], content["labels"], content["problem_type"]
+    if kind not in KINDS or not isinstance(labels, list) or not labels or not isinstance(problem, str | None):
+        raise ValueError(f"head is {content!r}")
+    return Head(kind, tuple(str(name) for name in labels), problem)
