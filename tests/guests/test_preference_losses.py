@@ -10,6 +10,7 @@ from torch import Tensor
 from paca_lightning import PaCAConfig, apply_paca, disable_paca, merge, paca_layers, write_columns
 from paca_lightning.tasks import PreferenceModule
 from tests.tasks.preferences import preference_batch
+from tests.tasks.test_preference_losses import rows_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -122,4 +123,6 @@ def test_kto(tmp_path: Path) -> None:
     own = {name: tensor[:3] for name, tensor in as_theirs(batch).items()}
     strange = {f"KL_{name}": tensor[3:] for name, tensor in as_theirs(batch).items()}
     expected = trainer.compute_loss(trainer.model, {**own, **strange, "label": batch["good"]})
+    divergences = rows_of(moved(), batch) - rows_of(tiny_llama(), batch)
+    assert divergences[3:].mean() > 0.1  # not clamped
     torch.testing.assert_close(ours(batch, "kto", beta=0.3, desirable_weight=1.5), expected, rtol=1e-5, atol=1e-5)

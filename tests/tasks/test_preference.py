@@ -164,6 +164,21 @@ def test_full_fine_tuning_with_a_cached_reference_is_that_of_a_second_model(
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-5)
 
 
+def test_full_fine_tuning_is_validated_against_its_cached_reference(directory: str, data: Any, tmp_path: Path) -> None:
+    rows = data()
+    rows.hparams["validation"] = rows.hparams["train"]
+    saving, settings = ModelCheckpoint(tmp_path, "last"), {"enable_checkpointing": True, "num_sanity_val_steps": 2}
+    module = PreferenceModule(directory, cache_reference=True, optimizer=adamw(1e-3))
+    run = fit(tmp_path, module, rows, saving, max_epochs=2, **settings)
+    expected = run.callback_metrics["val/loss"].item()
+    assert expected < 0.6
+    again, validating = PreferenceModule(directory, cache_reference=True), trainer(tmp_path, logger=False)
+    (found,) = validating.validate(again, rows, ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+    assert found["val/loss"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(PaCAError, match="The model before training is gone"):
+        validating.validate(PreferenceModule(directory, cache_reference=True), rows, verbose=False)
+
+
 def test_the_reference_under_peft_is_the_base_model(directory: str, data: Any, tmp_path: Path) -> None:
     module = PreferenceModule(directory, optimizer=adamw(1e-2))
     strategy = PEFTStrategy(LoraConfig(r=4, target_modules="all-linear"))
