@@ -83,6 +83,7 @@ class ClassifierModule(TuningModule):
         self.hparams["labels"] = labels
         check_block_settings(activation_checkpointing, compile)
         self._scores: Scores | None = None
+        self._pad_token_id: int | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -104,16 +105,22 @@ class ClassifierModule(TuningModule):
         if self.model is not None:
             return
         data = getattr(trainer_of(self), "datamodule", None)
-        pad = None
         if isinstance(data, ClassificationDataModule):
             self._agree("task", data.task)
             self._agree("labels", data.labels)
-            pad = data.pad_token_id
-        self.hparams["task"] = self.hparams["task"] or "sequence"
+            self._pad_token_id = data.pad_token_id
+        self.take_settings("sequence", None, self._pad_token_id)
         # Not streamed: the files have no head to fill it from. Each process reads the whole model into host memory.
         settings = self.build_settings() | {"streamed": False}
-        self.model = build_for_training(**settings, build=build_with_head, pad_token_id=pad)
+        self.model = build_for_training(**settings, build=build_with_head, pad_token_id=self._pad_token_id)
         self.hparams["labels"] = None if self.task == "regression" else self.labels
+
+    def take_settings(self, task: HeadTask | None, labels: list[str] | None, pad_token_id: int | None) -> None:
+        """Take task and labels where there are none yet, and what rows are padded with."""
+        self._pad_token_id = pad_token_id
+        self.hparams["task"] = self.hparams["task"] or task
+        if self.hparams["task"] != "regression":
+            self.hparams["labels"] = self.hparams["labels"] or labels
 
     def configure_optimizers(self) -> Any:
         """The optimizer of all parameters that require a gradient, and its schedule.
@@ -158,13 +165,13 @@ class ClassifierModule(TuningModule):
         return super().training_step(batch, batch_idx)
 
     def check_batch(self, batch: TextBatch, batch_idx: int) -> None:
-        """Check a batch on the CPU, or the first one on another device, whose labels the host has to wait for.
+        """Check a batch of a run on the CPU, or the first one on another device, for which the host has to wait.
 
         Raises:
             PaCAError: If a label is not among those of the head, or the last token of rows cannot be told.
         """
         labels, count, config = batch["labels"], len(self.labels), self.built().config
-        if batch_idx > 0 and not labels.is_cpu:
+        if trainer_of(self) is None or (batch_idx > 0 and not labels.is_cpu):
             return
         if not labels.is_floating_point():
             wrong = labels[(labels != IGNORE_INDEX) & ((labels < 0) | (labels >= count))]
@@ -173,7 +180,8 @@ class ClassifierModule(TuningModule):
                     f"A batch has the label {int(wrong[0])}, and the head has {count} labels, from 0 to {count - 1}. "
                     "Correct the data, or `labels`."
                 )
-        if self.task != "tokens" and "attention_mask" in batch and getattr(config, "pad_token_id", None) is None:
+        several = self.task != "tokens" and len(batch["input_ids"]) > 1
+        if several and getattr(config, "pad_token_id", None) is None:
             raise PaCAError(
                 "The model's config has no pad_token_id, by which it finds the last token of a row. Set it in its "
                 "config.json, or take the data from a ClassificationDataModule, whose tokenizer says it."

@@ -353,7 +353,6 @@ def test_a_model_without_such_a_head_or_without_weights_is_refused(directory: st
 def test_a_decoder_needs_to_know_the_padding(tmp_path: Path) -> None:
     tiny = tiny_model_directory(tmp_path / "tiny", pad_token_id=None)
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.tensor([0, 1])}
-    batch["attention_mask"] = torch.tensor([[1, 1, 1], [1, 1, 0]])
     with pytest.raises(PaCAError, match="has no pad_token_id, by which it finds the last token"):
         trainer(tmp_path).fit(ClassifierModule(str(tiny), labels=2), DataLoader([batch], batch_size=None))
 

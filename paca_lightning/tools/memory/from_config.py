@@ -22,6 +22,8 @@ from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.strategies.diloco.strategy import DiLoCoStrategy
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
+from paca_lightning.tasks.classifier import ClassifierModule
+from paca_lightning.tasks.embedding import EmbeddingModule
 from paca_lightning.tasks.preference import PreferenceModule
 from paca_lightning.tools.memory.baselines import FULL, PACA
 from paca_lightning.tools.memory.traced_run import TracedRun
@@ -60,6 +62,10 @@ def read_config(arguments: list[str], preset: str | None = None) -> tuple[Lightn
     return cli.model, cli.datamodule, cli.trainer
 
 
+TWO_LABELS = ["0", "1"]
+"""Stand for labels that the data would tell: their number hardly matters beside the model."""
+
+
 def run_to_trace(
     module: LightningModule, datamodule: Any, trainer: Any, tokens: int | None = None, batch: int | None = None
 ) -> tuple[TracedRun, PaCAConfig | None]:
@@ -89,6 +95,10 @@ def run_to_trace(
         raise PaCAError(
             f"{type(datamodule).__name__} does not say how long its sequences are. Give --tokens and --batch."
         )
+    if isinstance(module, EmbeddingModule):
+        raise PaCAError("A run of EmbeddingModule cannot be estimated yet. Measure a step of it.")
+    if isinstance(module, ClassifierModule):
+        module.take_settings(data.get("task"), data.get("labels") or TWO_LABELS, pad_token_id=0)
     if isinstance(module, PreferenceModule):
         module.reference.context = nullcontext  # its forward needs as much, whichever weights it has
     configs = [callback.config for callback in trainer.callbacks or [] if isinstance(callback, PaCAStrategy)]

@@ -17,6 +17,7 @@ from paca_lightning.conversion.write_back import attach
 from paca_lightning.core.private.torch import shards_copied_before_gathering
 from paca_lightning.core.private.transformers import packing_not_detected
 from paca_lightning.layers.base import paca_layers
+from paca_lightning.tasks.classifier import ClassifierModule
 from paca_lightning.tasks.preference import PreferenceModule
 from paca_lightning.tools.memory.timeline import Kind, Timeline
 from paca_lightning.tools.memory.traced_run import TracedRun
@@ -168,6 +169,10 @@ def _batch(run: TracedRun) -> dict[str, Tensor]:
     preferences = isinstance(run.module, PreferenceModule)
     ids = torch.zeros((run.batch_size * (1 + preferences), run.tokens), dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids.clone()}
+    if isinstance(run.module, ClassifierModule) and run.module.hparams["task"] != "tokens":
+        shapes = {"multi_label": (run.batch_size, len(run.module.hparams["labels"] or ()))}
+        kind = torch.int64 if run.module.hparams["task"] == "sequence" else torch.float32
+        batch["labels"] = torch.zeros(shapes.get(run.module.hparams["task"], (run.batch_size,)), dtype=kind)
     if isinstance(run.module, PreferenceModule):
         batch["rows"] = torch.zeros(run.batch_size, dtype=torch.int64)
         if run.module.preference.name == "kto":

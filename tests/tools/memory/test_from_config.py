@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from transformers import LlamaForSequenceClassification
 
 from paca_lightning import PaCAError, apply_paca
+from paca_lightning.core.new_modules import declare_new
 from paca_lightning.strategies.hpu import HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy
-from paca_lightning.tasks import CausalLMModule
+from paca_lightning.tasks import CausalLMModule, ClassifierModule, EmbeddingModule
 from paca_lightning.tools.memory.from_config import known_strategy, read_config, run_to_trace
 from paca_lightning.tools.memory.traced_model import TracedModel
 from tests.tiny import tiny_config, tiny_llama
@@ -30,7 +32,10 @@ def test_each_config_is_estimated(config: str, tmp_path: Path, monkeypatch: pyte
     run, paca = run_to_trace(*described, tokens=64, batch=1)
     assert (run.strategy is not None) == ("fsdp2" in config or "70b" in config)
     assert paca is not None
-    trained = apply_paca(tiny_llama(), paca).trainable_parameters
+    model = LlamaForSequenceClassification(tiny_config()) if "classify" in config else tiny_llama()
+    if "classify" in config:
+        declare_new(model, ["score"])
+    trained = apply_paca(model, paca).trainable_parameters
     assert TracedModel(run).step().trainable_parameters == trained
 
 
@@ -78,3 +83,14 @@ def test_a_module_may_inherit_how_it_builds_its_model(model_directory: str) -> N
     assert inheriting.step().peak == ours.step().peak
     with pytest.raises(PaCAError, match="Eager does not build its model in configure_model"):
         run_to_trace(Eager(), datamodule, trainer)
+
+
+@pytest.mark.parametrize("task", ["tokens", "multi_label", "regression"])
+def test_other_heads_are_estimated_and_embeddings_refused(task: Any, model_directory: str) -> None:
+    config = ["--config", str(ROOT / "configs" / "classify-smollm2.yaml"), "--data.init_args.task", task]
+    _, datamodule, trainer = read_config([*config, "--model.init_args.model", model_directory])
+    module = ClassifierModule(model_directory, pretrained=False, task=task)
+    run, _ = run_to_trace(module, datamodule, trainer, tokens=64, batch=2)
+    assert TracedModel(run).step().peak > 0
+    with pytest.raises(PaCAError, match="EmbeddingModule cannot be estimated yet"):
+        run_to_trace(EmbeddingModule(model_directory), datamodule, trainer, tokens=64, batch=2)
