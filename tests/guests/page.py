@@ -42,6 +42,16 @@ STRATEGIES = [
         "test_ddp_equals_one_process_and_resumes_bitwise",
     ),
     ("`paca_fsdp2` on two ranks", "equal to one process", "test_two_ranks_equal_one_process"),
+    (
+        "`paca_fsdp2` on two ranks, with a new head over labels",
+        "equal to one process",
+        "test_two_sharded_ranks_train_a_head_as_one_process",
+    ),
+    (
+        "`paca_fsdp2` on two ranks, with embeddings",
+        "equal to the equation on each micro-batch",
+        "test_two_sharded_ranks_train_what_the_equation_says_of_each_micro_batch",
+    ),
     ("`paca_fsdp2` on four ranks", "equal to one process", "test_four_ranks_equal_one_process"),
     ("`paca_fsdp2`, then one device, and back", "resume", "test_resume_a_file_on_a_single_device_and_back"),
     (
