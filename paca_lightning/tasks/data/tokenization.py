@@ -1,7 +1,9 @@
 """Tokenizes the rows of a source in several processes, and caches the documents as memory-mapped Arrow."""
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
@@ -149,10 +151,11 @@ def _build(directory: Path, rows: Rows, encode: DocumentEncoder, num_proc: int |
             desc=f"Tokenizing {name}",
         )
     except Exception as error:
+        stop = error.__context__
         if isinstance(
-            error.__context__, KeyboardInterrupt | SystemExit
-        ):  # `datasets` waits for its processes, and fails
-            raise error.__context__ from None
+            stop, KeyboardInterrupt | SystemExit
+        ):  # after which `datasets` waits for its processes, and fails
+            raise stop from None
         if not isinstance(error, RuntimeError) or "subprocess" not in str(error):
             raise
         raise PaCAError(
@@ -171,10 +174,30 @@ def _written_records(rows: Rows, text_column: str, file: Path, name: str) -> Dat
     found = rows.records(text_column)
     schema = _RECORDS.arrow_schema
     with pa.ipc.new_stream(str(file), schema) as stream, tqdm(desc=f"Reading {name}", unit=" rows") as progress:
-        while batch := list(islice(found, _RECORDS_PER_BATCH)):
-            stream.write_batch(pa.RecordBatch.from_pylist([_as_columns(*record) for record in batch], schema))
-            progress.update(len(batch))
+        while columns := _read_batch(found):
+            stream.write_batch(pa.RecordBatch.from_pylist(columns, schema))
+            progress.update(len(columns))
     return Dataset.from_file(str(file))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's cyclic garbage collector off: it would look through every object of the process again and again.
+
+    A batch makes many objects and few cycles, which are collected after it.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collector_paused()
+def _read_batch(found: Iterator[tuple[int, Record]]) -> list[dict[str, Any]]:
+    return [_as_columns(*record) for record in islice(found, _RECORDS_PER_BATCH)]
 
 
 def _as_columns(file: int, record: Record) -> dict[str, Any]:
@@ -187,6 +210,7 @@ def _as_columns(file: int, record: Record) -> dict[str, Any]:
     return {"content": content, "error": error, "format": record.format, "file": file, "row": record.row}
 
 
+@_collector_paused()
 def _encode_batch(batch: pa.Table, encode: DocumentEncoder) -> pa.Table:
     found = [
         (row["file"], Record(row["row"], row["format"], from_json(row["content"] or "null"), row["error"]))

@@ -1,6 +1,7 @@
 """The cache of tokenized data: what its key depends on, damage, and runs that share it."""
 
 import datetime
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -187,6 +188,21 @@ def test_values_without_a_type_in_json_are_refused_by_their_name(module: Any, tm
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(PaCAError, match="'prompt' is a date, expected a string"):
         module(tmp_path / "rows.parquet").prepare_data()
+
+
+def test_the_garbage_collector_rests_while_rows_are_tokenized_and_no_longer(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, encode = [], tokenization.DocumentEncoder.__call__
+
+    def watched(self: Any, records: Any) -> Any:
+        seen.append(gc.isenabled())
+        return encode(self, records)
+
+    monkeypatch.setattr(tokenization.DocumentEncoder, "__call__", watched)
+    module(write_rows(tmp_path / "train.jsonl", ROWS)).prepare_data()
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
