@@ -105,7 +105,7 @@ def export_lora(
     *,
     path: str | None = None,
 ) -> None:
-    """Write the training result as a LoRA adapter in PEFT's layout, of the same rank and without loss.
+    """Write the training result as a LoRA adapter in PEFT's layout, without loss, of the highest rank of a layer.
 
     The change of the selected columns, ``scaling * D``, is the product ``B A`` of ``B = D`` and a matrix ``A`` whose
     rows select the columns. Servers that only know LoRA can run it. Layers of a lower rank than others are filled up

@@ -62,6 +62,8 @@ class PEFTModel(AdaptedModel):
 
     def __init__(self, wrapper: Any) -> None:
         config = wrapper.peft_config[NAME]
+        if (whole := getattr(config, "modules_to_save", None)) is not None:
+            config.modules_to_save = list(dict.fromkeys(whole))  # PEFT adds heads to those of an adapter once more
         settings = {name: value for name, value in config.to_dict().items() if name not in DESCRIBING}
         super().__init__(_title(config), wrapper.get_base_model(), plain(settings))
         self.wrapper = wrapper

@@ -27,7 +27,7 @@ def export(
             .ckpt file, or the directory of a sharded one. If an adapter has a tokenizer, that one is written, as it has
             the chat template of training.
         output: Directory to write. Other files in it stay, except weights of an earlier export.
-        format: merged: a plain Hugging Face checkpoint in bf16. lora: an exact LoRA adapter of the same rank, in PEFT's
+        format: merged: a plain Hugging Face checkpoint in bf16. lora: an exact LoRA adapter of one rank, in PEFT's
             layout, for servers that know only LoRA.
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that comes with the model.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers as hf
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,6 +19,7 @@ from paca_lightning import (
     PaCAConfig,
     PaCAError,
     PaCAStrategy,
+    PEFTStrategy,
     apply_paca,
     export_merged,
     load_adapter,
@@ -265,6 +267,21 @@ def test_a_new_head_is_trained_whole_saved_loaded_merged_and_exported(
     classify = hf.pipeline("text-classification", str(tmp_path / "named"), device="cpu")
     assert set(classify.model.config.id2label.values()) == {"animal", "place"}
     assert classify("I saw the dog?")[0]["label"] in ("animal", "place")
+
+
+def test_peft_trains_a_new_head_by_itself_and_an_adapter_brings_it_back(
+    directory: str, data: Any, tmp_path: Path
+) -> None:
+    module, given = ClassifierModule(directory, optimizer=adamw(1e-2)), data()
+    strategy = PEFTStrategy(LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer(tmp_path, callbacks=[strategy, AdapterCheckpoint(str(tmp_path / "lora"))]).fit(module, datamodule=given)
+    trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    assert any(name.startswith("score.") for name in trained)
+    batch = a_batch(given)
+    again = ClassifierModule(directory, head_seed=1)
+    run = trainer(tmp_path, callbacks=[PEFTStrategy(adapter=str(tmp_path / "lora"))])
+    run.validate(again, datamodule=given, verbose=False)
+    torch.testing.assert_close(logits_of(again.model, batch), logits_of(module.model, batch), rtol=0, atol=0)
 
 
 def test_heads_are_equal_whatever_the_global_random_state_is(directory: str) -> None:

@@ -46,7 +46,7 @@ def load_tasks(names: Sequence[str], include_path: str | None, num_fewshot: int 
     if not names:
         raise PaCAError("There is no task. Give some: --tasks arc_easy hellaswag.")
     if include_path is not None and not Path(include_path).is_dir():
-        raise PaCAError(f"--include-path: {include_path!r} is no directory.")
+        raise PaCAError(f"--include_path: {include_path!r} is no directory.")
     manager = _manager(include_path, include_path is None)
     if include_path is not None and not all(manager.match_tasks([name]) for name in names):
         manager = _manager(include_path, True)
@@ -84,7 +84,7 @@ def _loaded(manager: Any, name: str) -> Any:
         lost = isinstance(error, ConnectionError) or "Hub" in str(error)
         remedy = (
             "Run it once on a connected machine: the data stay in Hugging Face's cache (HF_HOME), which can be copied. "
-            "Or give tasks with local files: --include-path."
+            "Or give tasks with local files: --include_path."
             if lost
             else "Relative paths of data in a task count from where the command runs."
         )

@@ -135,7 +135,7 @@ def test_what_is_no_mean_over_questions_has_no_error_of_its_difference() -> None
         ({"num_fewshot": -1}, "num_fewshot must be at least 0"),
         ({"output": "."}, "is a directory"),
         ({"tasks": []}, "There is no task"),
-        ({"include_path": "nowhere"}, "--include-path: 'nowhere' is no directory"),
+        ({"include_path": "nowhere"}, "--include_path: 'nowhere' is no directory"),
         ({"device": "frob"}, "device='frob' cannot be used"),
         ({"tasks": "lost"}, r"The data of task 'lost' cannot be loaded \(.*nowhere.jsonl.*Relative paths"),
     ],
