@@ -111,7 +111,9 @@ def _line_rows(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, Any]]:
             yield number, PaCAError("holds NUL bytes, as a crash or a full disk leaves them. Write the file again.")
             continue
         try:
-            yield number, _checked(json.loads(line), line)
+            yield number, _checked(json_stream.DECODER.decode(line), line)
+        except PaCAError as error:
+            yield number, error
         except json.JSONDecodeError as error:
             yield number, PaCAError(f"is not valid JSON ({error.msg}, column {error.colno}). {_KINDS}")
         except RecursionError:
@@ -125,6 +127,8 @@ def _stream_rows(values: Iterator[tuple[Any, str]]) -> Iterator[tuple[int, Any]]
             yield number, _checked(value, text)
     except json.JSONDecodeError as error:
         raise PaCAError(f"row {number + 1}: is not valid JSON ({error.msg}).") from error
+    except PaCAError as error:
+        raise PaCAError(f"row {number + 1}: {error}") from error
     except RecursionError as error:
         raise PaCAError(f"row {number + 1}: is nested too deeply to be read.") from error
 

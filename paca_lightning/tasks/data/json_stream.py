@@ -5,7 +5,26 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from paca_lightning.core.errors import PaCAError
+
 CHUNK_BYTES = 1 << 20
+
+
+def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text.
+
+    Raises:
+        PaCAError: If a key is there twice: ``json`` would take the last value, and forget the others in silence.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise PaCAError(f"has the key {twice!r} more than once in one object. Which value is meant?")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_with_each_key_once)
 
 
 def elements(stream: BinaryIO, encoding: str = "utf-8") -> Iterator[tuple[Any, str]]:
@@ -43,7 +62,6 @@ class _Text:
     """The unparsed rest of a text, read in pieces as needed."""
 
     def __init__(self, stream: BinaryIO, encoding: str) -> None:
-        self._decoder = json.JSONDecoder()
         self._pieces = _pieces(stream, encoding)
         self._rest = next(self._pieces, "").removeprefix("\ufeff")
 
@@ -65,7 +83,7 @@ class _Text:
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._rest)
+                value, end = DECODER.raw_decode(self._rest)
             except json.JSONDecodeError:
                 # Double the text, so that a long element is decoded a logarithmic number of times.
                 if not self._read(len(self._rest)):

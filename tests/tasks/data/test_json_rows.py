@@ -250,3 +250,17 @@ def test_messages_of_trees_may_be_in_any_order_and_trees_may_be_nested(module: A
     nested.setup("fit")
     dataset = data.splits["train"].dataset
     assert nested.splits["train"].dataset["input_ids"][:] == dataset["input_ids"][:]
+
+
+@pytest.mark.parametrize("inside", ["messages", "content"])
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path, inside: str) -> None:
+    """Python's reader takes the last of them in silence."""
+    line = json.dumps(ROWS[0]).replace(f'"{inside}":', f'"{inside}": "lost", "{inside}":', 1)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{line}\n{json.dumps(ROWS[1])}\n")
+    (_, error), second = Source(str(path)).read()
+    assert str(error) == f"has the key '{inside}' more than once in one object. Which value is meant?"
+    assert second == (2, ROWS[1])
+    path.write_text(f"[{json.dumps(ROWS[1])}, {line}]")
+    with pytest.raises(PaCAError, match=f"row 2: has the key '{inside}' more than once"):
+        read(path)
