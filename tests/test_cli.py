@@ -312,7 +312,7 @@ def test_tools_take_the_revision_of_a_model_and_its_code(
         return tiny_llama()
 
     for loader in ("build_causal_lm", "load_tokenizer"):
-        monkeypatch.setattr(f"paca_lightning.tools.adapted_model.{loader}", load)
+        monkeypatch.setattr(f"paca_lightning.tools.model_with_adapters.{loader}", load)
     save_adapter(converted(), tmp_path / "adapter")
     more = [f"--adapter={tmp_path / 'adapter'}"]
     more += ["--prompts=hi"] if tool == "generate" else [f"--output={tmp_path / 'out'}"]

@@ -109,9 +109,9 @@ def export_lora(
 
     The change of the selected columns, ``scaling * D``, is the product ``B A`` of ``B = D`` and a matrix ``A`` whose
     rows select the columns. Servers that only know LoRA can run it. Layers of a lower rank than others are filled up
-    with zeros, so that all have one rank. The adapter of an NF4 base belongs on the
-    full-precision model, from whose columns the training started; a warning says by how much the two bases differ.
-    Modules trained whole are written whole, and with them those that share a weight, such as tied embeddings.
+    with zeros, so that all have one rank. The adapter of an NF4 base belongs on the full-precision model, from whose
+    columns the training started; a warning says by how much the two bases differ. Modules trained whole are written
+    whole, and with them those that share a weight, such as tied embeddings.
 
     For a sharded model the call is collective: make it on every rank. The first rank writes.
 
@@ -132,12 +132,12 @@ def export_lora(
     check_quantized_base(layers)
     # One rank and one scaling for all layers: vLLM and llama.cpp do not read PEFT's rank_pattern and alpha_pattern.
     rank, scalings = max(layer.r for layer in layers.values()), {layer.scaling for layer in layers.values()}
-    common = scalings.pop() if len(scalings) == 1 else None
+    scaling = scalings.pop() if len(scalings) == 1 else 1.0
     tensors = {}
     for name, layer in layers.items():
         selection = torch.zeros(rank, layer.in_features)
         selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
-        update = whole_update(layer).float() * (1.0 if common is not None else layer.scaling)
+        update = whole_update(layer).float() * (layer.scaling / scaling)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = selection
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pad(update, (0, rank - layer.r))
     base_entries = base_model_entries(inventory.base_model)
@@ -149,7 +149,7 @@ def export_lora(
         "peft_type": "LORA",
         **base_entries,
         "r": rank,
-        "lora_alpha": rank * (1.0 if common is None else common),
+        "lora_alpha": rank * scaling,
         "target_modules": target_names(inventory),
         "modules_to_save": list(whole) or None,
         "fan_in_fan_out": any(layer.paca_base_class.__name__ == "Conv1D" for layer in layers.values()),

@@ -170,8 +170,7 @@ def hold_quantized_base(model: nn.Module, config: PaCAConfig) -> None:
         PaCAError: If the settings quantize a base that is not, or columns here started from the unquantized weight:
             others could not, as it is gone.
     """
-    linear4bit, none = linear4bit_class(), ()
-    found = {path: m for path, m in model.named_modules() if isinstance(m, linear4bit or none)}
+    found = {path: m for path, m in model.named_modules() if isinstance(m, linear4bit_class() or ())}
     layers = {path: layer for path, layer in paca_layers(model) if isinstance(layer, QPaCALinear)}
     fresh = {path: layer for path, layer in layers.items() if layer.paca_base_class is not NF4Linear}
     exact = next((path for path, layer in fresh.items() if not layer.starts_quantized()), None)

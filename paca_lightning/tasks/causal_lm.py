@@ -13,7 +13,6 @@ from paca_lightning.tasks.loss import CausalLMLoss, row_losses
 from paca_lightning.tasks.packed_rows import PackedRows
 from paca_lightning.tasks.packing_probe import check_first_batch, check_packing
 from paca_lightning.tasks.pretrained import build_for_training
-from paca_lightning.tasks.tokenizer_check import check_data
 from paca_lightning.tasks.tuning import TuningModule
 
 
@@ -110,11 +109,8 @@ class CausalLMModule(TuningModule):
         Raises:
             PaCAError: If they do not fit (see ``check_data``), or the model mixes packed documents (``choose_way``).
         """
-        settings, data = self.hparams, getattr(self.trainer, "datamodule", None)
-        check_data(data, self.built(), settings["model"] if settings["pretrained"] else None, settings["revision"])
-        check_packing(self, data, self.packed_rows, self.built())
-
-    on_test_start = on_predict_start = on_fit_start
+        super().on_fit_start()
+        check_packing(self, getattr(self.trainer, "datamodule", None), self.packed_rows, self.built())
 
     def on_validation_start(self) -> None:
         """Check the data against the model; ``fit`` has done so already."""

@@ -17,7 +17,6 @@ from paca_lightning.tasks.decoder_blocks import check_block_settings
 from paca_lightning.tasks.head_loss import head_loss
 from paca_lightning.tasks.new_heads import HeadTask, build_with_head, has_head, label_names
 from paca_lightning.tasks.pretrained import build_for_training
-from paca_lightning.tasks.tokenizer_check import check_data
 from paca_lightning.tasks.tuning import TuningModule
 
 
@@ -143,17 +142,6 @@ class ClassifierModule(TuningModule):
         model = self.built()
         logits: Tensor = model(**forward_arguments(model, batch)).logits
         return logits
-
-    def on_fit_start(self) -> None:
-        """Check the data against the model.
-
-        Raises:
-            PaCAError: If they do not fit (see ``check_data``).
-        """
-        settings, data = self.hparams, getattr(self.trainer, "datamodule", None)
-        check_data(data, self.built(), settings["model"] if settings["pretrained"] else None, settings["revision"])
-
-    on_test_start = on_predict_start = on_fit_start
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """A micro-batch's part of the step's loss.

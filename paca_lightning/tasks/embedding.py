@@ -7,13 +7,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.contrastive_loss import Pooling, check_pooling, info_nce, pooled
 from paca_lightning.tasks.data.text_batch import TextBatch, forward_arguments
 from paca_lightning.tasks.decoder_blocks import check_block_settings
 from paca_lightning.tasks.metrics import MeanTokenLoss
-from paca_lightning.tasks.pretrained import build_for_training, load_model
-from paca_lightning.tasks.tokenizer_check import check_data
+from paca_lightning.tasks.pretrained import build_for_training, check_complete, load_model
 from paca_lightning.tasks.tuning import TuningModule
 
 PairBatch = dict[str, TextBatch]
@@ -90,17 +88,6 @@ class EmbeddingModule(TuningModule):
         hidden: Tensor = model(**forward_arguments(model, batch)).last_hidden_state
         return pooled(hidden, batch.get("attention_mask"), self.hparams["pooling"])
 
-    def on_fit_start(self) -> None:
-        """Check the data against the model.
-
-        Raises:
-            PaCAError: If they do not fit (see ``check_data``).
-        """
-        settings, data = self.hparams, getattr(self.trainer, "datamodule", None)
-        check_data(data, self.built(), settings["model"] if settings["pretrained"] else None, settings["revision"])
-
-    on_test_start = on_predict_start = on_fit_start
-
     def summed_loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Summed loss of a batch's rows, and their number."""
         total, _, rows = self._compared(batch)
@@ -151,11 +138,7 @@ def build_embedder(model: str, **settings: Any) -> PreTrainedModel:
         PaCAError: As ``load_model``, or if the files lack more than a pooler.
     """
     built, missing = load_model(AutoModel, model, **settings)
-    if missing := [name for name in missing if "pooler" not in name.split(".")]:
-        raise PaCAError(
-            f"The weights of {model!r} lack {len(missing)} tensors that its config.json names, such as {missing[0]!r}. "
-            "They would stay random. Get the whole model, or set pretrained=False to train from random weights."
-        )
+    check_complete(model, [name for name in missing if "pooler" not in name.split(".")])
     if isinstance(getattr(built, "pooler", None), nn.Module):
         built.pooler = None  # type: ignore[assignment]
     return built

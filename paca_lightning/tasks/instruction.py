@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,8 @@ from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.locations import check_present
 from paca_lightning.tasks.data.mixture import DataSource, OnBadRow, Part, load_split, mixed, parts_of
-from paca_lightning.tasks.data.sampler import BatchOrder
+from paca_lightning.tasks.data.sampler import BatchOrder, share_of
+from paca_lightning.tasks.data.settings import check_held_out, check_numbers
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.data.streaming import check_stream_settings, first_rows, stream_loader
@@ -128,15 +130,8 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        at_least = {"max_length": 2, "batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0}
-        at_least |= {"num_proc": 1, "max_samples": 1, "shuffle_buffer": 1}
-        for name, least in at_least.items():
-            if self.hparams[name] is not None and self.hparams[name] < least:
-                raise PaCAError(f"{name} is {self.hparams[name]}, but must be at least {least}.")
-        if not 0 <= validation_fraction < 1:
-            raise PaCAError(f"validation_fraction is {validation_fraction}, but must be at least 0 and below 1.")
-        if validation is not None and validation_fraction:
-            raise PaCAError("validation_fraction holds out training rows; with `validation` set it must be 0.")
+        check_numbers(self.hparams, {"num_proc": 1, "max_samples": 1, "shuffle_buffer": 1})
+        check_held_out(self.hparams)
         if streaming:
             check_stream_settings(self.hparams)
         self.splits = {}
@@ -209,9 +204,14 @@ class InstructionDataModule(LightningDataModule):
         encoder = ChatEncoder(tokenizer, hparams["max_length"], hparams["loss_on"])
         return DocumentEncoder(encoder, hparams["text_column"], hparams["tree_paths"])
 
+    @property
+    def row_format(self) -> str:
+        """The format of the rows."""
+        return str(self.hparams["format"])
+
     def _parts(self, name: str) -> list[Part]:
         hparams = self.hparams
-        settings = {"split": hparams[f"{name}_split"], "format": hparams["format"]}
+        settings = {"split": hparams[f"{name}_split"], "format": self.row_format}
         settings |= {"subset": hparams["subset"]} if hparams["subset"] else {}
         return parts_of(hparams[name], settings, name, hparams["cache_dir"])
 
@@ -227,22 +227,24 @@ class InstructionDataModule(LightningDataModule):
     def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:
         self._check_given(name, self.splits)
         split, hparams = self.splits[name], self.hparams
-        pack_to = hparams["max_length"] if hparams["packing"] else None
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        order = BatchOrder(
-            split.column("length"),
-            hparams["batch_size"],
-            trained=split.column("trained_length"),
-            shuffle=shuffle,
-            group_by_length=hparams["group_by_length"],
-            pack_to=pack_to,
-            seed=hparams["seed"],
-            rank=ranks.get("rank", 0),
-            world_size=ranks.get("num_replicas", 1),
-            name=f"the {name} split ({split.location})",
-        )
+        order = self._order(name, split.column("length"), split.column("trained_length"), shuffle)
         collator = PadCollator(
             pad_token_id(self.tokenizer), hparams["pad_to_multiple_of"], hparams["max_length"], hparams["packing"]
         )
         trainer = self.trainer if name == "train" else None
         return ResumableLoader(DocumentReader(split.dataset), order, collator, hparams["num_workers"], trainer)
+
+    def _order(self, name: str, lengths: np.ndarray, trained: np.ndarray, shuffle: bool) -> BatchOrder:
+        """The batches of a split; lengths and trained tokens as ``BatchOrder`` takes them."""
+        hparams = self.hparams
+        return BatchOrder(
+            lengths,
+            hparams["batch_size"],
+            trained=trained,
+            shuffle=shuffle,
+            group_by_length=hparams["group_by_length"],
+            pack_to=hparams["max_length"] if hparams["packing"] else None,
+            seed=hparams["seed"],
+            **share_of(self.trainer),
+            name=f"the {name} split ({self.splits[name].location})",
+        )

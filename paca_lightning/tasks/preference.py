@@ -91,8 +91,6 @@ class PreferenceModule(CausalLMModule):
         if self.preference.needs_reference:
             self.reference.find(self.trainer)
 
-    on_test_start = on_fit_start
-
     def on_predict_start(self) -> None:
         """Refuse to predict.
 

@@ -13,11 +13,10 @@ from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.collate import PadCollator
 from paca_lightning.tasks.data.documents import DocumentEncoder
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.mixture import DataSource, Part, parts_of
+from paca_lightning.tasks.data.mixture import DataSource, Part
 from paca_lightning.tasks.data.preference_batches import PreferenceCollator, PreferenceReader
 from paca_lightning.tasks.data.preference_encoder import FORMAT, PreferenceEncoder
 from paca_lightning.tasks.data.records import Source
-from paca_lightning.tasks.data.sampler import BatchOrder
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.tokenizer import pad_token_id
 from paca_lightning.tasks.instruction import InstructionDataModule
@@ -106,14 +105,17 @@ class PreferenceDataModule(InstructionDataModule):
         encode = super()._encoder()
         return PreferenceEncoder(encode.encoder, encode.text_column, encode.tree_paths)
 
+    @property
+    def row_format(self) -> str:
+        """The format of the rows."""
+        return FORMAT
+
     def _parts(self, name: str) -> list[Part]:
         hparams = self.hparams
         sources = hparams[name] if isinstance(hparams[name], list) else [hparams[name]]
         if any(isinstance(source, dict) and "format" in source for source in sources):
             raise PaCAError(f"{name}: a source of preferences has no `format`. Leave it out.")
-        settings = {"split": hparams[f"{name}_split"], "format": FORMAT}
-        settings |= {"subset": hparams["subset"]} if hparams["subset"] else {}
-        parts = parts_of(hparams[name], settings, name, hparams["cache_dir"])
+        parts = super()._parts(name)
         return [replace(part, rows=replace(part.rows, sources=_with_tables(part.rows.sources))) for part in parts]
 
     def _load(self, name: str, encode: DocumentEncoder) -> TokenizedSplit:
@@ -122,8 +124,7 @@ class PreferenceDataModule(InstructionDataModule):
         return split
 
     def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:
-        if name not in self.splits:
-            raise PaCAError(f"there is no {name} data: set `{name}` of the data module.")
+        self._check_given(name, self.splits)
         module = getattr(self.trainer, "lightning_module", None)
         if isinstance(module, CausalLMModule) and not hasattr(module, "preference"):
             raise PaCAError(
@@ -131,19 +132,9 @@ class PreferenceDataModule(InstructionDataModule):
                 "InstructionDataModule with conversations."
             )
         split, hparams = self.splits[name], self.hparams
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         lengths, firsts = split.column("length"), split.column("chosen_length")
-        order = BatchOrder(
-            np.maximum(firsts, lengths - firsts),
-            hparams["batch_size"],
-            trained=np.ones(len(lengths), np.int64),  # what a loss counts: the rows
-            shuffle=shuffle,
-            group_by_length=hparams["group_by_length"],
-            seed=hparams["seed"],
-            rank=ranks.get("rank", 0),
-            world_size=ranks.get("num_replicas", 1),
-            name=f"the {name} split ({split.location})",
-        )
+        # What a loss counts are the rows.
+        order = self._order(name, np.maximum(firsts, lengths - firsts), np.ones(len(lengths), np.int64), shuffle)
         pad = PadCollator(pad_token_id(self.tokenizer), hparams["pad_to_multiple_of"], hparams["max_length"])
         reader = PreferenceReader(split.dataset, hparams["max_length"], _is_paired(split))
         trainer = self.trainer if name == "train" else None

@@ -79,12 +79,25 @@ def build_causal_lm(model: str, **settings: Any) -> PreTrainedModel:
         PaCAError: As :func:`load_model`, or if the weights lack a tensor.
     """
     loaded, missing = load_model(AutoModelForCausalLM, model, **settings)
+    check_complete(model, missing)
+    return loaded
+
+
+def check_complete(model: str, missing: list[str]) -> None:
+    """Refuse files that lack a part of a model.
+
+    Args:
+        model: Directory or hub id.
+        missing: Names of what they lack, as :func:`load_model` gives them.
+
+    Raises:
+        PaCAError: If there are any.
+    """
     if missing:
         raise PaCAError(
             f"The weights of {model!r} lack {len(missing)} tensors that its config.json names, such as {missing[0]!r}. "
             "They would stay random. Get the whole model, or set pretrained=False to train from random weights."
         )
-    return loaded
 
 
 def load_model(

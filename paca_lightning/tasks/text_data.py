@@ -9,12 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.sampler import BatchOrder
+from paca_lightning.tasks.data.sampler import BatchOrder, share_of
+from paca_lightning.tasks.data.settings import check_held_out, check_numbers
 from paca_lightning.tasks.data.text_loader import TextReader, TextSplit
 from paca_lightning.tasks.data.text_rows import TextRows, read_text_rows
 from paca_lightning.tasks.data.tokenizer import pad_token_id, plain_tokenizer
-
-AT_LEAST = {"max_length": 2, "batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0, "seed": 0}
 
 
 class TextDataModule(LightningDataModule):
@@ -33,14 +32,8 @@ class TextDataModule(LightningDataModule):
         Raises:
             PaCAError: One is out of its range.
         """
-        for name, least in AT_LEAST.items():
-            if self.hparams[name] < least:
-                raise PaCAError(f"{name} is {self.hparams[name]}, but must be at least {least}.")
-        fraction = self.hparams["validation_fraction"]
-        if not 0 <= fraction < 1:
-            raise PaCAError(f"validation_fraction is {fraction}, but must be at least 0 and below 1.")
-        if self.hparams["validation"] is not None and fraction:
-            raise PaCAError("validation_fraction holds out training rows; with `validation` set it must be 0.")
+        check_numbers(self.hparams)
+        check_held_out(self.hparams)
         self.splits = {}
 
     def encode(self, rows: TextRows, name: str) -> TextSplit:
@@ -116,7 +109,6 @@ class TextDataModule(LightningDataModule):
         if name not in self.splits:
             raise PaCAError(f"there is no {name} data: set `{name}` of the data module.")
         split, settings = self.splits[name], self.hparams
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         order = BatchOrder(
             split.lengths,
             settings["batch_size"],
@@ -124,8 +116,7 @@ class TextDataModule(LightningDataModule):
             shuffle=shuffle,
             group_by_length=settings["group_by_length"],
             seed=settings["seed"],
-            rank=ranks.get("rank", 0),
-            world_size=ranks.get("num_replicas", 1),
+            **share_of(self.trainer),
             name=f"the {name} split ({split.location})",
         )
         reader = TextReader(split, self.pad_token_id, settings["pad_to_multiple_of"], settings["max_length"])

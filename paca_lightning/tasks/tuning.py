@@ -15,6 +15,7 @@ from paca_lightning.core.private.lightning import is_accumulating, should_log, t
 from paca_lightning.tasks.metrics import MeanTokenLoss
 from paca_lightning.tasks.optimizer import configured
 from paca_lightning.tasks.step_loss import StepLoss
+from paca_lightning.tasks.tokenizer_check import check_data
 from paca_lightning.tasks.wide_buffers import KeepsWideBuffers
 
 
@@ -54,6 +55,23 @@ class TuningModule(KeepsWideBuffers, LightningModule):
     def summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Summed loss of a batch, and the int64 number of items it is summed over."""
         raise NotImplementedError
+
+    def on_fit_start(self) -> None:
+        """Check the data against the model.
+
+        Raises:
+            PaCAError: If they do not fit (see ``check_data``).
+        """
+        settings, data = self.hparams, getattr(self.trainer, "datamodule", None)
+        check_data(data, self.built(), settings["model"] if settings["pretrained"] else None, settings["revision"])
+
+    def on_test_start(self) -> None:
+        """Check the data, as ``fit`` does."""
+        self.on_fit_start()
+
+    def on_predict_start(self) -> None:
+        """Check the data, as ``fit`` does."""
+        self.on_fit_start()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of all parameters that require a gradient, and its schedule.

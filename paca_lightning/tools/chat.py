@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from paca_lightning.core.errors import PaCAError, did_you_mean
 from paca_lightning.tasks.generation import answer
-from paca_lightning.tools.adapted_model import BASE, AdaptedModel
+from paca_lightning.tools.model_with_adapters import BASE, ModelWithAdapters
 
 COMMANDS = {
     "/adapter": "NAME: go on with this adapter",
@@ -29,7 +29,7 @@ class Chat:
         **settings: Of the generation, as for ``answer``.
     """
 
-    def __init__(self, models: AdaptedModel, current: str, system: str | None = None, **settings: Any) -> None:
+    def __init__(self, models: ModelWithAdapters, current: str, system: str | None = None, **settings: Any) -> None:
         self.models, self.current, self._settings = models, current, settings
         self._begin = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self._begin)

@@ -8,7 +8,7 @@ from paca_lightning.adapters.files import SETTINGS
 from paca_lightning.adapters.saved import saved_config
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable
-from paca_lightning.tools.adapted_model import AdaptedModel
+from paca_lightning.tools.model_with_adapters import ModelWithAdapters
 
 
 def export(
@@ -47,7 +47,7 @@ def export(
     # An adapter holds modules trained whole in fp32, which a bf16 model would round; deltas are fp32 in any model.
     whole = format == "lora" and bool(saved_config(adapter).modules_to_save)
     dtype = "float32" if whole else "auto"
-    models = AdaptedModel(
+    models = ModelWithAdapters(
         model, [adapter], dtype, revision=revision, trust_remote_code=trust_remote_code, with_head=True
     )
     built, tokenizer = models.model, models.tokenizer(models.names[0])

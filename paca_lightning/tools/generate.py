@@ -10,8 +10,8 @@ from rich.table import Table
 from paca_lightning.conversion.revert import merge
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.generation import answer
-from paca_lightning.tools.adapted_model import BASE, AdaptedModel
 from paca_lightning.tools.chat import Chat
+from paca_lightning.tools.model_with_adapters import BASE, ModelWithAdapters
 
 
 def generate(
@@ -64,7 +64,7 @@ def generate(
         raise PaCAError('There is no prompt. Give one: --prompts "What is your name?".')
     adapters = [adapter] if isinstance(adapter, str) else adapter or []
     found = find_device(device)
-    models = AdaptedModel(model, adapters, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    models = ModelWithAdapters(model, adapters, dtype, revision=revision, trust_remote_code=trust_remote_code)
     names = [BASE, *models.names] if base or not models.names else models.names
     if asked is not None and len(names) == 1:
         merge(models.model)

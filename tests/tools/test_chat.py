@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers, save_adapter
+from paca_lightning import PaCAError
 from paca_lightning.tools import chat
 from paca_lightning.tools.generate import generate
-from tests.tiny import tiny_llama, tiny_model_directory
+from tests.artefacts import write_random_adapter
+from tests.tiny import tiny_model_directory
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +20,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("chat")
     found = {"base": str(tiny_model_directory(root / "base"))}
     for seed, name in enumerate(("sql", "mail")):
-        trained = tiny_llama()
-        apply_paca(trained, PaCAConfig(r=8, seed=seed))
-        with torch.no_grad():
-            for _, layer in paca_layers(trained):
-                layer.paca_delta.normal_(generator=torch.Generator().manual_seed(seed))
-        save_adapter(trained, root / name)
-        found[name] = str(root / name)
+        found[name] = str(write_random_adapter(root / name, 8, seed))
     return found
 
 

@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, save_adapter
-from paca_lightning.tools.adapted_model import AdaptedModel
 from paca_lightning.tools.export import export
+from paca_lightning.tools.model_with_adapters import ModelWithAdapters
 from tests.adapters.test_export import in_bf16, logits
 from tests.adapters.test_export_matrix import moved
 from tests.tiny import tiny_llama, tiny_model_directory, tiny_tokenizer
@@ -44,4 +44,4 @@ def test_a_classifier_is_written_with_its_labels(kind: str, tmp_path: Path) -> N
     assert written.config.id2label == names
     torch.testing.assert_close(logits(written), expected, atol=0.05, rtol=0.05)  # bf16
     with pytest.raises(PaCAError, match="of a model with a head over 3 labels, which writes no text"):
-        AdaptedModel(str(model), [str(tmp_path / "adapter")])
+        ModelWithAdapters(str(model), [str(tmp_path / "adapter")])

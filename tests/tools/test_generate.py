@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, paca_layers, save_adapter
-from paca_lightning.tools.adapted_model import AdaptedModel, named_sources
 from paca_lightning.tools.generate import generate
+from paca_lightning.tools.model_with_adapters import ModelWithAdapters, named_sources
+from tests.artefacts import write_random_adapter
 from tests.tiny import tiny_llama, tiny_model_directory
 
 PROMPTS = ["What is your name?"]
@@ -85,7 +86,7 @@ def test_drawn_answers_follow_the_seed(base: Path, capsys: pytest.CaptureFixture
 
 
 def test_greedy_answers_are_hugging_faces(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    models = AdaptedModel(str(base), [])
+    models = ModelWithAdapters(str(base), [])
     model, tokenizer = models.model, models.tokenizer("base")
     chat = [{"role": "user", "content": PROMPTS[0]}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -115,15 +116,7 @@ def test_chat_template_without_system_messages(tmp_path: Path) -> None:
 
 
 def test_several_models_answer_side_by_side(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directories = []
-    for seed in range(2):
-        trained = tiny_llama()
-        apply_paca(trained, PaCAConfig(r=8, seed=seed))
-        with torch.no_grad():
-            for _, layer in paca_layers(trained):
-                layer.paca_delta.normal_(generator=torch.Generator().manual_seed(seed))
-        directories.append(tmp_path / f"run{seed}" / "adapter")
-        save_adapter(trained, directories[-1])
+    directories = [write_random_adapter(tmp_path / f"run{seed}" / "adapter", 8, seed) for seed in range(2)]
     alone = [answer(base, capsys, directory).split() for directory in (None, *directories)]
     generate(str(base), PROMPTS, [str(each) for each in directories], base=True, max_new_tokens=8)
     out = capsys.readouterr().out

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
+from paca_lightning.tasks.data.ragged import padded_width
 from paca_lightning.tasks.data.sampler import Batch
 
 
@@ -71,7 +72,7 @@ class PadCollator:
         lengths, per_row = documents.lengths.astype(np.int64), documents.per_row
         row_ends = np.cumsum(lengths)[np.cumsum(per_row) - 1]
         row_lengths = np.diff(row_ends, prepend=0)
-        columns = np.arange(self._width(int(row_lengths.max())))
+        columns = np.arange(padded_width(int(row_lengths.max()), self.pad_to_multiple_of, self.max_length))
         filled = columns < row_lengths[:, None]
         input_ids = np.full(filled.shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(filled.shape, IGNORE_INDEX, dtype=np.int64)
@@ -85,7 +86,3 @@ class PadCollator:
         elif not filled.all():
             batch["attention_mask"] = filled.astype(np.int64)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-    def _width(self, longest: int) -> int:
-        padded = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        return padded if self.max_length is None else max(longest, min(padded, self.max_length))

@@ -29,6 +29,12 @@ class Ragged:
         return self._values[end - self.lengths[number] : end]
 
 
+def padded_width(longest: int, multiple: int, limit: int | None) -> int:
+    """What rows are padded to: a multiple of a number, up to a limit, which rows of their own may exceed."""
+    width = -(-longest // multiple) * multiple
+    return width if limit is None else max(longest, min(width, limit))
+
+
 def padded(rows: Sequence[np.ndarray], fill: int, width: int) -> Tensor:
     """Rows as one int64 tensor (rows, width), filled up on the right."""
     result = np.full((len(rows), width), fill, dtype=np.int64)

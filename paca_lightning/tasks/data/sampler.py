@@ -1,14 +1,28 @@
 """The order of batches, a pure function of seed, epoch and rank."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
+from lightning.pytorch import Trainer
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.packing import Packing
 
 _GROUPED_STEPS = 50  # rows are sorted by length within so many steps: little padding, yet well mixed
+
+
+class Share(TypedDict):
+    """Which share of the documents a process takes."""
+
+    rank: int
+    world_size: int
+
+
+def share_of(trainer: Trainer | None) -> Share:
+    """The share of this process in a run; without a trainer, all documents."""
+    ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {"rank": 0, "num_replicas": 1}
+    return {"rank": ranks["rank"], "world_size": ranks["num_replicas"]}
 
 
 class Batch(NamedTuple):

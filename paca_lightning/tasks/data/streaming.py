@@ -12,6 +12,7 @@ from paca_lightning.tasks.data.collate import PadCollator
 from paca_lightning.tasks.data.documents import DocumentEncoder
 from paca_lightning.tasks.data.formats import records
 from paca_lightning.tasks.data.mixture import Part, checked_split
+from paca_lightning.tasks.data.sampler import share_of
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.stream import DocumentStream
 from paca_lightning.tasks.data.stream_loader import StreamLoader
@@ -99,12 +100,10 @@ def stream_loader(
     settings: Mapping[str, Any], parts: Sequence[Part], encode: DocumentEncoder, trainer: Trainer | None
 ) -> StreamLoader:
     """The training loader over a stream; arguments as of `first_rows`."""
-    ranks = (trainer.distributed_sampler_kwargs if trainer is not None else None) or {}
     return StreamLoader(
         _stream(settings, parts, encode),
         batches_of_an_epoch(trainer) if trainer is not None else 0,
-        rank=ranks.get("rank", 0),
-        world_size=ranks.get("num_replicas", 1),
+        **share_of(trainer),
         num_workers=settings["num_workers"],
         trainer=trainer,
     )

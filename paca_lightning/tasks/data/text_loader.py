@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
-from paca_lightning.tasks.data.ragged import Ragged, padded, padding_mask
+from paca_lightning.tasks.data.ragged import Ragged, padded, padded_width, padding_mask
 from paca_lightning.tasks.data.sampler import Batch
 from paca_lightning.tasks.data.text_encoding import EncodedTexts
 
@@ -80,7 +80,7 @@ class TextReader(torch.utils.data.Dataset[dict[str, dict[str, Tensor]]]):
 
     def _inputs(self, texts: EncodedTexts, numbers: np.ndarray) -> dict[str, Tensor]:
         rows = [texts.input_ids[number] for number in numbers]
-        width = self._width(max(map(len, rows)))
+        width = padded_width(max(map(len, rows)), self._multiple, self._limit)
         inputs = {"input_ids": padded(rows, self._pad, width)}
         if (mask := padding_mask(rows, width)) is not None:
             inputs["attention_mask"] = mask
@@ -97,6 +97,3 @@ class TextReader(torch.utils.data.Dataset[dict[str, dict[str, Tensor]]]):
         if repeated:
             result = torch.full_like(result, float("nan") if result.is_floating_point() else IGNORE_INDEX)
         return result
-
-    def _width(self, longest: int) -> int:
-        return max(longest, min(-(-longest // self._multiple) * self._multiple, self._limit))

@@ -152,9 +152,7 @@ def _build(directory: Path, rows: Rows, encode: DocumentEncoder, num_proc: int |
         )
     except Exception as error:
         stop = error.__context__
-        if isinstance(
-            stop, KeyboardInterrupt | SystemExit
-        ):  # after which `datasets` waits for its processes, and fails
+        if isinstance(stop, KeyboardInterrupt | SystemExit):  # `datasets` waits for its processes then, and fails
             raise stop from None
         if not isinstance(error, RuntimeError) or "subprocess" not in str(error):
             raise

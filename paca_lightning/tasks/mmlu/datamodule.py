@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.loader import ResumableLoader
-from paca_lightning.tasks.data.sampler import BatchOrder
+from paca_lightning.tasks.data.sampler import BatchOrder, share_of
+from paca_lightning.tasks.data.settings import check_numbers
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
 from paca_lightning.tasks.mmlu.callback import MMLUEvaluation
 from paca_lightning.tasks.mmlu.questions import Question, sample
@@ -72,9 +73,7 @@ class MMLUDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for name, least in {"max_length": 2, "batch_size": 1, "pad_to_multiple_of": 1, "num_workers": 0}.items():
-            if self.hparams[name] < least:
-                raise PaCAError(f"{name} is {self.hparams[name]}, but must be at least {least}.")
+        check_numbers(self.hparams)
         if isinstance(train, str) or not train:
             raise PaCAError(f"train must be a list of splits or files such as [auxiliary_train], not {train!r}.")
         if subjects is not None:
@@ -160,15 +159,13 @@ class MMLUDataModule(LightningDataModule):
 
     def _loader(self, name: str, shuffle: bool = False) -> ResumableLoader:
         samples, hparams = self.samples[name], self.hparams
-        ranks = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
         order = BatchOrder(
             samples.lengths,
             hparams["batch_size"],
             trained=samples.trained_lengths,
             shuffle=shuffle,
             seed=hparams["seed"],
-            rank=ranks.get("rank", 0),
-            world_size=ranks.get("num_replicas", 1),
+            **share_of(self.trainer),
             name=f"MMLU {name}",
         )
         collator = PadCollator(pad_token_id(self.tokenizer), hparams["pad_to_multiple_of"], hparams["max_length"])

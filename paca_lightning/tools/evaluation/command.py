@@ -8,10 +8,10 @@ import rich
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable, replacing
-from paca_lightning.tools.adapted_model import BASE, AdaptedModel
 from paca_lightning.tools.evaluation.harness import check_installed, load_tasks, measure
 from paca_lightning.tools.evaluation.results import differences, plain, table, values_of
 from paca_lightning.tools.generate import find_device
+from paca_lightning.tools.model_with_adapters import BASE, ModelWithAdapters
 
 
 def eval(
@@ -68,7 +68,7 @@ def eval(
     asked = [tasks] if isinstance(tasks, str) else tasks
     found = load_tasks(asked, include_path, num_fewshot)
     adapters = [adapter] if isinstance(adapter, str) else adapter or []
-    models = AdaptedModel(model, adapters, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    models = ModelWithAdapters(model, adapters, dtype, revision=revision, trust_remote_code=trust_remote_code)
     models.model.to(found_device)  # type: ignore[arg-type]
     results = {}
     for name in [BASE, *models.names] if base or not adapters else models.names:

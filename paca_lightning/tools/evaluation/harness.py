@@ -2,8 +2,8 @@
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError, did_you_mean
+from paca_lightning.tools.quiet import quiet
 
 SEED = 1234
 """lm-eval's own seed of few-shot examples."""
@@ -144,13 +145,6 @@ def measure(
     return results
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Without lm-eval's advice for its own command line; errors stay."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
+    return quiet("lm_eval", logging.ERROR)

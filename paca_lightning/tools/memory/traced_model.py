@@ -22,6 +22,7 @@ from paca_lightning.tools.memory.extrapolation import FEW, extrapolate
 from paca_lightning.tools.memory.timeline import Timeline
 from paca_lightning.tools.memory.traced_run import TracedRun
 from paca_lightning.tools.memory.traced_step import trace_step
+from paca_lightning.tools.quiet import quiet
 
 
 class TracedModel:
@@ -116,7 +117,7 @@ def _fake_ranks(run: TracedRun) -> Iterator[DeviceMesh | None]:
 
 def _quiet_trainer(precision: str) -> Trainer:
     """A trainer for its precision plugin, and for schedules that ask it for the length of a run. It never trains."""
-    with _without_information():
+    with quiet("lightning.pytorch.utilities.rank_zero", logging.WARNING):  # of the devices that it finds
         return Trainer(
             accelerator="cpu",
             devices=1,
@@ -129,18 +130,6 @@ def _quiet_trainer(precision: str) -> Trainer:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-
-
-@contextmanager
-def _without_information() -> Iterator[None]:
-    """Inside this context Lightning says nothing of the devices it finds. Later runs of the process hear it again."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _container(module: nn.Module, blocks: list[nn.Module]) -> nn.ModuleList | None:

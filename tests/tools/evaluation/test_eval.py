@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, paca_layers, save_adapter
+from paca_lightning import PaCAError, load_adapter
 from paca_lightning.cli import main
 from paca_lightning.tools.evaluation.command import eval as evaluate
 from paca_lightning.tools.evaluation.harness import load_tasks
 from paca_lightning.tools.evaluation.results import differences, values_of
+from tests.artefacts import write_random_adapter
 from tests.tiny import tiny_llama, tiny_model_directory, tiny_tokenizer
 
 QUESTIONS = [(f"Question: {name}?\nAnswer:", [f" {name} Paris", " lazy dog"]) for name in ("user", "fox", "quick", "A")]
@@ -39,12 +40,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("eval")
     tiny_model_directory(root / "base")
     for seed, name in enumerate(("one", "two")):
-        model = tiny_llama()
-        apply_paca(model, PaCAConfig(r=16, seed=seed))
-        with torch.no_grad():
-            for _, layer in paca_layers(model):
-                layer.paca_delta.normal_(generator=torch.Generator().manual_seed(seed))
-        save_adapter(model, root / name)
+        write_random_adapter(root / name, 16, seed)
     (root / "tasks").mkdir()
     rows = [{"question": text, "choices": choices, "answer": 0} for text, choices in QUESTIONS]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -25,7 +25,7 @@ BASE = "base"
 """What the base model is called beside its adapters."""
 
 
-class AdaptedModel:
+class ModelWithAdapters:
     """A base model with adapters.
 
     Args:
