@@ -222,10 +222,17 @@ def plain_diloco(steps: int, exchanges: tuple[int, ...]) -> list[Tensor]:
 
 
 class Dies(Callback):
-    """Ends the process as SIGKILL does, behind a step or in an exchange."""
+    """Ends the process as SIGKILL does, behind a step or in an exchange.
 
-    def __init__(self, step: int, in_exchange: bool = False) -> None:
-        self.step, self.in_exchange = step, in_exchange
+    Sets an event when it begins to train: from then on, the lighthouse waits for it before each exchange.
+    """
+
+    def __init__(self, step: int, in_exchange: bool = False, begun: Any = None) -> None:
+        self.step, self.in_exchange, self.begun = step, in_exchange, begun
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.begun is not None:
+            self.begun.set()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step + 1 == self.step and self.in_exchange:
@@ -257,10 +264,10 @@ def test_others_go_on_when_a_replica_dies_in_an_exchange(
 ) -> None:
     address, adam = lighthouse(2), {"optimizer": "AdamW", "lr": 1e-2}
     settings = {"sync_every": 2, "replicas": 3, "timeout": timedelta(seconds=20)}
-    first, second, dies = (
-        start(n, tmp_path, address, settings, adam, *([Dies(4, in_exchange=True)] if n == 2 else []), max_steps=8)
-        for n in range(3)
-    )
+    begun = get_context("forkserver").Event()
+    dies = start(2, tmp_path, address, settings, adam, Dies(4, in_exchange=True, begun=begun), max_steps=8)
+    assert begun.wait(HANG)  # or the two others might be past its step before it comes
+    first, second = (start(n, tmp_path, address, settings, adam, max_steps=8) for n in range(2))
     one, two = ended(tmp_path, first, second)
     dies.join(HANG)
     assert dies.exitcode == 9
