@@ -14,4 +14,6 @@ def test_presets_have_the_published_sizes() -> None:
     assert billions("llama3.1-70b") == pytest.approx(70.55, abs=0.01)
     assert preset_config("small").hidden_size == 1024
     assert Workload(preset="llama3-8b", layers=4).config.num_hidden_layers == 4
-    assert set(PRESETS) == {"small", "llama3-8b", "llama3.1-70b"}
+    assert set(PRESETS) == {"small", "small-moe", "llama3-8b", "llama3.1-70b"}
+    small, experts = preset_config("small"), preset_config("small-moe")
+    assert experts.num_experts_per_tok * experts.intermediate_size == small.intermediate_size  # work of a token

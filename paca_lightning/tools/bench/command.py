@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from paca_lightning.core.dtypes import short_dtype
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.transformers import attention_of
 from paca_lightning.tools.bench.measure import WARM_UP, Timing, time_methods
-from paca_lightning.tools.bench.methods import Method, parse_methods
+from paca_lightning.tools.bench.methods import QUANTIZED, Method, parse_methods, stacked_experts
 from paca_lightning.tools.bench.paper import PAPER, NotEnoughMemoryError, compare_with_paper
 from paca_lightning.tools.bench.peak import check_budget, is_measurable, longest_sequence, peak_bytes
 from paca_lightning.tools.bench.processes import in_fresh_processes
@@ -54,9 +55,9 @@ def bench(
 
     Args:
         model: Hugging Face model: a local directory or a hub id. Give this or --preset.
-        preset: A known shape with random weights: small, llama3-8b or llama3.1-70b. paper: the paper's comparison on
-            Llama-3-8B, its figures beside ours (on a CPU with one layer, unless --layers says otherwise). It sets
-            --methods and --batch itself.
+        preset: A known shape with random weights: small, small-moe (a mixture of experts), llama3-8b or llama3.1-70b.
+            paper: the paper's comparison on Llama-3-8B, its figures beside ours (on a CPU with one layer, unless
+            --layers says otherwise). It sets --methods and --batch itself.
         layers: Use this many layers, the first ones. Default: all.
         methods: Names with commas between them: floor, paca, full, PEFT's lora and dora (no dropout, adapters in fp32
             as is PEFT's default), lora-narrow (adapters in --dtype). On an NF4 base: qfloor, qpaca and qlora. A name
@@ -109,6 +110,12 @@ def bench(
         raise PaCAError(f"steps must be at least 1, not {steps}.")
     skeleton = workload.skeleton()
     chosen = parse_methods(_entries(methods), _ranks(r), match, skeleton)
+    if any(method.name in QUANTIZED for method in chosen) and (experts := stacked_experts(skeleton)):
+        warnings.warn(
+            f"Methods on an NF4 base leave stacked experts frozen in {workload.dtype} ({experts[0]!r} is one of "
+            f"{len(experts)} weights). The others train them.",
+            stacklevel=2,
+        )
     for method in chosen:
         method.apply(skeleton)  # finds a rank that is too large, and a missing package, before anything is measured
     if max_length is not None:

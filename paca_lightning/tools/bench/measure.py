@@ -74,11 +74,10 @@ def time_methods(
         torch.compiler.config.recompile_limit = 4 * len(methods)  # every method compiles the blocks again
         torch.compiler.config.fail_on_recompile_limit_hit = True  # PyTorch would run them eagerly without a word
     runners = [StepRunner(method, base, workload) for method in methods]
-    micro_batches = [workload.micro_batch(number) for number in range(workload.accumulate)]
     saved = []
     for runner in runners:
         progress(f"{runner.method.label}: {'compiling' if workload.compile else 'counting saved bytes'}")
-        saved.append(saved_bytes(runner, micro_batches[0]))
+        saved.append(saved_bytes(runner, workload.micro_batch(0)))
     times: list[list[StepTime]] = [[] for _ in methods]
     gc.collect()
     gc.disable()  # a collection would count against the method in whose step it falls
@@ -86,6 +85,10 @@ def time_methods(
         for round_number in range(WARM_UP + steps):
             compiling = ", compiling backwards" if workload.compile and round_number == 0 else ""
             progress(f"step {round_number + 1} of {WARM_UP + steps}{compiling}")
+            # New tokens, as in a run. With the same ones, the floor's routers would send as many tokens to each expert
+            # as before, and oneDNN would compile new kernels for all methods but the floor.
+            first = round_number * workload.accumulate
+            micro_batches = [workload.micro_batch(first + number) for number in range(workload.accumulate)]
             # Each round starts with another method. Otherwise each would always find the caches of the same other one.
             for turn in range(len(runners)):
                 number = (turn + round_number) % len(runners)

@@ -14,9 +14,11 @@ from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, fi
 from paca_lightning.conversion.convert import apply_paca
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.linear4bit_base import quantize_targets
-from paca_lightning.conversion.targets import Target, in_features_of, resolve
+from paca_lightning.conversion.targets import Target, resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.layers.experts import ExpertWeight
+from paca_lightning.tools.bench.lora import add_lora, features_of, lora_rank
 
 FLOOR = "floor"
 QFLOOR = "qfloor"
@@ -70,7 +72,7 @@ class Method:
         Raises:
             PaCAError: If the method needs a package that is not installed.
         """
-        targets = resolve(take_inventory(base), PaCAConfig()).targets
+        targets = targets_of(self.name, base)
         written = {
             "none": set(),
             "targets": {id(target.module.weight) for target in targets},
@@ -87,6 +89,16 @@ class Method:
         return fused_adamw(model)
 
 
+def targets_of(name: str, base: nn.Module) -> list[Target]:
+    """The layers that PaCA trains on a method's base, and so does the method: an NF4 base has no stacked experts."""
+    return resolve(take_inventory(base), PaCAConfig(quantize="nf4" if name in QUANTIZED else None)).targets
+
+
+def stacked_experts(base: nn.Module) -> list[str]:
+    """Paths of the stacked experts among the layers that PaCA trains."""
+    return [target.path for target in targets_of("paca", base) if isinstance(target.module, ExpertWeight)]
+
+
 def fused_adamw(model: nn.Module) -> Optimizer:
     """The optimizer of all methods that bring none of their own."""
     return torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
@@ -101,14 +113,6 @@ def train_nothing(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(ask_for_gradient)  # type: ignore[operator]
     return model
-
-
-def lora_rank(r: int, inputs: int, outputs: int) -> int:
-    """Rank at which LoRA trains about as many parameters as PaCA at rank ``r``.
-
-    LoRA has ``rank * (inputs + outputs)`` of them in a layer, PaCA ``r * outputs``.
-    """
-    return max(1, round(r * outputs / (inputs + outputs)))
 
 
 def _floor(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
@@ -135,32 +139,21 @@ def _full(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _lora(
-    model: nn.Module, r: int, targets: list[Target], *, use_dora: bool = False, fp32_adapters: bool = True
-) -> nn.Module:
-    """PEFT's adapters on the layers that PaCA would train: scaling 1, no dropout, in fp32 as is PEFT's default."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise PaCAError(
-            "LoRA and DoRA need PEFT, which is not installed. Run: pip install 'paca-lightning[bench]'."
-        ) from error
-    names = [target.path for target in targets]
-    config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=names, use_dora=use_dora)
-    return get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+def _lora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
+    return add_lora(model, r, targets)
 
 
 def _qlora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
     quantize_targets(model, targets)
-    return _lora(model, r, targets)
+    return add_lora(model, r, targets)
 
 
 def _dora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
-    return _lora(model, r, targets, use_dora=True)
+    return add_lora(model, r, targets, use_dora=True)
 
 
 def _narrow_lora(model: nn.Module, r: int, targets: list[Target]) -> nn.Module:
-    return _lora(model, r, targets, fp32_adapters=False)
+    return add_lora(model, r, targets, fp32_adapters=False)
 
 
 _APPLY: dict[str, Callable[[nn.Module, int, list[Target]], nn.Module]] = {
@@ -220,19 +213,11 @@ def _ranked(name: str, ranks: list[int], match: str, base: nn.Module) -> list[Me
         return [Method(name)]
     same_rank = [Method(name, r) for r in ranks] if match != "parameters" or name not in _BASELINES else []
     same_size = (
-        [Method(name, lora_rank(r, *_features(base))) for r in ranks] if match != "rank" and name in _BASELINES else []
+        [Method(name, lora_rank(r, *features_of(targets_of(name, base)))) for r in ranks]
+        if match != "rank" and name in _BASELINES
+        else []
     )
     return same_rank + same_size
-
-
-def _features(base: nn.Module) -> tuple[int, int]:
-    """Sums of the input and output features of all layers that PaCA would train."""
-    inputs = outputs = 0
-    for target in resolve(take_inventory(base), PaCAConfig()).targets:
-        columns = in_features_of(target.module)
-        inputs += columns
-        outputs += target.module.get_parameter("weight").numel() // columns  # of all experts, if they are stacked
-    return inputs, outputs
 
 
 def _parse_rank(text: str) -> int:

@@ -105,8 +105,7 @@ class Workload:
         if self.model is None or not self.pretrained:
             model = self._random(config)
         else:
-            settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}
-            model = AutoModelForCausalLM.from_pretrained(self.model, config=config, trust_remote_code=False, **settings)
+            model = self._pretrained(config)
             for parameter in model.parameters():
                 # A copy, as the pages of the mapped file would count as this process' memory while one is in use.
                 parameter.data = parameter.data.clone()
@@ -120,6 +119,13 @@ class Workload:
         """The model without weights, on the meta device."""
         with torch.device("meta"):
             return self._random(self.config)
+
+    def _pretrained(self, config: PretrainedConfig) -> Any:
+        try:
+            settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}
+            return AutoModelForCausalLM.from_pretrained(self.model, config=config, trust_remote_code=False, **settings)
+        except OSError as error:
+            raise PaCAError(f"The weights of {self.model!r} cannot be read: {error}") from error
 
     def _random(self, config: PretrainedConfig) -> Any:
         try:

@@ -13,7 +13,8 @@ from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.targets import resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.layers.base import paca_layers
-from paca_lightning.tools.bench.methods import lora_rank, train_nothing
+from paca_lightning.tools.bench.lora import lora_rank
+from paca_lightning.tools.bench.methods import train_nothing
 
 
 class LoRALinear(nn.Module):

@@ -10,6 +10,7 @@ import torch
 
 from paca_lightning import PaCAError
 from paca_lightning.tools.bench.command import bench
+from paca_lightning.tools.bench.workload import Workload
 from tests.tiny import tiny_llama
 
 
@@ -100,10 +101,11 @@ def test_several_ranks_train_together(model: str) -> None:
         ({"r": 0}, "ranks must be positive"),
         ({"r": 65}, "65"),
         ({"match": "size"}, "match='size' is unknown"),
-        ({"preset": "llama9", "model": None}, "no preset 'llama9'.*small, llama3-8b"),
+        ({"preset": "llama9", "model": None}, "no preset 'llama9'.*small, small-moe, llama3-8b"),
         ({"preset": "small"}, "either a model .* or a preset"),
         ({"model": None}, "either a model .* or a preset"),
         ({"model": "/nowhere/at/all"}, "'/nowhere/at/all' does not exist"),
+        ({"preset": "small-moe", "model": None, "methods": "dora:2"}, "DoRA cannot adapt stacked experts"),
         ({"layers": 3}, "layers=3 is more than the model's 2"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
         ({"tokens": 0}, "tokens must be at least 1"),
@@ -128,6 +130,20 @@ def test_mistakes_are_named_before_anything_is_measured(
     monkeypatch.setattr("paca_lightning.tools.bench.command.peak_bytes", measured)
     with pytest.raises(PaCAError, match=message):
         bench(**({"model": model} | arguments))  # type: ignore[arg-type]
+
+
+def test_a_config_without_weights_is_told(tmp_path: Path) -> None:
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(PaCAError, match=r"weights of '.*' cannot be read: .*model\.safetensors"):
+        Workload(model=str(tmp_path), dtype="fp32", tokens=8).build()
+
+
+def test_methods_that_leave_experts_frozen_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stop here before anything is measured."""
+    monkeypatch.setattr("paca_lightning.tools.bench.command.open_output", lambda _: pytest.fail("went on"))
+    told = pytest.warns(UserWarning, match=r"experts frozen in bf16 \('model\.layers\.0\..* of 8 weights\)")
+    with told, pytest.raises(PaCAError, match="below the model itself"):
+        bench(preset="small-moe", methods="qpaca:4", max_length="1MiB", threads=1, device="cpu")
 
 
 def test_missing_peft_names_the_extra(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from paca_lightning.tools.bench.measure import saved_bytes, time_methods
+from paca_lightning.tools.bench.measure import WARM_UP, saved_bytes, time_methods
 from paca_lightning.tools.bench.methods import Method
-from paca_lightning.tools.bench.step_runner import StepRunner
+from paca_lightning.tools.bench.step_runner import StepRunner, StepTime
 from paca_lightning.tools.bench.workload import Workload
 
 LAYERS = 2
@@ -80,6 +80,22 @@ def test_accumulation_averages_over_its_micro_batches(workload: Workload) -> Non
     thrice.step([workload.micro_batch(0)] * 3)
     batch = workload.micro_batch(1)
     assert thrice.forward(**batch).loss.item() == pytest.approx(once.forward(**batch).loss.item(), rel=1e-4)
+
+
+def test_each_round_has_new_tokens_that_all_methods_share(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With old ones, routers of a frozen model would repeat themselves, and find kernels for them ready."""
+    seen: list[tuple[str, int]] = []
+    step = StepRunner.step
+
+    def noted(runner: StepRunner, micro_batches: list[dict[str, torch.Tensor]]) -> StepTime:
+        seen.append((runner.method.label, hash(tuple(micro_batches[0]["input_ids"].flatten().tolist()))))
+        return step(runner, micro_batches)
+
+    monkeypatch.setattr(StepRunner, "step", noted)
+    time_methods(workload, [Method("floor"), Method("paca", 4)], steps=2)
+    tokens = {label: [text for name, text in seen if name == label] for label in ("floor", "paca r=4")}
+    assert tokens["floor"] == tokens["paca r=4"]
+    assert len(set(tokens["floor"])) == WARM_UP + 2
 
 
 def test_the_floor_itself_is_what_all_are_compared_with(workload: Workload) -> None:

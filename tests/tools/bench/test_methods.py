@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from paca_lightning import PaCAError
+from paca_lightning.layers.experts import ExpertWeight
+from paca_lightning.tools.bench.lora import features_of
 from paca_lightning.tools.bench.measure import saved_bytes
-from paca_lightning.tools.bench.methods import Method, parse_methods
+from paca_lightning.tools.bench.methods import Method, parse_methods, stacked_experts, targets_of
 from paca_lightning.tools.bench.step_runner import StepRunner
 from paca_lightning.tools.bench.workload import Workload
+from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
 
 LAYERS, HIDDEN, MLP, KEYS = 2, 64, 96, 32
@@ -117,6 +120,36 @@ def test_a_method_may_be_checkpointed_alone(workload: Workload) -> None:
     saved = [saved_bytes(runner, batch) for runner in runners]
     assert saved[0] > saved[1] > saved[2]
     assert len({runner.forward(**batch).loss.item() for runner in runners}) == 1
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_are_trained_by_all_methods_alike(kind: str) -> None:
+    base = tiny_moe(kind).requires_grad_(True)
+    targets = targets_of("lora", base)
+    experts = [target.module for target in targets if isinstance(target.module, ExpertWeight)]
+    others = [target.module for target in targets if not isinstance(target.module, ExpertWeight)]
+    assert (len(experts), len(others)) == (2 * 2, 2 * 4)
+    inputs = sum(layer.in_features for layer in others) + sum(4 * each.in_features for each in experts)
+    outputs = sum(layer.out_features for layer in others) + sum(4 * each.out_features for each in experts)
+    assert features_of(targets) == (inputs, outputs)
+    counted = {
+        method: sum(p.numel() for p in method.apply(base).parameters() if p.requires_grad)
+        for method in (Method("paca", 4), Method("lora", 2), Method("lora-narrow", 2))
+    }
+    assert list(counted.values()) == [4 * outputs, 2 * (inputs + outputs), 2 * (inputs + outputs)]
+    with pytest.raises(PaCAError, match=r"DoRA cannot adapt stacked experts such as 'model\.layers\.0\.mlp\.experts"):
+        Method("dora", 2).apply(base)
+
+
+def test_an_nf4_base_has_its_experts_frozen_with_every_method() -> None:
+    base = tiny_moe("mixtral", hidden_size=64, num_key_value_heads=4, head_dim=16)
+    assert stacked_experts(base) == [
+        f"model.layers.{block}.mlp.experts.{name}" for block in range(2) for name in ("gate_up_proj", "down_proj")
+    ]
+    for method in (Method("qpaca", 4), Method("qlora", 4)):
+        trained = [name for name, p in method.apply(base).named_parameters() if p.requires_grad]
+        assert trained
+        assert not any("experts" in name for name in trained)
 
 
 def test_an_unknown_recomputation_is_named(workload: Workload) -> None:
