@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from paca_lightning.adapters.exported import (
     check_lora_can_hold,
@@ -20,10 +19,11 @@ from paca_lightning.adapters.exported import (
     named_paca_layers,
     part_of,
     target_names,
+    target_parameters,
     whole_modules,
 )
 from paca_lightning.adapters.files import PREFIX, base_model_entries
-from paca_lightning.adapters.update import whole_update
+from paca_lightning.adapters.lora_factors import lora_factors, lora_name
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tensor
 from paca_lightning.core.errors import PaCAError
@@ -109,9 +109,10 @@ def export_lora(
 
     The change of the selected columns, ``scaling * D``, is the product ``B A`` of ``B = D`` and a matrix ``A`` whose
     rows select the columns. Servers that only know LoRA can run it. Layers of a lower rank than others are filled up
-    with zeros, so that all have one rank. The adapter of an NF4 base belongs on the full-precision model, from whose
-    columns the training started; a warning says by how much the two bases differ. Modules trained whole are written
-    whole, and with them those that share a weight, such as tied embeddings.
+    with zeros, so that all have one rank. Stacked experts are what PEFT calls ``target_parameters``: each expert has
+    factors of its own. The adapter of an NF4 base belongs on the full-precision model, from whose columns the training
+    started; a warning says by how much the two bases differ. Modules trained whole are written whole, and with them
+    those that share a weight, such as tied embeddings.
 
     For a sharded model the call is collective: make it on every rank. The first rank writes.
 
@@ -133,13 +134,10 @@ def export_lora(
     # One rank and one scaling for all layers: vLLM and llama.cpp do not read PEFT's rank_pattern and alpha_pattern.
     rank, scalings = max(layer.r for layer in layers.values()), {layer.scaling for layer in layers.values()}
     scaling = scalings.pop() if len(scalings) == 1 else 1.0
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        selection = torch.zeros(rank, layer.in_features)
-        selection[torch.arange(layer.r), layer.paca_indices.cpu()] = 1
-        update = whole_update(layer).float() * (layer.scaling / scaling)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = selection
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pad(update, (0, rank - layer.r))
+        prefix = PREFIX + lora_name(name, layer)
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = lora_factors(layer, rank, scaling)
     base_entries = base_model_entries(inventory.base_model)
     whole = whole_modules(inventory, base_entries["task_type"])
     for name, module in whole.items():
@@ -151,6 +149,7 @@ def export_lora(
         "r": rank,
         "lora_alpha": rank * scaling,
         "target_modules": target_names(inventory),
+        **({"target_parameters": experts} if (experts := target_parameters(inventory)) else {}),
         "modules_to_save": list(whole) or None,
         "fan_in_fan_out": any(layer.paca_base_class.__name__ == "Conv1D" for layer in layers.values()),
         "lora_dropout": 0.0,

@@ -10,6 +10,7 @@ from paca_lightning.conversion.changed_state import changed_state
 from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.core.dtensor import is_first_rank, local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.transformers import peft_takes_for_experts
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.layers.nf4 import dequantize_rows
@@ -82,18 +83,28 @@ def named_paca_layers(model: nn.Module) -> dict[str, PaCALayer]:
     return layers
 
 
+def named_dense_layers(inventory: Inventory) -> dict[str, PaCALayer]:
+    """PaCA layers by their path from the base model, without stacked experts."""
+    return {name: layer for name, layer in inventory.named_layers().items() if not isinstance(layer, PaCAExperts)}
+
+
 def target_names(inventory: Inventory) -> list[str]:
     """The last segments of the layers' paths where they name these layers alone, or else the paths.
 
     PEFT takes both. Petals looks for last segments, and loads nothing, without an error, where it finds paths.
     """
-    layers = inventory.named_layers()
+    layers = named_dense_layers(inventory)
     segments = dict.fromkeys(name.rpartition(".")[2] for name in layers)
     trained = set(inventory.layers.values())
     others = {
         path.rpartition(".")[2] for module, paths in inventory.paths.items() for path in paths if module not in trained
     }
     return list(layers) if segments.keys() & {path.rpartition(".")[2] for path in others} else list(segments)
+
+
+def target_parameters(inventory: Inventory) -> list[str]:
+    """The paths of stacked experts."""
+    return [name for name, layer in inventory.named_layers().items() if isinstance(layer, PaCAExperts)]
 
 
 def whole_modules(inventory: Inventory, task: str | None) -> dict[str, nn.Module]:
@@ -157,11 +168,12 @@ def check_lora_can_hold(model: nn.Module) -> None:
             f"PEFT refuses a LoRA adapter on {refused[0]!r} of a Mamba model ({len(refused)} such layers). Use "
             "export_merged, or train with exclude_modules=['out_proj']."
         )
-    stacked = [path for path, layer in inventory.layers.items() if isinstance(layer, PaCAExperts)]
-    if stacked:
+    taken = peft_takes_for_experts(getattr(base, "config", None))
+    mistaken = [path for path in named_dense_layers(inventory) if path.rpartition(".")[2] in taken]
+    if mistaken:
         raise PaCAError(
-            f"The columns of stacked experts ({stacked[0]!r} is one of {len(stacked)} weights) cannot be exported as a "
-            "LoRA adapter. Use export_merged."
+            f"PEFT (0.21) takes {mistaken[0]!r} ({len(mistaken)} such layers) for a part of stacked experts, by its "
+            "name and the type of the model, so a LoRA adapter cannot hold it. Use export_merged."
         )
     outside = [path for path in (*inventory.layers, *inventory.saved) if not path.startswith(inventory.prefix)]
     if outside:

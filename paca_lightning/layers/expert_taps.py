@@ -77,11 +77,10 @@ def sorted_products(grad: Tensor, selected: Tensor, ends: Tensor, experts: int, 
     result = torch.zeros(experts, grad.shape[1], selected.shape[1], dtype=dtype, device=grad.device)
     start = 0
     # On a CPU, oneDNN compiles a kernel for each new number of tokens, in more time than a product in fp32 takes.
-    widen = grad.device.type == "cpu"
+    wide = dtype if grad.device.type == "cpu" else grad.dtype
     for expert, end in enumerate(ends.tolist()):
         if end > start:
-            parts = (grad[start:end], selected[start:end])
-            result[expert] = column_product(*(part.to(dtype) if widen else part for part in parts), dtype)
+            result[expert] = column_product(grad[start:end].to(wide), selected[start:end].to(wide), dtype)
         start = end
     return result
 

@@ -15,7 +15,6 @@ from paca_lightning import (
     apply_paca,
     attach,
     disable_paca,
-    export_lora,
     export_merged,
     load_adapter,
     merge,
@@ -261,14 +260,6 @@ def test_experts_trained_whole_or_excluded_have_no_columns() -> None:
     ]
     assert report.skipped["model.layers.0.mlp.experts.down_proj"] == "trained whole (modules_to_save)"
     trained(model, 1)
-
-
-def test_a_lora_export_of_experts_is_refused(tmp_path: Path) -> None:
-    model = tiny_moe("mixtral")
-    apply_paca(model, ALL)
-    with pytest.raises(PaCAError, match=r"stacked experts .* cannot be exported as a LoRA adapter. Use export_merged"):
-        export_lora(model, tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
 
 
 def test_a_conversion_that_fails_leaves_the_experts_as_they_were() -> None:

@@ -23,6 +23,19 @@ def splits_experts(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_expert_parallel", False))
 
 
+def peft_takes_for_experts(config: Any) -> frozenset[str]:
+    """Names of linear layers that PEFT (0.21) takes for parts of stacked experts, in a model with a configuration.
+
+    In transformers 4 experts had these names. By transformers' table of how checkpoints are read, PEFT rewrites them in
+    every adapter, also where they mean the dense layers and shared experts that have the same names today.
+    """
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
+
+    kind = getattr(config, "model_type", None)
+    names = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+    return frozenset(names.get("mixtral" if kind == "mixtral" else PATTERNS.get(str(kind), ""), ()))
+
+
 @dataclass(frozen=True)
 class MergedTensor:
     """A tensor of a model that a checkpoint holds in parts, one or several for each of its rows on dim 0.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from paca_lightning.core.dtypes import short_dtype
 from paca_lightning.core.errors import PaCAError
@@ -110,12 +111,7 @@ def bench(
         raise PaCAError(f"steps must be at least 1, not {steps}.")
     skeleton = workload.skeleton()
     chosen = parse_methods(_entries(methods), _ranks(r), match, skeleton)
-    if any(method.name in QUANTIZED for method in chosen) and (experts := stacked_experts(skeleton)):
-        warnings.warn(
-            f"Methods on an NF4 base leave stacked experts frozen in {workload.dtype} ({experts[0]!r} is one of "
-            f"{len(experts)} weights). The others train them.",
-            stacklevel=2,
-        )
+    _warn_of_frozen_experts(chosen, skeleton, workload.dtype)
     for method in chosen:
         method.apply(skeleton)  # finds a rank that is too large, and a missing package, before anything is measured
     if max_length is not None:
@@ -128,6 +124,16 @@ def bench(
         for path in write_results(rows, setup, directory):
             print(path)
     return rows
+
+
+def _warn_of_frozen_experts(methods: list[Method], skeleton: nn.Module, dtype: str) -> None:
+    """Say that methods on an NF4 base train less than the others."""
+    if any(method.name in QUANTIZED for method in methods) and (experts := stacked_experts(skeleton)):
+        warnings.warn(
+            f"Methods on an NF4 base leave stacked experts frozen in {dtype} ({experts[0]!r} is one of {len(experts)} "
+            "weights). The others train them.",
+            stacklevel=3,
+        )
 
 
 def _measure(workload: Workload, methods: list[Method], steps: int, max_length: str | None) -> list[Row]:

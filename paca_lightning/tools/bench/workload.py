@@ -122,8 +122,8 @@ class Workload:
 
     def _pretrained(self, config: PretrainedConfig) -> Any:
         try:
-            settings = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention}
-            return AutoModelForCausalLM.from_pretrained(self.model, config=config, trust_remote_code=False, **settings)
+            settings: Any = {"dtype": DTYPES[self.dtype], "attn_implementation": self.attention, "config": config}
+            return AutoModelForCausalLM.from_pretrained(str(self.model), trust_remote_code=False, **settings)
         except OSError as error:
             raise PaCAError(f"The weights of {self.model!r} cannot be read: {error}") from error
 

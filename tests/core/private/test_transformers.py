@@ -1,5 +1,6 @@
 """Canaries for the private APIs of transformers."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,16 @@ def test_experts_say_how_they_compute() -> None:
     torch.ops.transformers.grouped_mm_fallback(torch.zeros(3, 4), Weight(), offs=ends)
     assert set(products) <= private.GROUPED_PRODUCTS
     assert len(set(products)) == 2
+
+
+@canary("transformers.peft_takes_for_experts")
+def test_peft_takes_dense_layers_for_experts() -> None:
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    for kind in ("llama", "mixtral", "minimax", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"):
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+        names = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+        assert private.peft_takes_for_experts(SimpleNamespace(model_type=kind)) == set(names), kind
+    assert private.peft_takes_for_experts(None) == set()
 
 
 @canary("transformers.names_in_model")

@@ -1,0 +1,71 @@
+"""LoRA exports of stacked experts compute in PEFT what the trained model computes, or are refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, export_lora, paca_layers, write_columns
+from tests.moe import MODELS, tiny_moe, tokens
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "several ranks and scalings": {
+        "target_modules": [*EXPERTS, "o_proj"],
+        "rank_pattern": {"experts.down_proj": 2},
+        "alpha_pattern": {"o_proj": 2},
+    },
+    "experts alone": {"target_modules": EXPERTS},
+    "one of two weights": {"target_modules": ["experts.down_proj", "o_proj"]},
+    "with a router": {"target_modules": EXPERTS, "modules_to_save": ["layers.1.mlp.gate"]},
+}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens(9)).logits
+
+
+def trained(model: nn.Module, config: PaCAConfig) -> nn.Module:
+    """A converted model with all that is trained moved."""
+    apply_paca(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    write_columns(model)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_peft_computes_what_was_trained(kind: str, name: str, tmp_path: Path) -> None:
+    settings = {"r": 4, "alpha": 8} | CONFIGS[name]
+    if kind == "gpt_oss" and "modules_to_save" in settings:
+        settings["modules_to_save"] = ["layers.1.mlp.router"]
+    base = tiny_moe(kind)
+    model = trained(copy.deepcopy(base), PaCAConfig(**settings))
+    expected, effect = logits(model), (logits(base) - logits(model)).abs().max()
+    export_lora(model, tmp_path)
+    found = logits(PeftModel.from_pretrained(base, tmp_path))
+    assert effect > 1e-3
+    assert (found - expected).abs().max() < 1e-5 * effect
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_parameters"] == [
+        layer.base_path(path) for path, layer in paca_layers(model) if "experts." in path
+    ]
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3"])
+def test_dense_layers_that_peft_takes_for_experts_are_refused(kind: str, tmp_path: Path) -> None:
+    model = tiny_moe(kind)
+    apply_paca(model, PaCAConfig(r=4))
+    with pytest.raises(PaCAError, match=r"takes 'model\.layers\.0\.mlp\.gate_proj' \(6 such .* Use export_merged"):
+        export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
