@@ -5,14 +5,16 @@ the held-out loss for each selection and rank, and the share of the NF4 loss tha
 
     python scripts/nf4_columns.py models/SmolLM2-135M-Instruct text.jsonl --ranks 8 32 128
 
-The second argument is plain text, or chat messages with one conversation a line (.jsonl). Its first quarter calibrates
-quant_error; the loss is over all tokens of the rest.
+The second argument is plain text, or chat messages with one conversation a line (.jsonl): its first quarter calibrates
+quant_error, and the loss is over all tokens of the rest. Or it is the config of a run (.yaml): its first 8 training
+batches calibrate, and the loss is over its validation answers.
 """
 
 import argparse
 import copy
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,8 +22,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paca_lightning import PaCAConfig, apply_paca, disable_paca
+from paca_lightning.core.tokens import IGNORE_INDEX
+from paca_lightning.tools.compare.task import read_task
 
 LENGTH = 256
+CALIBRATION_BATCHES = 8
+
+Batch = dict[str, Tensor]
 
 
 def blocks(tokenizer: object, path: Path, limit: int) -> Tensor:
@@ -34,20 +41,36 @@ def blocks(tokenizer: object, path: Path, limit: int) -> Tensor:
     return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
 
 
+def batches(arguments: argparse.Namespace) -> tuple[list[Batch], list[Batch]]:
+    """Held-out batches and batches for calibration."""
+    if arguments.text.suffix == ".yaml":
+        data = read_task([f"--config={arguments.text}"], arguments.text.stem, None, "nf4_columns").data
+        data.prepare_data()
+        data.setup("fit")
+        return list(data.val_dataloader()), list(islice(iter(data.train_dataloader()), CALIBRATION_BATCHES))
+    ids = blocks(AutoTokenizer.from_pretrained(arguments.model), arguments.text, arguments.blocks)
+    return labelled(ids[len(ids) // 4 :]), labelled(ids[: len(ids) // 4])
+
+
+def labelled(ids: Tensor) -> list[Batch]:
+    """Batches of 4 rows in which every token has a label."""
+    return [{"input_ids": rows, "labels": rows} for rows in ids.split(4)]
+
+
 @torch.no_grad()
-def loss(model: nn.Module, ids: Tensor) -> float:
-    """Mean loss over all tokens."""
-    return sum(model(input_ids=rows, labels=rows).loss.item() * len(rows) for rows in ids.split(4)) / len(ids)
+def loss(model: nn.Module, held_out: list[Batch]) -> float:
+    """Mean loss over all tokens that have a label."""
+    counts = [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in held_out]
+    total = sum(model(**batch).loss.item() * count for batch, count in zip(held_out, counts, strict=True))
+    return total / sum(counts)
 
 
 def losses(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
-    """Name and loss of each model: full precision first, then plain NF4, then each selection and rank."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    ids = blocks(tokenizer, arguments.text, arguments.blocks)
-    held_out, calibration = ids[len(ids) // 4 :], ids[: len(ids) // 4].split(4)
-
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    yield "full precision", loss(base, held_out)
+    """Name and loss of each model: as it is first, then plain NF4, then each selection and rank."""
+    held_out, calibration = batches(arguments)
+    dtype = getattr(torch, arguments.dtype)
+    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
+    yield arguments.dtype, loss(base, held_out)
     plain = copy.deepcopy(base)
     apply_paca(plain, PaCAConfig(r=1, quantize="nf4"))
     with disable_paca(plain):
@@ -55,8 +78,7 @@ def losses(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
     for selection, data in (("random", None), ("quant_error", None), ("quant_error", calibration)):
         for r in arguments.ranks:
             model = copy.deepcopy(base)
-            batches = data and [{"input_ids": rows} for rows in data]
-            apply_paca(model, PaCAConfig(r=r, quantize="nf4", selection=selection), calibration=batches)
+            apply_paca(model, PaCAConfig(r=r, quantize="nf4", selection=selection), calibration=data)
             yield f"{selection}{' x activations' if data else ''}, r={r}", loss(model, held_out)
 
 
@@ -67,11 +89,12 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--blocks", type=int, default=64, help=f"use at most this many blocks of {LENGTH} tokens")
+    parser.add_argument("--dtype", default="float32", help="of the weights and of the computation")
     table = losses(parser.parse_args())
     (name, full), (second, plain) = next(table), next(table)
     print(f"{'model':<36} {'loss':>8} {'to NF4':>9} {'regained':>9}")
     print(f"{name:<36} {full:8.4f} {full - plain:+9.4f}")
-    print(f"{second:<36} {plain:8.4f}")
+    print(f"{second:<36} {plain:8.4f}", flush=True)
     for name, value in table:
         print(f"{name:<36} {value:8.4f} {value - plain:+9.4f} {(plain - value) / (plain - full):9.1%}", flush=True)
 
