@@ -17,6 +17,7 @@ PEER_IS_GONE = re.compile(
 """What gloo and NCCL say when the process at the other end has died."""
 HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough)", re.I)
 WORKER_DIED = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal)", re.S)
+WORKER_HANGS = "DataLoader timed out"
 
 
 def fault_of_the_machine(
@@ -41,6 +42,11 @@ def fault_of_the_machine(
         return PaCAError(
             f"A process that prepares batches has died: {text.strip()} If the machine ran out of memory, lower "
             "num_workers. Resume the run with --ckpt_path last."
+        )
+    if isinstance(error, RuntimeError) and text.startswith(WORKER_HANGS):
+        return PaCAError(
+            f"A process that prepares batches hangs: {text.strip()}. See whether the disk that holds the data or the "
+            "cache answers. Resume the run with --ckpt_path last."
         )
     if isinstance(error, RuntimeError) and PEER_IS_GONE.search(text):
         first_line = text.partition("\n")[0].strip()

@@ -5,14 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import Dataset
 
+from paca_lightning.tasks.data import loader
+from paca_lightning.tasks.data.sampler import BatchOrder
+from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tools.checkpoint_search import find_checkpoint
 from paca_lightning.tools.lost_ranks import lost_rank
 from paca_lightning.tools.machine_faults import fault_of_the_machine
@@ -60,6 +67,34 @@ def test_a_fault_of_the_machine_is_one_message_with_a_way_on(
     way_on = "paca-lightning estimate --config configs/debug.yaml" if "memory" in says else "Resume the run with"
     assert way_on in message
     assert "Traceback" not in message
+
+
+class Hangs(Dataset[Any]):
+    """Rows, and a stream of batches, on a disk that does not answer."""
+
+    seed = 0
+
+    def __getitems__(self, _: Any) -> Any:
+        Event().wait()
+
+    def batches(self, *_: Any) -> Iterator[Any]:
+        Event().wait()
+        yield
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_process_that_hangs_over_a_batch_ends_the_run(streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "WORKER_TIMEOUT", 1.0)
+    rows: Any = Hangs()
+    batches: Any
+    if streamed:
+        batches = StreamLoader(rows, batches=4, num_workers=2)
+    else:
+        batches = loader.ResumableLoader(rows, BatchOrder(np.full(8, 5), batch_size=2), list, num_workers=2)
+    with pytest.raises(RuntimeError) as raised:
+        next(iter(batches))
+    fault = fault_of_the_machine(raised.value, [])
+    assert "A process that prepares batches hangs: DataLoader timed out after 1.0 seconds." in str(fault)
 
 
 @pytest.mark.distributed

@@ -11,6 +11,9 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import restore_loader_states
 from paca_lightning.tasks.data.sampler import BatchOrder
 
+WORKER_TIMEOUT = 1800.0
+"""Seconds to wait for a batch of a worker: as long as ranks wait for each other in torch's collectives over Gloo."""
+
 
 class ResumableLoader:
     """Iterates over the batches of an epoch, and resumes in the middle of one.
@@ -129,6 +132,7 @@ class ResumableLoader:
             batch_sampler=order.batches(self._epoch, self._position),  # type: ignore[arg-type]
             collate_fn=self._collate_fn,
             num_workers=self.num_workers,
+            timeout=WORKER_TIMEOUT if self.num_workers else 0,
             pin_memory=torch.cuda.is_available(),
             # Without a generator, DataLoader draws the workers' seed from the global random state.
             generator=torch.Generator().manual_seed(order.seed),

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import restore_loader_states
+from paca_lightning.tasks.data import loader
 from paca_lightning.tasks.data.stream import DocumentStream, Position, StreamedBatch
 
 
@@ -60,16 +61,17 @@ class StreamLoader:
             if self._trainer.fit_loop.batch_idx + 1 >= self._trainer.num_training_batches:
                 return
         readers = _Readers(self.stream, self._positions, self._turn, self._rank, self._world_size)
-        loader = DataLoader(
+        batches = DataLoader(
             readers,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
+            timeout=loader.WORKER_TIMEOUT if self.num_workers else 0,
             pin_memory=torch.cuda.is_available(),
             # Without a generator, DataLoader draws the workers' seed from the global random state.
             generator=torch.Generator().manual_seed(self.stream.seed),
         )
-        for streamed in loader:
+        for streamed in batches:
             if isinstance(streamed, PaCAError):
                 raise streamed
             if streamed.dropped:
