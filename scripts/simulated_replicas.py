@@ -1,4 +1,7 @@
-"""Replicas that train in turns on one model, in one process, with the bits of replicas that exchange over TCP."""
+"""Replicas that train in turns on one model, in one process, with the bits of replicas that exchange over TCP.
+
+More than two without compression have them to rounding: Gloo's ring adds their changes up in another order.
+"""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -10,7 +10,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from paca_lightning.adapters.adapter import save_adapter
 from paca_lightning.adapters.files import TENSORS
 from paca_lightning.callbacks.averaging import Averaging
 from paca_lightning.callbacks.own_directory import own_directory
@@ -20,6 +19,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.other_methods.adapted import adapted_model
+from paca_lightning.other_methods.any_adapter import save_trained, trains_adapter
 
 
 class AdapterCheckpoint(Callback):
@@ -87,7 +87,7 @@ class AdapterCheckpoint(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before training that there will be an adapter to write."""
-        if adapted_model(pl_module) is None and not any(paca_layers(pl_module)):
+        if not trains_adapter(pl_module):
             raise PaCAError(
                 "AdapterCheckpoint has nothing to write: no layer is trained by PaCA. Add PaCAStrategy or another "
                 "method's strategy."
@@ -191,10 +191,7 @@ class AdapterCheckpoint(Callback):
         """Write the present adapter. Default: to the directory of the best or last one."""
         directory = directory or self._directory
         assert directory is not None
-        if (adapted := adapted_model(pl_module)) is not None:
-            adapted.save(directory)
-        else:
-            save_adapter(pl_module, directory)
+        save_trained(pl_module, directory)
         tokenizer: Any = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if is_first_rank() and hasattr(tokenizer, "save_pretrained"):
             with written_aside(directory) as scratch:  # after the adapter, which a failing tokenizer must not cost

@@ -9,7 +9,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from paca_lightning.adapters.adapter import save_adapter
 from paca_lightning.adapters.fingerprint import base_samples
 from paca_lightning.adapters.history import History, Point
 from paca_lightning.callbacks.opened_history import open_history
@@ -20,14 +19,16 @@ from paca_lightning.core.checksums import settings_checksum
 from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating
-from paca_lightning.layers.base import paca_layers
+from paca_lightning.other_methods.adapted import adapted_model
+from paca_lightning.other_methods.any_adapter import save_trained, trains_adapter
 
 
 class AdapterHistory(Callback):
     """Write an adapter every n steps, and at steps 0, 1, 2, 4, ..., as Pythia's checkpoints are (arXiv 2304.01373).
 
     Each is an adapter directory, ``step-00000064``, which ``load_adapter``, ``PaCAStrategy(adapter=...)``,
-    ``paca-lightning generate`` and ``export`` take. Its ``point.json`` holds step, tokens, losses and the position in
+    ``paca-lightning generate`` and ``export`` take; beside PEFTStrategy, BottleneckStrategy and LoReFTStrategy it is
+    one of their method's. Its ``point.json`` holds step, tokens, losses and the position in
     the data (:class:`~paca_lightning.adapters.history.Point`). ``paca-lightning dynamics`` looks along a history. The
     last step of a run that ends is written, too.
 
@@ -43,8 +44,8 @@ class AdapterHistory(Callback):
 
     Raises:
         PaCAError: If the directory cannot be written, belongs to two of these callbacks, or holds the history of
-            another run or base model; a number is out of range; nothing is trained by PaCA; or validation does not log
-            the metric.
+            another run, method or base model; a number is out of range; no adapter is trained; or validation does
+            not log the metric.
     """
 
     def __init__(
@@ -96,8 +97,11 @@ class AdapterHistory(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there will be adapters to write."""
-        if not any(paca_layers(pl_module)):
-            raise PaCAError("AdapterHistory has nothing to write: no layer is trained by PaCA. Add PaCAStrategy.")
+        if not trains_adapter(pl_module):
+            raise PaCAError(
+                "AdapterHistory has nothing to write: no layer is trained by PaCA. Add PaCAStrategy or another "
+                "method's strategy."
+            )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -108,12 +112,13 @@ class AdapterHistory(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
-        samples = base_samples(pl_module)
+        adapted = adapted_model(pl_module)
+        samples = base_samples(pl_module) if adapted is None else adapted.base
         self._base = settings_checksum(samples)
         problem, missing = None, False
         if is_first_rank():
             try:
-                self._history = open_history(trainer, self._directory, self._before, samples)
+                self._history = open_history(trainer, self._directory, self._before, adapted or samples)
                 missing = step in self._steps and step not in self._history.points
             except PaCAError as error:  # raised on all ranks together, so that none waits for another
                 problem = str(error)
@@ -191,9 +196,9 @@ class AdapterHistory(Callback):
             base=self._base,
         )
         if self._history is not None:
-            self._history.add(point, lambda scratch: save_adapter(pl_module, scratch))
+            self._history.add(point, lambda scratch: save_trained(pl_module, scratch))
         else:
-            save_adapter(pl_module, self._directory)  # gives the first rank what is sharded, and writes nothing
+            save_trained(pl_module, self._directory)  # gives the first rank what is sharded, and writes nothing
         self._written = step
 
     @override

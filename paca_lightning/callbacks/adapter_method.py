@@ -133,12 +133,17 @@ class AdapterMethodStrategy(FiniteSteps, KeepsBaseModel):
             if isinstance(other, PaCAStrategy | AdapterMethodStrategy) and other is not self:
                 raise PaCAError(f"{name} and {type(other).__name__} in one run: choose one of them.")
 
+    def adapt_base(self, pl_module: LightningModule) -> AdaptedModel:
+        """Adapt a module whose model is built, with a note of its base weights."""
+        samples = weight_samples(find_model(pl_module, self.path)[1])
+        adapted = self.adapt(pl_module)
+        adapted.base = of_frozen(samples, adapted.model)
+        return adapted
+
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapted = adapted_model(pl_module)
         if adapted is None:
-            samples = weight_samples(find_model(pl_module, self.path)[1])
-            adapted = self.adapt(pl_module)
-            adapted.base = of_frozen(samples, adapted.model)
+            adapted = self.adapt_base(pl_module)
             if self.adapter is not None:
                 adapted.start_from(self.adapter)
         check_bases(trainer, pl_module)

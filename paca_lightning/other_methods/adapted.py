@@ -57,6 +57,14 @@ class AdaptedModel(ABC):
         """Write the adapter's files."""
 
     @abstractmethod
+    def saved_settings(self, directory: str) -> dict[str, Any]:
+        """The settings of an adapter of the method.
+
+        Raises:
+            PaCAError: If it is none, or damaged.
+        """
+
+    @abstractmethod
     def load(self, directory: str) -> None:
         """Load an adapter that was trained with the same settings.
 
@@ -64,13 +72,22 @@ class AdaptedModel(ABC):
             PaCAError: If it does not fit.
         """
 
+    def check_origin(self, directory: str) -> None:
+        """Refuse an adapter of another method, other settings or another base model.
+
+        Raises:
+            PaCAError: Naming what differs.
+        """
+        check_adapter_base(self.base, Path(directory))
+        check_settings(self, self.saved_settings(directory), directory)
+
     def start_from(self, directory: str) -> None:
         """Load an adapter that was trained with the same settings on the same base model.
 
         Raises:
             PaCAError: If it does not fit.
         """
-        check_adapter_base(self.base, Path(directory))
+        self.check_origin(directory)
         self.load(directory)
         self.adapter = directory
 

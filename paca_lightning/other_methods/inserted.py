@@ -15,7 +15,7 @@ from paca_lightning.adapters.files import CONFIG, TENSORS, base_model_entries, r
 from paca_lightning.adapters.tensors import load_tensors
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.sealed_files import check_weights
-from paca_lightning.other_methods.adapted import AdaptedModel, check_settings, plain
+from paca_lightning.other_methods.adapted import AdaptedModel, plain
 
 
 class Inserted(nn.Module, ABC):
@@ -100,13 +100,16 @@ class InsertedModel(AdaptedModel):
         entries = {"method": self.method, "settings": self.settings}
         write_json(directory / CONFIG, entries | base_model_entries(self.model))
 
+    def saved_settings(self, directory: str) -> dict[str, Any]:
+        """The settings of an adapter of the method."""
+        return read_settings(directory, self.method, self.settings)
+
     def load(self, directory: str) -> None:
         """Load an adapter of the same settings.
 
         Raises:
             PaCAError: If it cannot be read, was damaged, or does not fit.
         """
-        check_settings(self, read_settings(directory, self.method, self.settings), directory)
         check_weights(Path(directory))
         saved, own = load_tensors(Path(directory) / TENSORS), self.tensors()
         for name in sorted(saved.keys() ^ own.keys()):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from paca_lightning.activation_checkpointing.blocks import are_checkpointed
-from paca_lightning.adapters.files import base_model_entries
+from paca_lightning.adapters.files import CONFIG, base_model_entries, read_json, write_json
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.sealed_files import check_weights
-from paca_lightning.other_methods.adapted import AdaptedModel, check_settings, find_model, plain
+from paca_lightning.other_methods.adapted import AdaptedModel, find_model, plain
 from paca_lightning.other_methods.prompts import OwnPositions
 
 if TYPE_CHECKING:
@@ -85,8 +85,16 @@ class PEFTModel(AdaptedModel):
         return tensors
 
     def write(self, directory: Path) -> None:
-        """Write the adapter as PEFT does."""
+        """Write the adapter as PEFT does, with sets in order: an adapter has the same bytes in each process."""
         self.wrapper.save_pretrained(str(directory))
+        config = read_json(directory / CONFIG)
+        sets = [name for name, value in vars(self.wrapper.peft_config[NAME]).items() if isinstance(value, set)]
+        write_json(directory / CONFIG, config | {name: sorted(config[name]) for name in sets})
+
+    def saved_settings(self, directory: str) -> dict[str, Any]:
+        """The settings of an adapter of PEFT, but for those that say where it comes from."""
+        saved = read_peft_config(directory).to_dict().items()
+        return plain({name: value for name, value in saved if name not in DESCRIBING})
 
     def load(self, directory: str) -> None:
         """Load an adapter of PEFT into the present one.
@@ -101,8 +109,6 @@ class PEFTModel(AdaptedModel):
                 "begin from them. Resume from a checkpoint, or read the adapter with peft.PeftModel.from_pretrained."
             )
         check_weights(Path(directory))
-        saved = {k: v for k, v in read_peft_config(directory).to_dict().items() if k not in DESCRIBING}
-        check_settings(self, plain(saved), directory)
         try:
             weights = peft.utils.load_peft_weights(directory, device="cpu")
             found = peft.set_peft_model_state_dict(self.wrapper, weights, adapter_name=NAME)

@@ -151,9 +151,16 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def chat_run(
-    chat: tuple[Path, Path], directory: Path, history: AdapterHistory, *callbacks: Any, **arguments: Any
+    chat: tuple[Path, Path],
+    directory: Path,
+    history: AdapterHistory,
+    *callbacks: Any,
+    method: Any = None,
+    **arguments: Any,
 ) -> InstructionDataModule:
     """Train seven steps, of four an epoch, with a validation and a checkpoint after every third."""
+    method = method or PaCAStrategy(PaCAConfig(r=2))
+    L.seed_everything(0, verbose=False)  # some methods begin at random
     model, rows = map(str, chat)
     data = InstructionDataModule(model, rows, validation=rows, batch_size=4)
     saving = ModelCheckpoint(directory / "checkpoints", every_n_train_steps=3, save_top_k=-1, filename="{step}")
@@ -162,7 +169,7 @@ def chat_run(
         max_steps=7,
         val_check_interval=3,
         check_val_every_n_epoch=None,
-        callbacks=[history, *callbacks, saving, PaCAStrategy(PaCAConfig(r=2))],
+        callbacks=[history, *callbacks, saving, method],
         logger=CSVLogger(directory, name=None),
         enable_progress_bar=False,
         enable_model_summary=False,

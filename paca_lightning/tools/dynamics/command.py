@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from paca_lightning.adapters.files import SETTINGS, read_json
 from paca_lightning.adapters.history import History, read_history
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable, replacing
@@ -17,10 +16,10 @@ from paca_lightning.tools.dynamics.movement import Movement, movements, updates_
 from paca_lightning.tools.dynamics.options import PROG, options
 from paca_lightning.tools.dynamics.page import page
 from paca_lightning.tools.dynamics.plots import by_kind, draw, lines, shares
-from paca_lightning.tools.dynamics.points import Measured, Measurement
+from paca_lightning.tools.dynamics.points import Measured, Measurement, adapter_checksum
 from paca_lightning.tools.dynamics.recitation import LONGEST, SHORTEST, excerpts_of
 from paca_lightning.tools.dynamics.row_sets import parse_files, row_sets
-from paca_lightning.tools.dynamics.run import config_beside, read_run
+from paca_lightning.tools.dynamics.run import config_beside, method_of, read_run
 from paca_lightning.tools.dynamics.store import Store
 from paca_lightning.tools.dynamics.tables import Row, print_steps, recited_rows, step_rows, write_csv
 from paca_lightning.tools.environment import describe_environment
@@ -50,10 +49,12 @@ def main(arguments: Sequence[str]) -> None:
     sets = row_sets(datamodule, files, known.limit)
     measured = [Measured(rows, excerpts_of(rows.token_rows(), known.k)) for rows in sets]
     notes = _notes(known, measured, shlex.join([PROG, *arguments]))
+    if (method := method_of(trainer)) is not None:
+        notes.insert(-1, f"Left out: how columns moved, as {type(method).__name__} trains none.")
     Console(stderr=True).print(*notes[1:-1], sep="\n", highlight=False, soft_wrap=True)
     store = Store(output / "points")
     Measurement(history, module, trainer, store, known.k).measure(measured, steps)
-    layers, whole = _moved(history, steps, store)
+    layers, whole = _moved(history, steps, store) if method is None else ({}, {})
     rows = step_rows({step: history.points[step] for step in steps}, measured, layers, whole)
     recited = recited_rows(measured[0], datamodule.tokenizer)
     print_steps(rows, [one.rows.name for one in measured], Console())
@@ -75,7 +76,7 @@ def _moved(
 ) -> tuple[dict[int, list[Movement]], dict[int, tuple[float, float | None]]]:
     """How each layer moved, and all together, by step; the last step of the history is the direction."""
     final = max(history.points)
-    names = {step: read_json(history.path(step) / SETTINGS).get("checksum") for step in {*steps, final}}
+    names = {step: adapter_checksum(history.path(step)) for step in {*steps, final}}
     layers: dict[int, list[Movement]] = {}
     whole: dict[int, tuple[float, float | None]] = {}
     last = None
@@ -120,8 +121,10 @@ def _write(
 ) -> list[Path]:
     """Write the tables, the plots and the page."""
     write_csv(rows, output / "dynamics.csv")
-    of_layers = [{"step": step, **layer} for step, of_step in sorted(layers.items()) for layer in of_step]
-    write_csv(of_layers, output / "layers.csv")
+    names = ["dynamics", "recited"]
+    if of_layers := [{"step": step, **layer} for step, of_step in sorted(layers.items()) for layer in of_step]:
+        write_csv(of_layers, output / "layers.csv")
+        names.insert(1, "layers")
     write_csv(recited, output / "recited.csv", RECITED_COLUMNS)
     figures = _figures(rows, layers)
     for name, (image, _) in figures.items():
@@ -131,14 +134,14 @@ def _write(
     with replacing(index) as temporary:
         title = f"Dynamics of {history.directory}"
         temporary.write_text(page(title, notes, figures, rows, recited), encoding="utf-8")
-    return [*(output / f"{name}.csv" for name in ("dynamics", "layers", "recited")), index]
+    return [*(output / f"{name}.csv" for name in names), index]
 
 
 def _figures(rows: Sequence[Row], layers: Mapping[int, list[Movement]]) -> dict[str, tuple[bytes, str]]:
     def of(prefix: str) -> dict[str, Any]:
         return {name: name.partition("/")[2] for name in rows[0] if name.startswith(prefix)}
 
-    return {
+    figures = {
         "Loss": (
             draw([("loss per token (nats)", lines(rows, of("loss/")))]),
             "Training rows below held-out ones: learned of them alone. Rising: forgotten.",
@@ -152,6 +155,10 @@ def _figures(rows: Sequence[Row], layers: Mapping[int, list[Movement]]) -> dict[
             ),
             "Recited more of training rows than of held-out ones: memorized. Of both alike: it follows from others.",
         ),
+    }
+    if not layers:
+        return figures
+    return figures | {
         "Movement": (
             draw(
                 [

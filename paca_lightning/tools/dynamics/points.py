@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from paca_lightning.adapters.adapter import load_adapter
-from paca_lightning.adapters.files import SETTINGS, read_json
+from paca_lightning.adapters.files import CONFIG, SETTINGS, read_json
 from paca_lightning.adapters.history import History
-from paca_lightning.core.checksums import tensor_checksum
+from paca_lightning.core.checksums import settings_checksum, tensor_checksum
+from paca_lightning.core.sealed_files import read_checksums
+from paca_lightning.other_methods.adapted import AdaptedModel
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.packing_probe import check_packing
 from paca_lightning.tools.dynamics.recitation import LONGEST, SHORTEST, Excerpt, recited
 from paca_lightning.tools.dynamics.row_sets import RowSet
+from paca_lightning.tools.dynamics.run import method_of
 from paca_lightning.tools.dynamics.store import Store
 
 LOSS, RECITED = "loss", "recited"
@@ -55,6 +59,7 @@ class Measurement:
     def __init__(self, history: History, module: CausalLMModule, trainer: Trainer, store: Store, k: int) -> None:
         self.history, self.module, self.trainer, self.store, self.k = history, module, trainer, store, k
         self._loaded: int | None = None
+        self._adapted: AdaptedModel | None = None  # by another method than PaCA
 
     def measure(self, results: Sequence[Measured], steps: Sequence[int]) -> None:
         """Measure sets of rows at some steps, or read what is kept, with a progress bar.
@@ -83,7 +88,7 @@ class Measurement:
     def _keys(self, step: int, digest: str) -> Iterator[dict[str, Any]]:
         hparams = self.module.hparams
         shared = {
-            "adapter": read_json(self.history.path(step) / SETTINGS).get("checksum"),
+            "adapter": adapter_checksum(self.history.path(step)),
             "rows": digest,
             "model": {name: hparams.get(name) for name in ("model", "revision", "dtype", "attn_implementation")},
             "precision": str(self.trainer.precision),
@@ -106,15 +111,27 @@ class Measurement:
         """Put a step's adapter into the model, which is built before the first one."""
         if step == self._loaded:
             return
-        first = self._loaded is None
-        if first:
-            self.module.configure_model()
-        load_adapter(self.module, self.history.path(step))
-        if first:  # as a run does: convert, then cast, then move
-            self.trainer.precision_plugin.convert_module(self.module)
-            self.module.to(self.trainer.strategy.root_device)
+        path = self.history.path(step)
+        if self._loaded is None:
+            self._build(path)
+        if self._adapted is None:
+            load_adapter(self.module, path)
+        else:
+            self._adapted.start_from(str(path))
         self.module.eval()
         self._loaded = step
+
+    def _build(self, adapter: Path) -> None:
+        """Build the model as a run does: convert or adapt, then cast, then move."""
+        self.module.configure_model()
+        if (method := method_of(self.trainer)) is None:
+            load_adapter(self.module, adapter)
+        else:
+            self._adapted = method.adapt_base(self.module)
+        self.trainer.precision_plugin.convert_module(self.module)
+        if self._adapted is not None:
+            self._adapted.keep_wide()
+        self.module.to(self.trainer.strategy.root_device)
 
 
 def mean_loss(module: CausalLMModule, rows: RowSet) -> float | None:
@@ -126,6 +143,17 @@ def mean_loss(module: CausalLMModule, rows: RowSet) -> float | None:
     loss = float(module.val_loss.compute())
     module.val_loss.reset()
     return loss if math.isfinite(loss) else None
+
+
+def adapter_checksum(adapter: Path) -> str:
+    """A checksum of an adapter's settings and tensors, as its directory tells.
+
+    Raises:
+        PaCAError: If the directory does not tell, or is damaged.
+    """
+    if (adapter / SETTINGS).is_file():
+        return str(read_json(adapter / SETTINGS).get("checksum"))
+    return settings_checksum({"settings": read_json(adapter / CONFIG), "files": read_checksums(adapter)})
 
 
 def _digest(rows: RowSet) -> str:

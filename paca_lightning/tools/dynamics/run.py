@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
+from paca_lightning.callbacks.adapter_method import AdapterMethodStrategy
+from paca_lightning.callbacks.loreft_strategy import LoReFTStrategy
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.instruction import InstructionDataModule
@@ -17,8 +19,10 @@ from paca_lightning.tools.run_version import CONFIG_NAME
 KEPT = ("seed_everything", "model", "data")
 """What of a config says how model and data are built."""
 KEPT_OF_TRAINER = ("accelerator", "precision")
-"""What of its trainer changes a loss. Callbacks would train, save and print."""
-MEASURING = {"devices": 1, "logger": False, "enable_checkpointing": False, "callbacks": None}
+"""What of its trainer changes a loss."""
+METHODS = ("BottleneckStrategy", "LoReFTStrategy", "PEFTStrategy")
+"""Callbacks that say what adapters are of. All others would train, save and print."""
+MEASURING = {"devices": 1, "logger": False, "enable_checkpointing": False}
 
 
 def read_run(config: Path, overrides: list[str]) -> tuple[CausalLMModule, InstructionDataModule, Trainer]:
@@ -32,7 +36,7 @@ def read_run(config: Path, overrides: list[str]) -> tuple[CausalLMModule, Instru
         The module, the data module, and a trainer on one device of the run's accelerator and precision.
 
     Raises:
-        PaCAError: If the config cannot be used, or the run has a module or data of another kind.
+        PaCAError: If the config cannot be used, or the run has a module, data or a method that is not measured.
     """
     try:
         settings: Any = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -43,6 +47,7 @@ def read_run(config: Path, overrides: list[str]) -> tuple[CausalLMModule, Instru
     trainer = settings.get("trainer") or {}
     kept = {name: settings[name] for name in KEPT if name in settings}
     kept["trainer"] = {name: trainer[name] for name in KEPT_OF_TRAINER if name in trainer} | MEASURING
+    kept["trainer"]["callbacks"] = [one for one in trainer.get("callbacks") or [] if _class_name(one) in METHODS]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(kept, file)
         file.flush()
@@ -50,9 +55,27 @@ def read_run(config: Path, overrides: list[str]) -> tuple[CausalLMModule, Instru
     for given, wanted in ((cli.model, CausalLMModule), (cli.datamodule, InstructionDataModule)):
         if not isinstance(given, wanted):
             raise PaCAError(
-                f"dynamics looks at runs with a {wanted.__name__}, and {config} has a {type(given).__name__}."
+                f"dynamics measures runs with a {wanted.__name__}, whose rows can be recited, and {config} has a "
+                f"{type(given).__name__}. Of other runs, each point.json holds the losses, and `validate` takes a "
+                "point as the adapter of the strategy's callback."
             )
+    if isinstance(method_of(cli.trainer), LoReFTStrategy):
+        raise PaCAError(
+            "dynamics cannot measure LoReFT: it edits the tokens of a prompt, and here prompt and answer go through "
+            "the model together. Each point.json holds the losses, and `validate` takes a point: "
+            "LoReFTStrategy(adapter=...)."
+        )
     return cli.model, cli.datamodule, cli.trainer
+
+
+def method_of(trainer: Trainer) -> AdapterMethodStrategy | None:
+    """What a run trains adapters by; None if it is PaCA, whose adapters tell all that is needed."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, AdapterMethodStrategy)), None)
+
+
+def _class_name(callback: Any) -> str:
+    return str(callback.get("class_path")).rpartition(".")[2] if isinstance(callback, dict) else ""
 
 
 def config_beside(history: Path, given: str | None) -> Path:

@@ -29,7 +29,7 @@ def step_rows(
     Args:
         points: By step, of the steps that were measured.
         measured: The sets of rows.
-        layers: How each layer moved, by step.
+        layers: How each layer moved, by step; empty where no columns are trained.
         whole: Norm of all updates together and their cosine to the last ones, by step.
     """
     rows = []
@@ -44,9 +44,10 @@ def step_rows(
             row[f"recited/{name}"] = exact / len(counts) if counts else None
             row[f"recited tokens/{name}"] = sum(counts) / sum(lengths) if counts else None
             row[f"longest/{name}"] = max(counts, default=None)
-        ranks = [layer["effective_rank"] for layer in layers[step] if layer["effective_rank"] is not None]
-        row |= {"norm": whole[step][0], "cosine": whole[step][1]}
-        row["effective_rank"] = sum(ranks) / len(ranks) if ranks else None
+        if whole:
+            ranks = [layer["effective_rank"] for layer in layers[step] if layer["effective_rank"] is not None]
+            row |= {"norm": whole[step][0], "cosine": whole[step][1]}
+            row["effective_rank"] = sum(ranks) / len(ranks) if ranks else None
         rows.append(row)
     return rows
 
@@ -96,12 +97,13 @@ def print_steps(rows: Sequence[Row], sets: Sequence[str], console: Console) -> N
     table = Table(box=None)
     for heading in ("step", *(f"loss {name}" for name in sets), *(f"recited {name}" for name in sets)):
         table.add_column(heading, justify="right")
-    for heading in ("norm", "cosine"):
+    moved = [heading for heading in ("norm", "cosine") if heading in rows[0]]
+    for heading in moved:
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [str(row["step"]), *(shown(row[f"loss/{name}"]) for name in sets)]
         cells += [shown(row[f"recited/{name}"], percent=True) for name in sets]
-        table.add_row(*cells, shown(row["norm"]), shown(row["cosine"]))
+        table.add_row(*cells, *(shown(row[heading]) for heading in moved))
     console.print(table)
 
 

@@ -120,14 +120,19 @@ def one_replica(
     return result
 
 
-def both(*arguments: Any, **settings: list[Any]) -> list[Any]:
-    """Two replicas in threads of this process."""
-    with ThreadPoolExecutor(2) as pool:
+def together(count: int, *arguments: Any, **settings: list[Any]) -> list[Any]:
+    """Replicas in threads of this process, which exchange over TCP."""
+    with ThreadPoolExecutor(count) as pool:
         waiting = [
             pool.submit(one_replica, number, *arguments, **{name: values[number] for name, values in settings.items()})
-            for number in range(2)
+            for number in range(count)
         ]
         return [each.result(HANG) for each in waiting]
+
+
+def both(*arguments: Any, **settings: list[Any]) -> list[Any]:
+    """Two of them."""
+    return together(2, *arguments, **settings)
 
 
 def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -39,12 +39,10 @@ def rows_file(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learned three rows by heart, with its history."""
-    directory = tmp_path_factory.mktemp("run")
+def run_config(directory: Path, strategy: dict[str, Any]) -> dict[str, Any]:
+    """A run that learns three rows by heart, with its history."""
     model = str(tiny_model_directory(directory / "model"))
-    config = {
+    return {
         "seed_everything": 0,
         "trainer": {
             "accelerator": "cpu",
@@ -57,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(directory), "name": None}},
             "callbacks": [
                 {"class_path": "AdapterHistory", "init_args": {"every_n_steps": 20, "log_spaced_to": 8}},
-                {"class_path": "PaCAStrategy", "init_args": {"config": {"r": 16, "modules_to_save": ["lm_head"]}}},
+                strategy,
             ],
         },
         "model": {
@@ -78,11 +76,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             },
         },
     }
-    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def trained_run(directory: Path, strategy: dict[str, Any]) -> Path:
+    """The directory of such a run."""
+    (directory / "config.yaml").write_text(yaml.safe_dump(run_config(directory, strategy)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["paca-lightning"])
         main(["fit", "--config", str(directory / "config.yaml")])
     return directory / "version_0"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of PaCA."""
+    paca = {"class_path": "PaCAStrategy", "init_args": {"config": {"r": 16, "modules_to_save": ["lm_head"]}}}
+    return trained_run(tmp_path_factory.mktemp("run"), paca)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,26 @@
+"""The adapter of a run's module, whichever method trains it: PaCA's columns or another method's parameters."""
+
+from pathlib import Path
+
+from torch import nn
+
+from paca_lightning.adapters.adapter import save_adapter
+from paca_lightning.layers.base import paca_layers
+from paca_lightning.other_methods.adapted import adapted_model
+
+
+def trains_adapter(module: nn.Module) -> bool:
+    """Whether a method trains an adapter of the module."""
+    return adapted_model(module) is not None or any(paca_layers(module))
+
+
+def save_trained(module: nn.Module, directory: Path) -> None:
+    """Write the adapter of a module. Collective: call it on every rank, of which the first writes.
+
+    Raises:
+        PaCAError: If training diverged, or the directory cannot be written.
+    """
+    if (adapted := adapted_model(module)) is not None:
+        adapted.save(directory)
+    else:
+        save_adapter(module, directory)
