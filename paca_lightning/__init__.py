@@ -12,6 +12,7 @@ from paca_lightning.registration import LIGHTNING, register_with_lightning
 if TYPE_CHECKING:
     from paca_lightning.adapters.adapter import load_adapter, save_adapter
     from paca_lightning.adapters.export import export_lora, export_merged
+    from paca_lightning.adapters.peft_paca import export_peft_paca
     from paca_lightning.adapters.weighted import merge_adapters
     from paca_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
     from paca_lightning.callbacks.adapter_history import AdapterHistory
@@ -60,6 +61,7 @@ __all__ = [
     "disable_paca",
     "export_lora",
     "export_merged",
+    "export_peft_paca",
     "load_adapter",
     "merge",
     "merge_adapters",
@@ -94,6 +96,7 @@ _MODULES = {  # the same as above, for Python: tests/test_imports.py compares th
     "disable_paca": "conversion.revert",
     "export_lora": "adapters.export",
     "export_merged": "adapters.export",
+    "export_peft_paca": "adapters.peft_paca",
     "load_adapter": "adapters.adapter",
     "merge": "conversion.revert",
     "merge_adapters": "adapters.weighted",

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from paca_lightning.adapters.absolute import updates_of
 from paca_lightning.adapters.files import (
     CONFIG,
     PREFIX,
@@ -95,8 +96,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
 
     Args:
         model: The base model the adapter was trained on, or a module around it.
-        directory: What ``save_adapter`` wrote, PEFT's own PaCA adapter, or a Lightning checkpoint of a run with
-            PaCAStrategy: a ``.ckpt`` file, or the directory of a sharded one.
+        directory: What ``save_adapter`` wrote, an adapter of PEFT's own PaCA (0.22) or of the fork by PaCA's authors,
+            or a Lightning checkpoint of a run with PaCAStrategy: a ``.ckpt`` file, or the directory of a sharded one.
         name: Of one of several adapters. Its rank, columns and targets need not be those of others. None: the adapter
             takes the place of the active one, whose settings must be the same.
 
@@ -154,12 +155,13 @@ def load_saved(model: nn.Module, adapter: SavedAdapter, *, quantize: bool = True
         check_layers(layers, tensors, settings)
         targets = whole_targets(inventory, tensors.whole, settings)
         check_base_model(layers, adapter)
+        deltas = updates_of(layers, tensors) if tensors.absolute else tensors.deltas
         check_quantizable(layers, config)
     with torch.no_grad():
         for path, layer in layers.items():
             layer.move_to_columns(tensors.indices[path].to(layer.paca_indices.device))
             layer.paca_pending = None
-            copy_into(layer.paca_delta, in_own_steps(tensors.deltas[path], layer))
+            copy_into(layer.paca_delta, in_own_steps(deltas[path], layer))
             layer.write_columns()
         for tensor, original in changed_state(model).values():  # what an adapter does not hold is as in the base model
             overwrite(tensor, original)

@@ -1,19 +1,17 @@
 """Exports of a trained model for other programs: a plain Hugging Face checkpoint, or an exact LoRA adapter."""
 
 import copy
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from paca_lightning.adapters.export_files import Tokenizer, tensors_of, write_adapter
 from paca_lightning.adapters.exported import (
-    check_lora_can_hold,
+    check_adapter_can_hold,
     check_quantized_base,
     hugging_face_model,
     named_paca_layers,
@@ -41,13 +39,6 @@ DTYPE = torch.bfloat16
 SHARD_SIZE = "5GB"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 """Names of weight files. Those of an earlier export are removed: from_pretrained would mix them with the new ones."""
-
-
-class Tokenizer(Protocol):
-    """A tokenizer that can be saved beside a model."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Any:
-        """Write the tokenizer to a directory."""
 
 
 def export_merged(
@@ -127,7 +118,7 @@ def export_lora(
             adapter cannot hold, or what PEFT refuses or would read as something else.
     """
     model = part_of(model, path)
-    check_lora_can_hold(model)
+    check_adapter_can_hold(model, "LoRA")
     inventory = take_inventory(model)
     layers = inventory.named_layers()
     check_quantized_base(layers)
@@ -140,9 +131,6 @@ def export_lora(
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = lora_factors(layer, rank, scaling)
     base_entries = base_model_entries(inventory.base_model)
     whole = whole_modules(inventory, base_entries["task_type"])
-    for name, module in whole.items():
-        for own_name, tensor in module.state_dict().items():  # copies, as several names may be of one memory
-            tensors[f"{PREFIX}{name}.{own_name}"] = whole_tensor(tensor).clone(memory_format=torch.contiguous_format)
     settings = {
         "peft_type": "LORA",
         **base_entries,
@@ -157,15 +145,7 @@ def export_lora(
         "bias": "none",
         "inference_mode": True,
     }
-    if not is_first_rank():
-        return
-    with written_aside(directory) as scratch:
-        save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-        seal_weights(scratch)
-        text = json.dumps(settings, indent=2) + "\n"
-        Path(scratch / "adapter_config.json").write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+    write_adapter(directory, tensors | tensors_of(whole), settings, tokenizer)
 
 
 def check_no_adapter(directory: str | os.PathLike[str]) -> None:

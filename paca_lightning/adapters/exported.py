@@ -108,7 +108,7 @@ def target_parameters(inventory: Inventory) -> list[str]:
 
 
 def whole_modules(inventory: Inventory, task: str | None) -> dict[str, nn.Module]:
-    """Modules that a LoRA adapter holds whole, by each of their names.
+    """Modules that an adapter for PEFT holds whole, by each of their names.
 
     They are those trained whole, the head that PEFT expects for the task, and those that share a parameter with one of
     them: PEFT makes a copy of each that it is told of, and the others would keep the base weight.
@@ -148,22 +148,26 @@ def _check_name(name: str, module: nn.Module, inventory: Inventory) -> None:
         clash = next((path for path in map(inventory.relative, paths) if path.endswith(name)), None)
         if other is not module and clash is not None:
             raise PaCAError(
-                f"PEFT takes every module whose path ends with {name!r} for that one, here also {clash!r} (0.21), so a "
-                "LoRA adapter cannot hold it. Use export_merged."
+                f"PEFT takes every module whose path ends with {name!r} for that one, here also {clash!r} (0.21), so "
+                "its adapters cannot hold it. Use export_merged."
             )
 
 
-def check_lora_can_hold(model: nn.Module) -> None:
-    """Refuse what a LoRA adapter cannot hold, or what PEFT would not load.
+def check_adapter_can_hold(model: nn.Module, kind: str) -> None:
+    """Refuse what an adapter for PEFT cannot hold, or what PEFT would not load.
+
+    Args:
+        model: The converted model, or a module around it.
+        kind: Of the adapter: ``LoRA`` or ``PaCA``.
 
     Raises:
         PaCAError: If there is such a thing.
     """
     inventory = take_inventory(model)
     base = inventory.base_model
-    kind = getattr(getattr(base, "config", None), "model_type", None)
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
     refused = [path for path in named_paca_layers(model) if path.rpartition(".")[2] in MAMBA_REFUSED]
-    if kind in MAMBA_TYPES and refused:
+    if kind == "LoRA" and model_type in MAMBA_TYPES and refused:
         raise PaCAError(
             f"PEFT refuses a LoRA adapter on {refused[0]!r} of a Mamba model ({len(refused)} such layers). Use "
             "export_merged, or train with exclude_modules=['out_proj']."
@@ -173,23 +177,23 @@ def check_lora_can_hold(model: nn.Module) -> None:
     if mistaken:
         raise PaCAError(
             f"PEFT (0.21) takes {mistaken[0]!r} ({len(mistaken)} such layers) for a part of stacked experts, by its "
-            "name and the type of the model, so a LoRA adapter cannot hold it. Use export_merged."
+            f"name and the type of the model, so a {kind} adapter cannot hold it. Use export_merged."
         )
     outside = [path for path in (*inventory.layers, *inventory.saved) if not path.startswith(inventory.prefix)]
     if outside:
         raise PaCAError(
-            f"A LoRA adapter of {type(base).__name__} cannot hold {outside[0]!r} ({len(outside)} such modules), which "
-            f"is trained beside it. Use save_adapter, or path={inventory.base_path!r} for the model alone."
+            f"A {kind} adapter of {type(base).__name__} cannot hold {outside[0]!r} ({len(outside)} such modules), "
+            f"which is trained beside it. Use save_adapter, or path={inventory.base_path!r} for the model alone."
         )
     if changed := sorted(changed_state(model)):
         raise PaCAError(
-            f"A LoRA adapter cannot hold {changed[0]!r} ({len(changed)} such tensors), which changed beside the "
+            f"A {kind} adapter cannot hold {changed[0]!r} ({len(changed)} such tensors), which changed beside the "
             "columns. Use export_merged, or train the module whole: modules_to_save."
         )
 
 
 def check_quantized_base(layers: dict[str, PaCALayer]) -> None:
-    """Warn that a LoRA adapter meets another base than an NF4 run was trained on, and by how much it differs.
+    """Warn that an exported adapter meets another base than an NF4 run was trained on, and by how much it differs.
 
     The difference is measured on the trained columns, of which both values are known, in some layers.
     """
@@ -211,7 +215,7 @@ def check_quantized_base(layers: dict[str, PaCALayer]) -> None:
         else "all columns differ from those in training, about 9% (root mean square): the trained ones began quantized"
     )
     warnings.warn(
-        f"{len(quantized)} layers were trained on an NF4 base, and the LoRA adapter is for the full-precision model: "
+        f"{len(quantized)} layers were trained on an NF4 base, and the adapter is for the full-precision model: "
         f"there {which}, and outputs differ with them. export_merged writes the model that was trained.",
         stacklevel=3,
     )

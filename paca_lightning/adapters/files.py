@@ -17,17 +17,8 @@ CONFIG, TENSORS, SETTINGS = "adapter_config.json", "adapter_model.safetensors", 
 PREFIX = "base_model.model."
 
 
-def adapter_config(directory: str | os.PathLike[str]) -> PaCAConfig:
-    """The settings an adapter was trained with.
-
-    Raises:
-        PaCAError: As :func:`read_files`.
-    """
-    return read_files(Path(directory))[0]
-
-
-def read_files(directory: Path) -> tuple[PaCAConfig, AdapterSettings | None, str | None]:
-    """The settings of an adapter, what PEFT's layout has no place for (None: PEFT wrote it), and its base model's name.
+def read_files(directory: Path) -> tuple[dict[str, Any], AdapterSettings | None]:
+    """The settings of an adapter under PEFT's names, and what PEFT's layout has no place for (None: others wrote it).
 
     Raises:
         PaCAError: If the directory is not a PaCA adapter, or its two files of settings contradict each other.
@@ -39,34 +30,14 @@ def read_files(directory: Path) -> tuple[PaCAConfig, AdapterSettings | None, str
         )
         raise PaCAError(f"{directory / CONFIG}: {method}, not 'PACA'.")
     ours = read_settings(directory)
-    return _agreed(peft, ours, directory), ours, peft.get("base_model_name_or_path")
-
-
-def _agreed(peft: dict[str, Any], ours: AdapterSettings | None, directory: Path) -> PaCAConfig:
-    if ours is not None:
-        for name, value in shared_settings(ours.config).items():
-            here = peft.get(name)
-            if not _same_setting(here, value):
-                raise PaCAError(
-                    f"{directory}: {CONFIG} says {name}={here!r} and {SETTINGS} says {value!r}. Undo the change, "
-                    "or save the adapter again."
-                )
-        return ours.config
-    try:
-        if peft["paca_alpha"] is None:
-            raise PaCAError("paca_alpha is null, and the deltas mean nothing without it")
-        return PaCAConfig(
-            r=peft["r"],
-            alpha=peft["paca_alpha"],
-            target_modules=peft["target_modules"],
-            exclude_modules=_as_list(peft.get("exclude_modules")),
-            seed=peft.get("random_seed") or 0,
-            modules_to_save=_as_list(peft.get("modules_to_save")),
-        )
-    except KeyError as error:
-        raise PaCAError(f"{directory / CONFIG} has no {error}.") from error
-    except PaCAError as error:
-        raise PaCAError(f"{directory / CONFIG}: {error}") from error
+    for name, value in {} if ours is None else shared_settings(ours.config).items():
+        here = peft.get(name)
+        if not _same_setting(here, value):
+            raise PaCAError(
+                f"{directory}: {CONFIG} says {name}={here!r} and {SETTINGS} says {value!r}. Undo the change, "
+                "or save the adapter again."
+            )
+    return peft, ours
 
 
 def _same_setting(here: Any, value: Any) -> bool:
@@ -135,10 +106,6 @@ def shared_settings(config: PaCAConfig) -> dict[str, Any]:
         "random_seed": config.seed,
         "target_modules": config.target_modules,
     }
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value or []
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 from torch import Tensor
 
 from paca_lightning.adapters.checkpoint import read_checkpoint, read_note
-from paca_lightning.adapters.files import CONFIG, adapter_config, read_files
+from paca_lightning.adapters.files import CONFIG, TENSORS, read_files
+from paca_lightning.adapters.foreign import foreign_config
 from paca_lightning.adapters.head import Head
 from paca_lightning.adapters.settings import AdapterSettings
-from paca_lightning.adapters.tensors import AdapterTensors, read_tensors
+from paca_lightning.adapters.tensors import AdapterTensors, read_foreign, read_tensors, tensor_names
 from paca_lightning.core.checkpoints import SUFFIX, is_checkpoint_directory
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+
+HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""PEFT's names of tasks whose models have a head."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class SavedAdapter:
 
     Attributes:
         config: The settings of its conversion.
-        settings: What PEFT's layout has no place for; None if PEFT wrote the adapter.
+        settings: What PEFT's layout has no place for; None if another program wrote the adapter.
         tensors: Indices, deltas and what else was trained.
         base_model: Directory or hub id of the base model, if it is known.
         verified: Whether the bytes are known to be those that were saved.
@@ -51,9 +55,13 @@ def read_adapter(source: str | os.PathLike[str]) -> SavedAdapter:
     if is_checkpoint(path):
         note, tensors = read_checkpoint(path)
         return SavedAdapter(note.settings.config, note.settings, tensors, note.base_model, verified=True)
-    config, settings, base_model = read_files(path)
-    checksums = None if settings is None else settings.checksums
-    return SavedAdapter(config, settings, read_tensors(path, checksums), base_model, checksums is not None)
+    peft, settings = read_files(path)
+    base_model = peft.get("base_model_name_or_path")
+    if settings is None:
+        config, tensors = read_foreign(path, peft)
+        return SavedAdapter(config, None, tensors, base_model, verified=False)
+    tensors = read_tensors(path, settings.checksums)
+    return SavedAdapter(settings.config, settings, tensors, base_model, settings.checksums is not None)
 
 
 def saved_config(source: str | os.PathLike[str]) -> PaCAConfig:
@@ -63,17 +71,27 @@ def saved_config(source: str | os.PathLike[str]) -> PaCAConfig:
         PaCAError: As :func:`read_adapter`.
     """
     path = Path(source)
-    return read_note(path).settings.config if is_checkpoint(path) else adapter_config(path)
+    if is_checkpoint(path):
+        return read_note(path).settings.config
+    peft, settings = read_files(path)
+    return foreign_config(peft, tensor_names(path / TENSORS), path) if settings is None else settings.config
 
 
 def saved_head(source: str | os.PathLike[str]) -> Head | None:
     """The head over labels of the model that an adapter was trained on, if it had one.
 
     Raises:
-        PaCAError: As :func:`read_adapter`.
+        PaCAError: As :func:`read_adapter`, or if another program wrote the adapter of a head, without its labels.
     """
     path = Path(source)
-    settings = read_note(path).settings if is_checkpoint(path) else read_files(path)[1]
+    if is_checkpoint(path):
+        return read_note(path).settings.head
+    peft, settings = read_files(path)
+    if settings is None and peft.get("task_type") in HEAD_TASKS:
+        raise PaCAError(
+            f"{path}: another program wrote this adapter of a head ({peft['task_type']}), without its labels. "
+            "Build the model with transformers, and use load_adapter(model, directory)."
+        )
     return None if settings is None else settings.head
 
 

@@ -2,19 +2,24 @@
 
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from paca_lightning.adapters.files import PREFIX, SETTINGS, TENSORS
+from paca_lightning.adapters.foreign import foreign_config, foreign_tensors
 from paca_lightning.core.checksums import tensor_checksum
+from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.reading import check_file
 
+PICKLE = "adapter_model.bin"
 LARGEST_FILE = 64 * 2**30
 LARGEST_DELTA = 1e6
 LARGEST_VALUE = 1e18  # of modules trained whole, and of running statistics, which may be of any unit
@@ -30,15 +35,18 @@ class AdapterTensors:
         indices: Shape (r,), int64, by layer path.
         deltas: Shape (out_features, r), or (experts, out_features, r), by layer path.
         whole: Those of modules trained whole and what else had changed, by name.
+        absolute: Whether ``deltas`` are no updates but the trained columns over the scaling, as the fork of PaCA's
+            authors writes them: see ``absolute.py``.
     """
 
     indices: dict[str, Tensor]
     deltas: dict[str, Tensor]
     whole: dict[str, Tensor]
+    absolute: bool = False
 
 
 def read_tensors(directory: Path, checksums: Mapping[str, str] | None) -> AdapterTensors:
-    """The tensors of an adapter, each checked by itself.
+    """The tensors of an adapter of ours, each checked by itself.
 
     Args:
         directory: The adapter.
@@ -53,6 +61,23 @@ def read_tensors(directory: Path, checksums: Mapping[str, str] | None) -> Adapte
     if checksums is not None:
         _check_sums(tensors, checksums)
     return checked_tensors(tensors, file)
+
+
+def read_foreign(directory: Path, peft: Mapping[str, Any]) -> tuple[PaCAConfig, AdapterTensors]:
+    """The settings and tensors of an adapter that another program wrote.
+
+    Args:
+        directory: The adapter.
+        peft: The content of its ``adapter_config.json``.
+
+    Raises:
+        PaCAError: As :func:`read_tensors`, and if its settings mean nothing here.
+    """
+    file = directory / TENSORS
+    tensors = load_tensors(file)
+    config = foreign_config(peft, list(tensors), directory)
+    named, absolute = foreign_tensors(tensors, config, file)
+    return config, replace(checked_tensors(named, file), absolute=absolute)
 
 
 def checked_tensors(tensors: Mapping[str, Tensor], file: str | os.PathLike[str]) -> AdapterTensors:
@@ -113,19 +138,44 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         PaCAError: If it is missing or damaged.
     """
     tensors: dict[str, Tensor] = {}
+    with _opened(file) as opened:
+        for key in opened.keys():  # noqa: SIM118  (no mapping)
+            name = key.removeprefix(PREFIX)
+            if name in tensors:
+                raise PaCAError(f"{file} has {name!r} twice, with and without {PREFIX!r}. It is damaged.")
+            tensors[name] = opened.get_tensor(key)
+    return tensors
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names of a file's tensors, without PEFT's prefix, from its header alone.
+
+    Raises:
+        PaCAError: If it is missing or damaged.
+    """
+    with _opened(file) as opened:
+        return [key.removeprefix(PREFIX) for key in opened.keys()]  # noqa: SIM118  (no mapping)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A file of tensors, checked first. What safetensors says of a damaged one is said as our error."""
     try:
         check_file(file, LARGEST_FILE)
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (no mapping)
-                name = key.removeprefix(PREFIX)
-                if name in tensors:
-                    raise PaCAError(f"{file} has {name!r} twice, with and without {PREFIX!r}. It is damaged.")
-                tensors[name] = opened.get_tensor(key)
+            yield opened
     except FileNotFoundError as error:
-        raise PaCAError(f"{file} is missing: {str(file.parent)!r} is not a complete adapter directory.") from error
+        pickled = file.parent / PICKLE
+        hint = (
+            f", and {PICKLE} is a pickle, which may run code when it is read: save it with safe_serialization=True"
+            if pickled.exists()
+            else ""
+        )
+        raise PaCAError(
+            f"{file} is missing: {str(file.parent)!r} is not a complete adapter directory{hint}."
+        ) from error
     except (OSError, SafetensorError, AttributeError, RuntimeError) as error:  # the last two: dtypes torch has not
         raise PaCAError(f"{file} is damaged or truncated: {error}") from error
-    return tensors
 
 
 def _check_sums(tensors: Mapping[str, Tensor], checksums: Mapping[str, str]) -> None:

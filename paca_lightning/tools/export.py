@@ -5,6 +5,7 @@ from typing import Literal
 
 from paca_lightning.adapters.export import check_no_adapter, export_lora, export_merged
 from paca_lightning.adapters.files import SETTINGS
+from paca_lightning.adapters.peft_paca import export_peft_paca
 from paca_lightning.adapters.saved import saved_config
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable
@@ -15,20 +16,20 @@ def export(
     model: str,
     adapter: str,
     output: str,
-    format: Literal["merged", "lora"] = "merged",
+    format: Literal["merged", "lora", "peft-paca"] = "merged",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write a model with its adapter as a plain Hugging Face checkpoint, or the adapter as LoRA.
+    """Write a model with its adapter as a plain Hugging Face checkpoint, or the adapter for PEFT.
 
     Args:
         model: Hugging Face directory or hub id of the base model.
-        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or a Lightning checkpoint of a run: a
-            .ckpt file, or the directory of a sharded one. If an adapter has a tokenizer, that one is written, as it has
-            the chat template of training.
+        adapter: Adapter directory, such as the one that AdapterCheckpoint wrote, or one of PEFT's PaCA or of the fork
+            by PaCA's authors, or a Lightning checkpoint of a run: a .ckpt file, or the directory of a sharded one. If
+            an adapter has a tokenizer, that one is written, as it has the chat template of training.
         output: Directory to write. Other files in it stay, except weights of an earlier export.
         format: merged: a plain Hugging Face checkpoint in bf16. lora: an exact LoRA adapter of one rank, in PEFT's
-            layout, for servers that know only LoRA.
+            layout, for servers that know only LoRA. peft-paca: an adapter of PEFT's own PaCA (0.22).
         revision: Branch, tag or commit of the model on the hub.
         trust_remote_code: Run code that comes with the model.
 
@@ -45,7 +46,7 @@ def export(
     if format == "merged":
         check_no_adapter(output)
     # An adapter holds modules trained whole in fp32, which a bf16 model would round; deltas are fp32 in any model.
-    whole = format == "lora" and bool(saved_config(adapter).modules_to_save)
+    whole = format != "merged" and bool(saved_config(adapter).modules_to_save)
     dtype = "float32" if whole else "auto"
     models = ModelWithAdapters(
         model, [adapter], dtype, revision=revision, trust_remote_code=trust_remote_code, with_head=True
@@ -53,6 +54,8 @@ def export(
     built, tokenizer = models.model, models.tokenizer(models.names[0])
     if format == "merged":
         export_merged(built, output, tokenizer)
-    else:
+    elif format == "lora":
         export_lora(built, output, tokenizer)
+    else:
+        export_peft_paca(built, output, tokenizer)
     print(f"Written: {output}")

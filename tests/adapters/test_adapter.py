@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, paca_layers, save_adapter, write_columns
-from paca_lightning.adapters.files import PREFIX, adapter_config, sealed
+from paca_lightning.adapters.files import PREFIX, sealed
 from paca_lightning.adapters.fingerprint import sample_columns
+from paca_lightning.adapters.saved import saved_config
 from paca_lightning.core.checksums import tensor_checksum
 from tests.tiny import tiny_llama
 
@@ -438,9 +439,9 @@ def test_the_order_of_the_target_modules_does_not_matter(adapter: Path) -> None:
 
 def test_the_settings_can_be_read_alone(adapter: Path) -> None:
     expected = PaCAConfig(r=4, alpha=6.0, target_modules=["q_proj", "up_proj"])
-    assert adapter_config(adapter) == expected
+    assert saved_config(adapter) == expected
     with pytest.raises(PaCAError, match=r"nowhere/adapter_config\.json is missing"):
-        adapter_config(adapter.parent / "nowhere")
+        saved_config(adapter.parent / "nowhere")
 
 
 def test_values_of_large_layers_are_sampled_within_them() -> None:

@@ -240,9 +240,9 @@ def test_odd_json_is_refused(adapter: Path, text: str, message: str) -> None:
 @pytest.mark.parametrize("setting", ["target_modules", "exclude_modules"])
 def test_a_pattern_that_backtracks_without_end_is_stopped(adapter: Path, setting: str) -> None:
     hostile = r"(a|aa)+$"
-    (adapter / SETTINGS).unlink()
     value = hostile if setting == "target_modules" else [hostile]
     edit_json(CONFIG, lambda content: content | {setting: value})(adapter)
+    edit_json(SETTINGS, lambda content: content | {"config": content["config"] | {setting: value}})(adapter)
     model = nn.Module()
     model.add_module("a" * 60, tiny_llama())
     assert_refused(model, adapter, "takes more than 0.5 s on 'a")

@@ -134,6 +134,22 @@ TRANSFORMS = [
         "test_layers_that_are_read_and_never_called_are_left_alone",
     ),
 ]
+UNTRIED = "files as its source writes them, not PEFT itself: 0.22 was not on the registry in November 2026"
+ADAPTERS = [
+    ("PEFT's PaCA (0.22), to ours", f"bitwise; {UNTRIED}", "test_an_adapter_of_peft_means_its_columns"),
+    ("ours to PEFT's PaCA (0.22)", f"equal; {UNTRIED}", "test_an_export_computes_the_same_in_peft"),
+    (
+        "PEFT's PaCA itself, in both directions",
+        "skipped until PEFT 0.22 is installed",
+        "test_what_peft_trained_computes_the_same_here",
+    ),
+    (
+        "the fork of PEFT by PaCA's authors (`paca_w`), to ours",
+        "bitwise in bf16; files as its source writes them",
+        "test_an_adapter_of_the_fork_means_its_columns_bitwise_in_bf16",
+    ),
+    ("ours as LoRA, to PEFT", "equal", "test_a_lora_adapter_of_a_bf16_model_is_exact"),
+]
 OTHER_OPTIMIZERS = [
     ("SAM in manual optimization, through Lightning's wrapper", "test_sam_through_lightnings_wrapper"),
     ("a schedule-free optimizer in Fabric", "test_a_schedule_free_optimizer_in_fabric"),
@@ -178,6 +194,7 @@ def sections() -> Iterator[tuple[str, list[Row]]]:
     rows = [Row(name, "", "fit beside PaCAStrategy", test) for name in CALLBACKS]
     yield "Lightning's callbacks", rows + [Row(name, "", tried, test) for name, tried, test in OTHER_CALLBACKS]
     yield "Strategies and precisions", [Row(name, "", tried, test) for name, tried, test in STRATEGIES]
+    yield "Adapters of other programs", [Row(name, "", tried, test) for name, tried, test in ADAPTERS]
     test = "test_an_optimizer_trains_what_it_trains_in_the_reference"
     reference = "equal to weights that are a function of the deltas"
     rows = [Row(name, "", reference, test) for name in KINDS]

@@ -29,8 +29,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
-from paca_lightning.adapters.files import TENSORS, adapter_config
-from paca_lightning.adapters.saved import adapter_layers
+from paca_lightning.adapters.files import TENSORS
+from paca_lightning.adapters.saved import adapter_layers, saved_config
 from paca_lightning.core.checkpoints import METADATA
 from tests.processes import HANG, kill_group, lead_group
 
@@ -244,7 +244,7 @@ def check_whole(directory: Path) -> int:
         steps = max(steps, contents_of(path)["global_step"])
     for adapter in (directory / "adapter", directory / "last"):
         if adapter.exists():
-            adapter_config(adapter)
+            saved_config(adapter)
             adapter_layers(adapter)
     for saved in directory.rglob("config.yaml"):
         assert "trainer" in yaml.safe_load(saved.read_text())
