@@ -57,8 +57,11 @@ class _ExpertGradient(torch.autograd.Function):
         return grad_output, None, grad * (scale[0] if scale else ctx.scaling), None, None, None
 
 
+@torch.library.custom_op("paca_lightning::sorted_products", mutates_args=())
 def sorted_products(grad: Tensor, selected: Tensor, ends: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
     """The gradient of each expert's columns, for pairs sorted by expert.
+
+    One operator, as compilers and tensors without data do not know how many pairs each expert has.
 
     Args:
         grad: dy_SO, shape (pairs, out_features).
@@ -83,6 +86,11 @@ def sorted_products(grad: Tensor, selected: Tensor, ends: Tensor, experts: int, 
             result[expert] = column_product(grad[start:end].to(wide), selected[start:end].to(wide), dtype)
         start = end
     return result
+
+
+@sorted_products.register_fake
+def _(grad: Tensor, selected: Tensor, ends: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(experts, grad.shape[1], selected.shape[1], dtype=dtype)
 
 
 def pair_products(grad: Tensor, selected: Tensor, owners: Tensor, experts: int, dtype: torch.dtype) -> Tensor:

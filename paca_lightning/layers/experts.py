@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.paths import EXPERT_COLUMNS
 from paca_lightning.core.private.torch import apply_to_tensors
+from paca_lightning.core.private.transformers import is_experts
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.expert_taps import TappedWeight
 from paca_lightning.layers.plain import inside_transform, is_replaced, with_columns
@@ -82,7 +83,7 @@ def expert_weights(module: nn.Module) -> Iterator[tuple[str, ExpertWeight]]:
 
     Weights that are converted are left out: they have a child of their own.
     """
-    if not all(hasattr(module, name) for name in ("num_experts", "has_gate", "is_transposed")):
+    if not is_experts(module):
         return
     for name, parameter in module.named_parameters(recurse=False):
         if name in STACKED and parameter.dim() == 3 and not hasattr(module, EXPERT_COLUMNS + name):

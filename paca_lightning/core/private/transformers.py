@@ -18,6 +18,11 @@ def experts_implementation(config: Any) -> str | None:
     return getattr(config, "_experts_implementation", None)
 
 
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds stacked experts and dispatches to transformers' forwards of them."""
+    return all(hasattr(module, name) for name in ("num_experts", "has_gate", "is_transposed"))
+
+
 def splits_experts(module: nn.Module) -> bool:
     """Whether transformers has spread a module's experts over devices; it tells nobody else."""
     return bool(getattr(module, "_is_expert_parallel", False))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating, should_log
+from paca_lightning.core.private.transformers import is_experts
 from paca_lightning.core.tokens import count_tokens
 
 
@@ -21,16 +22,25 @@ def flops_per_token(module: nn.Module, length: int) -> float:
     Per linear layer and token: 2 in·out FLOPs forward, 2 in·out for the gradient of the input, and 2 per trained
     parameter. That is 6 per weight in full training, and about 4 with frozen weights. Attention adds 12 d·T per layer
     (PaLM, arXiv 2204.02311, appendix B: d features of all heads, T tokens in a row, causality not discounted).
-    Recomputation does not count.
+    Of stacked experts count those that a token takes (``num_experts_per_tok``); routers and recomputation do not count.
 
     Args:
         module: Any module. Layers with ``in_features`` and ``out_features`` count, and Hugging Face's ``Conv1D``. The
             attention's shape is that of the first submodule with a Hugging Face ``config``, if there is one.
         length: Tokens in a row, T.
+
+    Raises:
+        PaCAError: If there are stacked experts, and no configuration says how many of them a token takes.
     """
     total = 0.0
     text = None
-    for part in module.modules():
+    columns: set[nn.Module] = set()  # layers beside the weights of experts, which count with them
+    for path, part in module.named_modules():
+        if part in columns:
+            continue
+        if is_experts(part):
+            columns = columns.union(part.children())
+            total += _flops_of_experts(path, part)
         config: Any = getattr(part, "config", None)
         if text is None and hasattr(config, "get_text_config"):
             text = config.get_text_config()
@@ -45,6 +55,19 @@ def flops_per_token(module: nn.Module, length: int) -> float:
     return total
 
 
+def _flops_of_experts(path: str, experts: Any) -> float:
+    """FLOPs per token of the experts that it takes, of which each has an equal share of all weights."""
+    count = getattr(getattr(experts, "config", None), "num_experts_per_tok", None)
+    if count is None:
+        raise PaCAError(
+            f"The FLOPs of {path!r} are unknown: its configuration has no num_experts_per_tok. Leave TokenThroughput "
+            "out, or use Lightning's ThroughputMonitor, which can be told them."
+        )
+    weights = sum(p.numel() for p in experts.parameters(recurse=False) if p.dim() == 3)
+    trained = sum(p.numel() for p in experts.parameters() if p.requires_grad and p.dim() == 3)
+    return (4 * weights + 2 * trained) * count / experts.num_experts
+
+
 class TokenThroughput(Callback):
     """Logs ``train/tokens_per_second`` of all devices together and ``train/mfu``, at the trainer's logging steps.
 
@@ -56,7 +79,8 @@ class TokenThroughput(Callback):
             dtype. Without an entry, as for a CPU, no MFU is logged.
 
     Raises:
-        PaCAError: If ``peak_flops`` is not positive; before the first step, if batches have no ``input_ids``.
+        PaCAError: If ``peak_flops`` is not positive; before the first step, if batches have no ``input_ids``, or if
+            a model with stacked experts does not say how many of them a token takes.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -74,7 +98,7 @@ class TokenThroughput(Callback):
         """Look up the device's peak and reset the counters."""
         device = pl_module.device
         self._peak = self.peak_flops or get_available_flops(device, _compute_dtype(trainer, pl_module))
-        self._flops_of_length.clear()
+        self._flops_of_length = {1: flops_per_token(pl_module, 1)}  # now, so that what it cannot count ends no step
         self._tokens, self._flops = torch.zeros(2, dtype=torch.float32, device=device).unbind()
         self._started = None
 

@@ -4,6 +4,7 @@ from torch import nn
 
 from paca_lightning.conversion.targets import Target, in_features_of
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.transformers import peft_takes_for_experts
 from paca_lightning.layers.experts import ExpertWeight
 
 
@@ -25,6 +26,29 @@ def features_of(targets: list[Target]) -> tuple[int, int]:
     return inputs, outputs
 
 
+def split_targets(targets: list[Target]) -> tuple[list[str], list[str]]:
+    """Paths of layers, and of stacked experts: PEFT's ``target_modules`` and ``target_parameters``."""
+    dense: list[str] = []
+    stacked: list[str] = []
+    for target in targets:
+        (stacked if isinstance(target.module, ExpertWeight) else dense).append(target.path)
+    return dense, stacked
+
+
+def check_names(model: nn.Module, dense: list[str]) -> None:
+    """Refuse LoRA on layers that PEFT would take for parts of stacked experts.
+
+    Raises:
+        PaCAError: If there are such layers.
+    """
+    taken = peft_takes_for_experts(getattr(model, "config", None))
+    if mistaken := [path for path in dense if path.rpartition(".")[2] in taken]:
+        raise PaCAError(
+            f"PEFT (0.21) takes {mistaken[0]!r} ({len(mistaken)} such layers) for a part of stacked experts, by its "
+            "name and the type of the model. Leave LoRA and DoRA out."
+        )
+
+
 def add_lora(
     model: nn.Module, r: int, targets: list[Target], *, use_dora: bool = False, fp32_adapters: bool = True
 ) -> nn.Module:
@@ -38,7 +62,7 @@ def add_lora(
         fp32_adapters: Otherwise adapters have the model's dtype.
 
     Raises:
-        PaCAError: If PEFT is not installed, or DoRA is asked for on stacked experts.
+        PaCAError: If PEFT is not installed, would adapt other layers, or DoRA is asked for on stacked experts.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -46,14 +70,15 @@ def add_lora(
         raise PaCAError(
             "LoRA and DoRA need PEFT, which is not installed. Run: pip install 'paca-lightning[bench]'."
         ) from error
-    stacked = [target.path for target in targets if isinstance(target.module, ExpertWeight)]
+    dense, stacked = split_targets(targets)
+    check_names(model, dense)
     if stacked and use_dora:
         raise PaCAError(f"PEFT's DoRA cannot adapt stacked experts such as {stacked[0]!r} (0.21). Leave dora out.")
     config = LoraConfig(
         r=r,
         lora_alpha=r,
         lora_dropout=0.0,
-        target_modules=[target.path for target in targets if target.path not in stacked],
+        target_modules=dense,
         target_parameters=stacked or None,
         use_dora=use_dora,
     )

@@ -95,6 +95,12 @@ def _announce(runs: Mapping[str, Sequence[MethodRuns]], plan: Plan) -> None:
                 trained = f"{one.method.count(task):,} parameters, lr {one.space}"
                 trials = f", {plan.trials} trials" if one.search is not None else ""
                 console.print(f"{name}: {one.method.label}: {trained}{trials}", highlight=False, soft_wrap=True)
+        for one in group:
+            if frozen := one.method.left_frozen(task):
+                why = f"PEFT adapts stacked experts with LoRA alone; {len(frozen)} weights stay frozen"
+                console.print(
+                    f"{name}: {one.method.label}: {why}, {frozen[0]!r} is one.", highlight=False, soft_wrap=True
+                )
         present = [short_name(entry) for entry in task.settings["trainer"]["callbacks"]]
         if left_out := [callback for callback in present if callback in LEFT_OUT]:
             console.print(f"{name}: left out of the runs: {', '.join(left_out)}.", highlight=False, soft_wrap=True)

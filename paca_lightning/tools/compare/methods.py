@@ -76,6 +76,10 @@ class Method:
         """
         return model.requires_grad_(True)
 
+    def left_frozen(self, task: Task) -> list[str]:
+        """Paths of stacked experts that PaCA trains in a task's model and this method, which adapts layers, cannot."""
+        return []
+
     def optimizer(self, model: nn.Module) -> Optimizer:
         """The optimizer whose steps are timed: of what a model trains that the method was applied to."""
         return fused_adamw(model)

@@ -11,6 +11,7 @@ from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.targets import resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError, did_you_mean
+from paca_lightning.tools.bench.lora import check_names, split_targets
 from paca_lightning.tools.compare.methods import Method
 from paca_lightning.tools.compare.own_methods import INSERTED, PROJECTED
 from paca_lightning.tools.compare.task import Settings, Task
@@ -66,7 +67,11 @@ class PEFTMethod(Method):
         if size is not None and SIZES[size] is not None:
             values[size] = SIZES[size]
         if {"r", "target_modules"} <= known:
-            values["target_modules"] = target_names(model, paca)
+            dense, stacked = split_targets(resolve(take_inventory(model), paca).targets)
+            values["target_modules"] = target_names(model, dense)
+            if self.peft_name == "lora":
+                check_names(model, dense)
+                values |= {"target_parameters": stacked} if stacked else {}
         if "adapter_layers" in known:
             values["adapter_layers"] = model.config.num_hidden_layers  # type: ignore[union-attr]
         if "modules_to_save" in known and paca.modules_to_save:
@@ -78,6 +83,12 @@ class PEFTMethod(Method):
         if type(model).__name__.endswith("ForCausalLM"):
             values.setdefault("task_type", "CAUSAL_LM")
         return values
+
+    @override
+    def left_frozen(self, task: Task) -> list[str]:
+        if self.peft_name == "lora" or not {"r", "target_modules"} <= self._fields:
+            return []
+        return split_targets(resolve(take_inventory(task.model), task.paca).targets)[1]
 
     @override
     def callbacks(self, task: Task, seed: int) -> list[Settings]:
@@ -130,9 +141,8 @@ def peft_method(name: str, label: str, options: dict[str, Any]) -> PEFTMethod:
     return PEFTMethod(label, options=own | options, peft_name=peft_name)
 
 
-def target_names(model: nn.Module, paca: PaCAConfig) -> list[str]:
-    """The layers that PaCA would train, by the last segments of their paths if these tell them from all others."""
-    targets = {target.path for target in resolve(take_inventory(model), paca).targets}
-    names = sorted({path.rpartition(".")[2] for path in targets})
+def target_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """Layers by the last segments of their paths if these tell them from all others, else by their paths."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
     matched = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in names}
-    return names if matched == targets else sorted(targets)
+    return names if matched == set(paths) else sorted(paths)

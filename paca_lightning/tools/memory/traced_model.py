@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from paca_lightning.activation_checkpointing.blocks import find_blocks
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import fake_tensors, init_fake_process_group
+from paca_lightning.core.private.transformers import experts_implementation
+from paca_lightning.layers.experts import ExpertWeight, PaCAExperts, expert_weights
 from paca_lightning.layers.nf4 import quantize_rows
 from paca_lightning.tools.memory.extrapolation import FEW, extrapolate
 from paca_lightning.tools.memory.timeline import Timeline
@@ -40,6 +42,7 @@ class TracedModel:
         quantize_rows(torch.zeros(1, 1))  # loads bitsandbytes now, so that its constants are real tensors
         self._trainer = _quiet_trainer(run.precision)
         self._module = self._build()
+        _check_experts(self._module)
         self._blocks = len(find_blocks(self._module, run.block_names))
 
     def step(self, *, tokens: int | None = None, batch_size: int | None = None, whole: bool = False) -> Timeline:
@@ -94,6 +97,27 @@ class TracedModel:
                 run.strategy.shard_model(module, mesh)
             optimizers = _optimizers(module, self._trainer)
             return trace_step(run, module, self._trainer.precision_plugin, optimizers, blocks)
+
+
+def _check_experts(module: nn.Module) -> None:
+    """Refuse stacked experts whose forward cannot be traced without data."""
+    for path, owner in module.named_modules():
+        stacked: list[ExpertWeight] = [child for child in owner.children() if isinstance(child, PaCAExperts)]
+        stacked += [weight for _, weight in expert_weights(owner)]
+        if not stacked:
+            continue
+        kind = experts_implementation(getattr(owner, "config", None))
+        if kind == "eager":
+            raise PaCAError(
+                f"{path!r} loops over the experts that its tokens chose (experts_implementation='eager'), which cannot "
+                "be estimated without data. Estimate with 'grouped_mm'."
+            )
+        dtype = str(stacked[0].weight.dtype).removeprefix("torch.")
+        if kind != "batched_mm" and dtype != "bfloat16":
+            raise PaCAError(
+                f"{path!r} has stacked experts in {dtype}, of which PyTorch can trace the grouped product in bfloat16 "
+                "only. Estimate with --trainer.precision bf16-true."
+            )
 
 
 @contextmanager

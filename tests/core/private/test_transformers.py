@@ -55,10 +55,18 @@ def test_attention_of() -> None:
         assert private.attention_of(model.config) == implementation
 
 
-@canary("transformers.experts_implementation", "transformers.splits_experts", "transformers.GROUPED_PRODUCTS")
+@canary(
+    "transformers.experts_implementation",
+    "transformers.is_experts",
+    "transformers.splits_experts",
+    "transformers.GROUPED_PRODUCTS",
+)
 def test_experts_say_how_they_compute() -> None:
     model = tiny_moe("mixtral")
     experts = model.model.layers[0].mlp.experts
+    assert [module for module in model.modules() if private.is_experts(module)] == [
+        layer.mlp.experts for layer in model.model.layers
+    ]
     for implementation in ("eager", "grouped_mm"):
         model.set_experts_implementation(implementation)
         assert private.experts_implementation(experts.config) == implementation

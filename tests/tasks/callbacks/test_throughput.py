@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,12 +7,14 @@ from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from paca_lightning import PaCAConfig, apply_paca
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.tokens import count_tokens
 from paca_lightning.tasks.callbacks import throughput
 from paca_lightning.tasks.callbacks.throughput import TokenThroughput, flops_per_token
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.collate import Documents, PadCollator
+from tests.moe import tiny_moe, tokens
 from tests.tasks.runs import batches, trainer
 from tests.tiny import tiny_llama, tiny_model_directory
 
@@ -38,6 +42,34 @@ def test_flops_of_frozen_weights_are_four_each():
 def test_flops_of_gpt2s_transposed_layers_count():
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16)).requires_grad_(False)
     assert flops_per_token(model, 0) == 4 * (8 * 24 + 8 * 8 + 2 * 8 * 32 + 8 * 16)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("trained", ["nothing", "columns", "all"])
+def test_flops_of_experts_are_those_of_the_experts_that_a_token_takes(kind, trained):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny_moe(kind, "eager", attn_implementation="eager").requires_grad_(trained == "all")
+    if trained == "columns":
+        apply_paca(model, PaCAConfig(r=4))
+    length = 24
+    with FlopCounterMode(display=False) as counter:
+        embedded = model.get_input_embeddings()(tokens(0, 1, length)).detach().requires_grad_(True)
+        model(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    routers = 2 * 2 * 2 * 4 * 32 + (trained == "all") * 2 * 2 * 4 * 32  # two blocks, four experts, 32 features
+    linears = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part.bias is not None]
+    biases = sum(
+        2 * part.bias.numel() for part in linears if trained == "all"
+    )  # a sum each, that PyTorch does not count
+    expected = flops_per_token(model, length) - biases + routers
+    assert counter.get_total_flops() == length * expected
+
+
+def test_experts_without_a_number_per_token_are_refused():
+    model = tiny_moe("mixtral")
+    model.model.layers[0].mlp.experts.config = SimpleNamespace()
+    with pytest.raises(PaCAError, match=r"FLOPs of 'model\.layers\.0\.mlp\.experts' are unknown.*num_experts_per_tok"):
+        flops_per_token(model, 8)
 
 
 def test_flops_of_attention_are_those_of_the_first_hugging_face_config():

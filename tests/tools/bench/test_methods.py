@@ -141,6 +141,13 @@ def test_experts_are_trained_by_all_methods_alike(kind: str) -> None:
         Method("dora", 2).apply(base)
 
 
+def test_dense_layers_that_peft_takes_for_experts_are_refused() -> None:
+    with pytest.raises(
+        PaCAError, match=r"PEFT .* takes 'model\.layers\.0\.mlp\.gate_proj' \(6 such layers\) for a part"
+    ):
+        Method("lora", 2).apply(tiny_moe("deepseek_v3"))
+
+
 def test_an_nf4_base_has_its_experts_frozen_with_every_method() -> None:
     base = tiny_moe("mixtral", hidden_size=64, num_key_value_heads=4, head_dim=16)
     assert stacked_experts(base) == [

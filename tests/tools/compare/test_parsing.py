@@ -1,5 +1,7 @@
 """Methods as users write them."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from paca_lightning.tools.compare.parsing import PARAMETERS, RANK, parse_method,
 from paca_lightning.tools.compare.peft_methods import PEFTMethod
 from paca_lightning.tools.compare.search import Space
 from paca_lightning.tools.compare.task import Task
-from tests.tools.compare.tasks import debug_task
+from tests.moe import moe_config
+from tests.tools.compare.tasks import ROOT, debug_task
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +126,24 @@ PEFT = "lora:4 dora:4 rslora:4 ia3 prefix:4 prompt:4 ptuning:4 llama-adapter:4 l
 def test_methods_of_peft_fit_the_model(text: str, task: Task) -> None:
     trained = parse_method(text).count(task)
     assert 0 < trained < parse_method("full").count(task)
+
+
+def test_lora_trains_stacked_experts_and_other_methods_say_that_they_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["paca-lightning"])
+    monkeypatch.chdir(ROOT)
+    moe_config("mixtral", vocab_size=512, max_position_embeddings=256).save_pretrained(tmp_path)
+    experts = debug_task(f"--model.init_args.model={tmp_path}", "--trainer.callbacks=PaCAStrategy")
+    # In two blocks: attention of 32 and 16 features, and four experts of 96 and 32 outputs.
+    outputs, inputs = 2 * (2 * 32 + 2 * 16 + 4 * (96 + 32)), 2 * (4 * 32 + 4 * (32 + 48))
+    assert parse_method("paca:4").count(experts) == 4 * outputs
+    assert parse_method("lora:4").count(experts) == 4 * (outputs + inputs)
+    assert parse_method("lora:4").left_frozen(experts) == []
+    assert len(parse_method("loha:4").left_frozen(experts)) == 4
+    with pytest.raises(PaCAError, match=r"'dora:4': PEFT refuses it: lora.ParamWrapper does not work with use_dora"):
+        parse_method("dora:4").count(experts)
+    moe_config("deepseek_v3", vocab_size=512, max_position_embeddings=256).save_pretrained(tmp_path)
+    shared = debug_task(f"--model.init_args.model={tmp_path}", "--trainer.callbacks=PaCAStrategy")
+    with pytest.raises(PaCAError, match=r"PEFT .* takes 'model\.layers\.0\.mlp\.gate_proj' .* for a part of stacked"):
+        parse_method("lora:4").count(shared)
