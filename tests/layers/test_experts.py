@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, disable_paca, paca_layers, write_columns
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, attach, disable_paca, paca_layers, write_columns
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.layers.expert_taps import TappedWeight
 from paca_lightning.layers.experts import PaCAExperts
+from paca_lightning.tasks.decoder_blocks import checkpoint_activations
 from tests.moe import MODELS, tiny_moe, tokens
 
 FORWARDS = ("eager", "batched_mm", "grouped_mm")
@@ -213,6 +214,54 @@ def test_activation_checkpointing_changes_no_gradient(selective: bool) -> None:
     loss_of(model).backward()
     for path, layer in layers.items():
         assert torch.equal(layer.paca_delta.grad, expected[path])  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "forward", "recomputed"),
+    [
+        *(("mixtral", forward, False) for forward in FORWARDS),
+        ("mixtral", "grouped_mm", True),
+        ("deepseek_v2", "grouped_mm", False),
+        ("gpt_oss", "grouped_mm", False),
+    ],
+)
+def test_compiled_blocks_train_as_eager_ones(kind: str, forward: str, recomputed: bool) -> None:
+    """Bitwise, over steps with other tokens in number: loops over experts break the graph, other forwards do not."""
+    torch.compiler.reset()
+    states = []
+    for compiled in (False, True):
+        model = tiny_moe(kind, forward)
+        layers = converted(model)
+        if recomputed:
+            checkpoint_activations(model, True)
+        for block in find_blocks(model) if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=forward != "eager" and not recomputed)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        handle = attach(optimizer, model)
+        for step, length in enumerate((12, 12, 9)):
+            ids = tokens(step, length=length)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        handle.remove()
+        states.append({path: layer.paca_delta.detach() for path, layer in layers.items()})
+    assert all(torch.equal(delta, states[1][path]) for path, delta in states[0].items())
+
+
+@pytest.mark.slow
+def test_inductor_gives_experts_the_same_gradients() -> None:
+    torch.compiler.reset()
+    model = tiny_moe("mixtral", num_hidden_layers=1)
+    layers = converted(model)
+    loss_of(model).backward()
+    expected = {path: layer.paca_delta.grad for path, layer in layers.items()}
+    model.zero_grad()
+    for block in find_blocks(model):
+        block.compile(fullgraph=True)
+    loss_of(model).backward()
+    for path, layer in layers.items():
+        assert difference(layer.paca_delta.grad, expected[path]) < 1e-6  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

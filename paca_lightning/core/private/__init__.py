@@ -43,7 +43,7 @@ OVERRIDES = (
             "layers.nf4_plain",
             "tasks.metrics",
             "tasks.wide_buffers",
-            "tools.memory.baselines",
+            "tools.memory.lora",
         ),
         "to(), half(), cuda() and Lightning's precision plugins all call it, and fp32 tensors stay wide in it",
     ),
