@@ -21,6 +21,7 @@ from paca_lightning.adapters.files import (
 )
 from paca_lightning.adapters.fingerprint import sample_columns
 from paca_lightning.adapters.fitting import check_base_model, check_layers, whole_targets
+from paca_lightning.adapters.head import check_labels, take_labels
 from paca_lightning.adapters.saved import SavedAdapter, read_adapter
 from paca_lightning.adapters.settings import settings_of
 from paca_lightning.adapters.tensors import implausible
@@ -117,7 +118,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
         else:
             hold_quantized_base(model, adapter.config)
             with adding_adapter(model, name):
-                report = load_saved(model, adapter, quantize=False)
+                report = load_saved(model, adapter, alone=False)
     if not adapter.verified and is_first_rank():
         log.warning("%s: the adapter has no checksums, so whether its bytes are as saved was not verified.", directory)
     if adapter.settings is not None and adapter.settings.fingerprint is None and is_first_rank():
@@ -129,16 +130,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     return report
 
 
-def load_saved(model: nn.Module, adapter: SavedAdapter, *, quantize: bool = True) -> ConversionReport:
+def load_saved(model: nn.Module, adapter: SavedAdapter, *, alone: bool = True) -> ConversionReport:
     """Convert a fresh base model as an adapter says, or take a converted one, and load the adapter into it.
 
     Args:
         model: The model.
         adapter: The adapter.
-        quantize: Whether to quantize, if its settings say so. It cannot be undone.
+        alone: Whether no other adapter comes beside it. Then the model is quantized if its settings say so, which
+            cannot be undone, and takes the names of its labels if it has none of its own.
 
     Raises:
-        PaCAError: If it does not fit. The model is then as it was.
+        PaCAError: If it does not fit, or its labels are not those of the model. The model is then as it was.
     """
     tensors, settings = adapter.tensors, adapter.settings
     inventory = take_inventory(model)
@@ -155,6 +157,8 @@ def load_saved(model: nn.Module, adapter: SavedAdapter, *, quantize: bool = True
         check_layers(layers, tensors, settings)
         targets = whole_targets(inventory, tensors.whole, settings)
         check_base_model(layers, adapter)
+        if alone:
+            check_labels(inventory.base_model, adapter.head)
         deltas = updates_of(layers, tensors) if tensors.absolute else tensors.deltas
         check_quantizable(layers, config)
     with torch.no_grad():
@@ -168,8 +172,9 @@ def load_saved(model: nn.Module, adapter: SavedAdapter, *, quantize: bool = True
         remember_thawed(model, {id(tensor) for tensor, _ in targets.values()})
         for tensor, value in targets.values():
             copy_into(tensor, value)
-    if quantize:
+    if alone:
         quantize_layers(layers, config)
+        take_labels(inventory.base_model, adapter.head)
     report.layers = layer_records(inventory)
     return report
 

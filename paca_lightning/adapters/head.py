@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from paca_lightning.core.errors import PaCAError
+
 KINDS = ("ForSequenceClassification", "ForTokenClassification")
 """Ends of class names of transformers' models with such a head."""
 
@@ -32,6 +34,36 @@ def head_entries(base_model: nn.Module | None) -> dict[str, Any] | None:
     config: Any = base_model.config
     names = [str(config.id2label[number]) for number in sorted(config.id2label)]
     return {"kind": kind, "labels": names, "problem_type": config.problem_type}
+
+
+def check_labels(base_model: nn.Module | None, head: Head | None) -> None:
+    """Refuse a model whose labels are called otherwise than those that an adapter's head was trained on.
+
+    Raises:
+        PaCAError: If both have names, and they differ or are in another order: each prediction would get a wrong one.
+    """
+    here = parse_head(head_entries(base_model))
+    if here is None or head is None or here.labels == head.labels or not (_named(here) and _named(head)):
+        return
+    raise PaCAError(
+        f"its head was trained on the labels {list(head.labels)}, in this order, and the model has "
+        f"{list(here.labels)}. Build the model with the adapter's labels (id2label), or with num_labels alone: it then "
+        "takes their names."
+    )
+
+
+def take_labels(base_model: nn.Module | None, head: Head | None) -> None:
+    """Give the labels of a model, if they have no names, those of an adapter's head."""
+    here = parse_head(head_entries(base_model))
+    if here is None or head is None or base_model is None or _named(here) or len(here.labels) != len(head.labels):
+        return
+    config: Any = base_model.config
+    config.id2label, config.label2id = dict(enumerate(head.labels)), {name: i for i, name in enumerate(head.labels)}
+
+
+def _named(head: Head) -> bool:
+    """Whether labels have names: transformers numbers them as LABEL_0, LABEL_1, and our data by their digits."""
+    return not all(name.removeprefix("LABEL_").isdigit() for name in head.labels)
 
 
 def parse_head(content: dict[str, Any] | None) -> Head | None:

@@ -43,6 +43,11 @@ class SavedAdapter:
         """Paths of layers that were frozen by hand."""
         return [] if self.settings is None else self.settings.left
 
+    @property
+    def head(self) -> Head | None:
+        """The head over labels of the model that it was trained on, if it had one and that is known."""
+        return None if self.settings is None else self.settings.head
+
 
 def read_adapter(source: str | os.PathLike[str]) -> SavedAdapter:
     """Read an adapter directory, or the adapter in a Lightning checkpoint.

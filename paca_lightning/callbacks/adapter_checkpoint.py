@@ -141,7 +141,10 @@ class AdapterCheckpoint(Callback):
                 rank_zero_info(f"Nothing was left to train. {elsewhere}")
                 return
             if self._trained:
-                rank_zero_warn(f"No validation gave {self.monitor!r} a value: the adapter is that of the last step.")
+                rank_zero_warn(
+                    f"No validation gave {self.monitor!r} a value: the adapter is that of the last step, in "
+                    f"{self._directory}."
+                )
         self._save(trainer, pl_module)
 
     @override

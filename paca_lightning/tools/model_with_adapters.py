@@ -18,6 +18,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id, plain_tokenizer
 from paca_lightning.tasks.new_heads import HeadTask, build_with_head
 from paca_lightning.tasks.pretrained import build_causal_lm
+from paca_lightning.tools.quiet import quiet
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ class ModelWithAdapters:
         tasks: dict[str | None, HeadTask] = {"multi_label_classification": "multi_label", "regression": "regression"}
         task = "tokens" if head.kind == "ForTokenClassification" else tasks.get(head.problem_type, "sequence")
         pad = pad_token_id(self.tokenizer(self.names[0]))
-        return build_with_head(self._base, task=task, labels=list(head.labels), pad_token_id=pad, **settings)
+        with quiet("transformers.modeling_utils", logging.ERROR):  # that the head is random: the adapter fills it
+            return build_with_head(self._base, task=task, labels=list(head.labels), pad_token_id=pad, **settings)
 
     @contextmanager
     def using(self, name: str) -> Iterator[PreTrainedTokenizerBase]:

@@ -250,6 +250,14 @@ def test_a_new_head_is_trained_whole_saved_loaded_merged_and_exported(
     fresh = hf.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=2)
     load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(logits_of(fresh, batch), expected)
+    assert fresh.config.id2label == {0: "animal", 1: "place"}  # it had none of its own
+    assert fresh.config.label2id == {"animal": 0, "place": 1}
+    names = {0: "place", 1: "animal"}
+    other = hf.AutoModelForSequenceClassification.from_pretrained(base, id2label=names, pad_token_id=2)
+    with pytest.raises(PaCAError, match=r"labels \['animal', 'place'\], in this order, .* has \['place', 'animal'\]"):
+        load_adapter(other, tmp_path / "adapter")
+    assert not list(paca_layers(other))
+    assert other.config.id2label == names
 
     # A run that begins with the adapter: its settings need not repeat the head.
     again = ClassifierModule(base)
