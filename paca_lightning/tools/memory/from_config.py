@@ -2,6 +2,7 @@
 
 import atexit
 import tempfile
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -95,8 +96,6 @@ def run_to_trace(
         raise PaCAError(
             f"{type(datamodule).__name__} does not say how long its sequences are. Give --tokens and --batch."
         )
-    if isinstance(module, EmbeddingModule):
-        raise PaCAError("A run of EmbeddingModule cannot be estimated yet. Measure a step of it.")
     if isinstance(module, ClassifierModule):
         module.take_settings(data.get("task"), data.get("labels") or TWO_LABELS, pad_token_id=0)
     if isinstance(module, PreferenceModule):
@@ -116,10 +115,22 @@ def run_to_trace(
         batch_size=batch,
         tokens=tokens,
         packed=bool(data.get("packing")),
+        texts=_count_texts(data) if isinstance(module, EmbeddingModule) else 1,
         accumulate=trainer.accumulate_grad_batches,
         accelerator=trainer.accelerator != "cpu",
     )
     return run, config
+
+
+def _count_texts(data: dict[str, Any]) -> int:
+    """Texts in a row of a data module for embeddings."""
+    if (columns := data.get("columns")) is None:
+        warnings.warn(
+            "Rows are estimated with an anchor and a positive, as no data are read. If they have a negative, too: "
+            "--data.init_args.columns '[anchor, positive, negative]'.",
+            stacklevel=3,
+        )
+    return len(columns or ("anchor", "positive"))
 
 
 def _count_devices(devices: Any) -> int:

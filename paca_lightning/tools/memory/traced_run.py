@@ -22,6 +22,7 @@ class TracedRun:
         precision: Lightning's name for it.
         batch_size: Sequences of a micro-batch, on each rank.
         tokens: Length of a sequence.
+        texts: Of a row, each of ``tokens``; of embeddings two or three.
         packed: Whether a sequence holds several documents, with positions of their own.
         accumulate: Micro-batches of an optimizer step.
         accelerator: Whether to trace what runs on an accelerator, or on a CPU.
@@ -36,6 +37,7 @@ class TracedRun:
     precision: str = "32-true"
     batch_size: int = 1
     tokens: int = 512
+    texts: int = 1
     packed: bool = False
     accumulate: int = 1
     accelerator: bool = True

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from paca_lightning.activation_checkpointing import blocks as checkpointing
 from paca_lightning.conversion.write_back import attach
-from paca_lightning.core.private.torch import shards_copied_before_gathering
+from paca_lightning.core.private.torch import shards_copied_before_gathering, tensors_in
 from paca_lightning.core.private.transformers import packing_not_detected
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.tasks.classifier import ClassifierModule
+from paca_lightning.tasks.embedding import EmbeddingModule
 from paca_lightning.tasks.preference import PreferenceModule
 from paca_lightning.tools.memory.timeline import Kind, Timeline
 from paca_lightning.tools.memory.traced_run import TracedRun
@@ -40,7 +41,7 @@ def trace_step(
     _take_step_before(run, module, optimizers, trained)
     tracer, batch = MemoryTracer(), _batch(run)
     _hold_state(tracer, run, module, optimizers, trained)
-    tracer.hold(batch.values(), Kind.ACTIVATIONS)
+    tracer.hold(tensors_in(batch), Kind.ACTIVATIONS)
     buckets = [torch.empty_like(parameter) for parameter in trained] if run.gradient_buckets else []
     tracer.hold(buckets, Kind.GRADIENTS)
     micro_batches = min(run.accumulate, 2)  # the second begins with the gradients of the first, as all later ones do
@@ -164,8 +165,11 @@ def _blocks_as_phases(tracer: MemoryTracer, blocks: list[nn.Module]) -> Iterator
             handle.remove()
 
 
-def _batch(run: TracedRun) -> dict[str, Tensor]:
-    """A batch of the run's shape, (batch, tokens); of preferences, twice as many conversations."""
+def _batch(run: TracedRun) -> dict[str, Any]:
+    """A batch of the run's shape, (batch, tokens); of preferences, twice as many; of embeddings, one for each text."""
+    if isinstance(run.module, EmbeddingModule):
+        texts = ("anchor", "positive", "negative")[: run.texts]
+        return {text: {"input_ids": torch.zeros((run.batch_size, run.tokens), dtype=torch.int64)} for text in texts}
     preferences = isinstance(run.module, PreferenceModule)
     ids = torch.zeros((run.batch_size * (1 + preferences), run.tokens), dtype=torch.int64)
     batch = {"input_ids": ids, "labels": ids.clone()}

@@ -13,7 +13,7 @@ from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.conversion.targets import resolve
 from paca_lightning.layers.experts import ExpertWeight
 from paca_lightning.strategies.fsdp2.strategy import FSDP2Strategy
-from paca_lightning.tasks import CausalLMModule
+from paca_lightning.tasks import CausalLMModule, EmbeddingModule
 from paca_lightning.tools.bench.lora import features_of, lora_rank
 from paca_lightning.tools.memory.baselines import FULL, LORA, PACA, Baseline
 from paca_lightning.tools.memory.traced_model import TracedModel
@@ -57,11 +57,12 @@ def _measured_peak(
     directory: str,
     strategy: FSDP2Strategy | None = None,
     dtype: str = "float32",
-    convert: Callable[[CausalLMModule], None] = _paca,
+    convert: Callable[[Any], None] = _paca,
+    embeddings: bool = False,
 ) -> int:
     """Most bytes of tensors in a real training step on this CPU, from PyTorch's allocator."""
     torch.manual_seed(0)
-    module = CausalLMModule(directory, pretrained=False, dtype=dtype)
+    module: Any = (EmbeddingModule if embeddings else CausalLMModule)(directory, pretrained=False, dtype=dtype)
     module.configure_model()
     convert(module)
     if strategy is not None:
@@ -70,9 +71,10 @@ def _measured_peak(
     if convert is _paca:
         attach(optimizer, module)
     ids = torch.randint(512, SHAPE)
+    texts = {name: {"input_ids": ids} for name in ("anchor", "positive")}
 
     def step() -> None:
-        loss = module.training_step({"input_ids": ids, "labels": ids}, 0)
+        loss = module.training_step(texts if embeddings else {"input_ids": ids, "labels": ids}, 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -92,6 +94,15 @@ def test_the_trace_is_what_a_real_step_needs(model_directory: str) -> None:
     measured = _measured_peak(model_directory)
     traced = TracedModel(llama_run(model_directory, accelerator=False)).step().peak
     assert traced == pytest.approx(measured, rel=0.03)
+
+
+def test_the_trace_of_embeddings_is_what_a_real_step_needs(model_directory: str) -> None:
+    measured = _measured_peak(model_directory, embeddings=True)
+    module = EmbeddingModule(model_directory, pretrained=False, dtype="float32")
+    settings: Any = {"batch_size": SHAPE[0], "tokens": SHAPE[1], "texts": 2, "accelerator": False}
+    traced = TracedModel(TracedRun(module=module, convert=PACA.converter(CONFIG), **settings))
+    assert traced.step().peak == pytest.approx(measured, rel=0.01)
+    assert traced.step().peak == traced.step(whole=True).peak
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT's: they match parameters

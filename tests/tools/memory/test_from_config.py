@@ -1,5 +1,6 @@
 """Runs to trace, from LightningCLI configs."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from transformers import LlamaForSequenceClassification
 
-from paca_lightning import PaCAError, apply_paca
+from paca_lightning import PaCAError, PaCAStrategy, apply_paca
 from paca_lightning.core.new_modules import declare_new
 from paca_lightning.strategies.hpu import HPUDDPStrategy, HPUFSDP2Strategy, SingleHPUStrategy
-from paca_lightning.tasks import CausalLMModule, ClassifierModule, EmbeddingModule
+from paca_lightning.tasks import CausalLMModule, ClassifierModule, EmbeddingDataModule, EmbeddingModule
 from paca_lightning.tools.memory.from_config import known_strategy, read_config, run_to_trace
 from paca_lightning.tools.memory.traced_model import TracedModel
 from tests.tiny import tiny_config, tiny_llama
@@ -86,11 +87,21 @@ def test_a_module_may_inherit_how_it_builds_its_model(model_directory: str) -> N
 
 
 @pytest.mark.parametrize("task", ["tokens", "multi_label", "regression"])
-def test_other_heads_are_estimated_and_embeddings_refused(task: Any, model_directory: str) -> None:
+def test_other_heads_are_estimated(task: Any, model_directory: str) -> None:
     config = ["--config", str(ROOT / "configs" / "classify-smollm2.yaml"), "--data.init_args.task", task]
     _, datamodule, trainer = read_config([*config, "--model.init_args.model", model_directory])
     module = ClassifierModule(model_directory, pretrained=False, task=task)
     run, _ = run_to_trace(module, datamodule, trainer, tokens=64, batch=2)
     assert TracedModel(run).step().peak > 0
-    with pytest.raises(PaCAError, match="EmbeddingModule cannot be estimated yet"):
-        run_to_trace(EmbeddingModule(model_directory), datamodule, trainer, tokens=64, batch=2)
+
+
+@pytest.mark.parametrize("columns", [None, ["a", "b"], ["a", "b", "c"]])
+def test_embeddings_have_two_texts_in_a_row_or_three(columns: list[str] | None, model_directory: str) -> None:
+    _, _, trainer = read_config(DEBUG)
+    trainer.callbacks = [PaCAStrategy()]
+    datamodule = EmbeddingDataModule(model_directory, train="rows.jsonl", columns=columns, max_length=64, batch_size=2)
+    module = EmbeddingModule(model_directory, pretrained=False)
+    with nullcontext() if columns else pytest.warns(UserWarning, match="estimated with an anchor and a positive"):
+        run, _ = run_to_trace(module, datamodule, trainer)
+    assert (run.texts, run.tokens, run.batch_size) == (len(columns or "ab"), 64, 2)
+    assert TracedModel(run).step().peak > 0
