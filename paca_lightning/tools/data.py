@@ -9,10 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.tasks.data.decode import decoded_runs
 from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.locations import skipped
 from paca_lightning.tasks.data.mixture import OnBadRow
@@ -20,13 +18,13 @@ from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.preference_data import PreferenceDataModule
+from paca_lightning.tasks.text_data import TextDataModule
+from paca_lightning.tools.marked_text import PERCENTILES, marked, shortened
 from paca_lightning.tools.run_config import lightning_cli
 from paca_lightning.tools.short_errors import PlainShortErrors
+from paca_lightning.tools.text_data import show_texts
 
-_PERCENTILES = (50, 90, 99, 100)
-_SAMPLE = 500  # characters of a shortened sample, so that all fits one screen of 100 columns and 40 lines
 _SENTENCES = 600  # characters of all sentences on the chat template, when shortened
-_RUNS = 8  # runs of trained or untrained tokens in a shortened sample
 
 
 def main(arguments: list[str]) -> None:
@@ -76,24 +74,28 @@ def main(arguments: list[str]) -> None:
     _show(of_files, known.samples, known.full)
 
 
-def data(datamodule: InstructionDataModule, samples: int = 2, full: bool = True) -> None:
+def data(datamodule: InstructionDataModule | TextDataModule, samples: int = 2, full: bool = True) -> None:
     """Print statistics of every split and some decoded training samples. No model is loaded.
 
     Args:
         datamodule: The data to show.
-        samples: How many conversations of the training split to print, from the first on. Trained tokens stand in ⟦ ⟧.
+        samples: How many rows of the training split to print, from the first on. Trained tokens stand in ⟦ ⟧.
         full: Print samples and remarks whole; otherwise shortened to fit one screen.
 
     Raises:
         PaCAError: If the data cannot be used, or the data module is of another class.
     """
-    if not isinstance(datamodule, InstructionDataModule):
+    if not isinstance(datamodule, InstructionDataModule | TextDataModule):
         raise PaCAError(
-            f"The data command shows an InstructionDataModule, but the config's data is {type(datamodule).__name__}."
+            "The data command shows the package's own data modules (InstructionDataModule, PreferenceDataModule, "
+            f"ClassificationDataModule, EmbeddingDataModule), but the config's data is {type(datamodule).__name__}."
         )
     datamodule.prepare_data()
     datamodule.setup()
-    _show(datamodule, samples, full)
+    if isinstance(datamodule, TextDataModule):
+        show_texts(datamodule, Console(), samples, full)
+    else:
+        _show(datamodule, samples, full)
 
 
 def _show(datamodule: InstructionDataModule, samples: int, full: bool) -> None:
@@ -103,7 +105,7 @@ def _show(datamodule: InstructionDataModule, samples: int, full: bool) -> None:
         remarks = split.report.describe_template()
         limit = max(200, _SENTENCES // max(1, len(remarks)))
         for sentence in (*skipped(datamodule.hparams[name] or ()), *split.report.describe_unused(), *remarks):
-            console.print(Text(f"{name}: {sentence if full else _shortened(sentence, limit)}"))
+            console.print(Text(f"{name}: {sentence if full else shortened(sentence, limit)}"))
     train = datamodule.splits["train"]
     for sample in train.dataset.select(range(min(samples, len(train.dataset)))):
         for name, part in _conversations(sample):
@@ -123,30 +125,6 @@ def _conversations(sample: dict[str, Any]) -> list[tuple[str, slice]]:
     if 0 < first < length:
         return [(", chosen", slice(0, first)), (", rejected", slice(first, length))]
     return [(", good" if first else ", bad", slice(0, length))]
-
-
-def marked(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], trained: list[bool], full: bool = True) -> Text:
-    """Decode tokens to text in which trained tokens stand in ⟦ ⟧, green on a terminal.
-
-    Args:
-        tokenizer: Decodes the tokens.
-        input_ids: Tokens (T,).
-        trained: Whether each is trained (T,).
-        full: The whole text; otherwise the first runs, each with its middle left out if it is long.
-    """
-    text, runs = Text(), decoded_runs(tokenizer, input_ids, trained)
-    shown = runs if full else runs[:_RUNS]
-    for part, on in shown:
-        part = part if full else _shortened(part, _SAMPLE // len(shown))
-        text.append(*((f"⟦{part}⟧", "bold green") if on else (part,)))
-    return text if len(shown) == len(runs) else text.append(f" … and {len(runs) - len(shown)} more parts")
-
-
-def _shortened(text: str, limit: int) -> str:
-    """A text on one line, with ↵ for line breaks, and without its middle if it is longer than the limit."""
-    line = text.replace("\n", "↵")
-    half = (limit - 3) // 2
-    return line if len(line) <= limit else f"{line[:half]} … {line[-half:]}"
 
 
 def _batches(loader: Any) -> str:
@@ -173,7 +151,7 @@ def _statistics(datamodule: InstructionDataModule) -> Table:
 
 def _length_statistics(split: TokenizedSplit) -> dict[str, str]:
     lengths = split.column("length")
-    percentiles = np.percentile(lengths, _PERCENTILES)
+    percentiles = np.percentile(lengths, PERCENTILES)
     rows = len(set(zip(split.column("file").tolist(), split.column("row").tolist(), strict=True)))
     return {
         "formats": ", ".join(split.report.formats) or "-",

@@ -1,13 +1,16 @@
 """The data command."""
 
 import io
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.tasks import ClassificationDataModule, EmbeddingDataModule
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tools import data as data_tool
 from tests.tasks.rows import FIXTURES, GOOD, chat, write_rows
@@ -76,6 +79,55 @@ def test_any_file_is_shown_on_one_screen(
         assert expected in printed
     data_tool.main([*arguments, "--on_bad_row", "drop", "--full"])
     assert capsys.readouterr().out.count("⟦So.\n") == 9
+
+
+LABELLED: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "sequence": (
+        [{"text": "Ice is wet.", "label": "yes"}, {"text": "A dog.", "label": "no"}, {"text": "No.", "label": "no"}],
+        ["Ice is wet.", "label: yes", "label 'no' | 2", "items with a loss | 3"],
+    ),
+    "multi_label": (
+        [{"text": "Ice is wet.", "labels": ["cold", "wet"]}, {"text": "A dog.", "labels": []}],
+        ["label: cold, wet", "label: none", "label 'cold' | 1"],
+    ),
+    "tokens": (
+        [{"tokens": ["Ice", "is", "wet"], "ner_tags": ["thing", "other", "other"]}],
+        ["⟦", "label: thing, other, other", "label 'other' | 2", "items with a loss | 3"],
+    ),
+    "regression": (
+        [{"text": "Ice is wet.", "label": 0.5}, {"text": "A dog.", "label": -2}],
+        ["label: 0.5", "smallest and largest label | -2, 0.5"],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", LABELLED)
+def test_the_data_tool_shows_texts_with_their_labels(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    monkeypatch.setattr(data_tool, "Console", lambda: console)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    rows, expected = LABELLED[task]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data_tool.data(ClassificationDataModule(str(tmp_path), str(path), task=task, batch_size=1))
+    shown = re.sub(r" *│ *", " | ", console.export_text())
+    for text in [*expected, f"batches in an epoch | {len(rows)}", "training row 1:"]:
+        assert text in shown
+
+
+def test_the_data_tool_shows_the_texts_of_an_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    monkeypatch.setattr(data_tool, "Console", lambda: console)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    row = {"anchor": "Is ice wet?", "positive": "Ice is wet.", "negative": "A dog barks."}
+    path = write_rows(tmp_path / "rows.jsonl", [row])
+    data_tool.data(EmbeddingDataModule(str(tmp_path), str(path)))
+    shown = console.export_text()
+    for name, text in row.items():
+        assert f"row 1, {name}:" in shown
+        assert text in shown
+    assert "anchor, positive, negative" in shown
 
 
 def test_the_data_tool_names_an_option_that_it_does_not_have() -> None:
