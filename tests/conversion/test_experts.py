@@ -262,6 +262,24 @@ def test_experts_trained_whole_or_excluded_have_no_columns() -> None:
     trained(model, 1)
 
 
+@pytest.mark.parametrize(("kind", "router"), [("mixtral", "mlp.gate"), ("gpt_oss", "mlp.router")])
+def test_routers_are_trained_if_asked_for(kind: str, router: str, tmp_path: Path) -> None:
+    model = tiny_moe(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if router in name}
+    report = apply_paca(model, PaCAConfig(r=4, modules_to_save=[router]))
+    assert [path for path in report.saved if path.endswith(router)] == [f"model.layers.{n}.{router}" for n in range(2)]
+    trained(model)
+    routers = {name: p for name, p in model.named_parameters() if name in before}
+    assert len(routers) == len(before) >= 2
+    assert not any(torch.equal(p, before[name]) for name, p in routers.items())
+    save_adapter(model, tmp_path)
+    loaded = tiny_moe(kind)
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    unload(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
 def test_a_conversion_that_fails_leaves_the_experts_as_they_were() -> None:
     model = tiny_moe("mixtral")
     before = copy.deepcopy(model.state_dict())
