@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from paca_lightning.tasks.classifier import ClassifierModule
     from paca_lightning.tasks.embedding import EmbeddingModule
     from paca_lightning.tasks.embedding_data import EmbeddingDataModule
+    from paca_lightning.tasks.new_tokens import add_new_tokens
 
 __all__ = [
     "AdapterCheckpoint",
@@ -55,6 +56,7 @@ __all__ = [
     "PaCATrainerCallback",
     "ProjectedGradients",
     "QPaCALinear",
+    "add_new_tokens",
     "apply_paca",
     "attach",
     "delete_adapter",
@@ -90,6 +92,7 @@ _MODULES = {  # the same as above, for Python: tests/test_imports.py compares th
     "PaCATrainerCallback": "callbacks.hf_trainer",
     "ProjectedGradients": "callbacks.projected_gradients",
     "QPaCALinear": "layers.nf4_linear",
+    "add_new_tokens": "tasks.new_tokens",
     "apply_paca": "conversion.convert",
     "attach": "conversion.write_back",
     "delete_adapter": "conversion.named_adapters",

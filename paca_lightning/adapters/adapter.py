@@ -22,6 +22,7 @@ from paca_lightning.adapters.files import (
 from paca_lightning.adapters.fingerprint import sample_columns
 from paca_lightning.adapters.fitting import check_base_model, check_layers, whole_targets
 from paca_lightning.adapters.head import check_labels, take_labels
+from paca_lightning.adapters.new_tokens import check_can_wait, keep_room, room_for
 from paca_lightning.adapters.saved import SavedAdapter, read_adapter
 from paca_lightning.adapters.settings import settings_of
 from paca_lightning.adapters.tensors import implausible
@@ -39,6 +40,7 @@ from paca_lightning.core.dtensor import copy_into, is_first_rank, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
 from paca_lightning.layers.experts import ExpertWeight
+from paca_lightning.layers.rows import write_all_rows
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> ConversionReport:
     """Convert a fresh base model as an adapter says, or take a converted one, and load the adapter into it.
 
+    A base model that has no room for the new tokens of an adapter gets it; ``unload`` takes it back.
+
     With a name, the adapter comes beside those that the model has, and is the active one: see ``set_adapter``. What was
     trained or loaded without a name before is called ``"default"`` from then on.
 
@@ -112,10 +116,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
             bitsandbytes had quantized is dequantized, or with a name holds the same bits in layers of ours.
     """
     adapter = read_adapter(directory)
-    with _directory_in_errors(directory):
+    with _directory_in_errors(directory), room_for(model, adapter.new_tokens) as room:
         if name is None:
             report = load_saved(model, adapter)
+            keep_room(model, room)
         else:
+            check_can_wait(model)
             hold_quantized_base(model, adapter.config)
             with adding_adapter(model, name):
                 report = load_saved(model, adapter, alone=False)
@@ -172,6 +178,7 @@ def load_saved(model: nn.Module, adapter: SavedAdapter, *, alone: bool = True) -
         remember_thawed(model, {id(tensor) for tensor, _ in targets.values()})
         for tensor, value in targets.values():
             copy_into(tensor, value)
+        write_all_rows(model)
     if alone:
         quantize_layers(layers, config)
         take_labels(inventory.base_model, adapter.head)

@@ -26,6 +26,7 @@ from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tensor
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import written_aside
+from paca_lightning.core.new_tokens import ROWS
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.sealed_files import seal_weights
 from paca_lightning.layers.base import PaCALayer
@@ -175,6 +176,8 @@ def _plain_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     tied: dict[int, Tensor] = {}
     for name, tensor in base.state_dict().items():
         key, owner = clean_path(name), id(parameters.get(name))
+        if key.endswith(f".{ROWS}"):  # the weight has them
+            continue
         if not key.endswith(".bias") and any(parent in special for parent in _parents(key)):
             continue
         whole = tied[owner] if owner in tied else whole_tensor(_narrow(tensor))

@@ -10,6 +10,7 @@ from paca_lightning.conversion.changed_state import changed_state
 from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.core.dtensor import is_first_rank, local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import new_tokens_in
 from paca_lightning.core.private.transformers import peft_takes_for_experts
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.experts import PaCAExperts
@@ -184,6 +185,11 @@ def check_adapter_can_hold(model: nn.Module, kind: str) -> None:
         raise PaCAError(
             f"A {kind} adapter of {type(base).__name__} cannot hold {outside[0]!r} ({len(outside)} such modules), "
             f"which is trained beside it. Use save_adapter, or path={inventory.base_path!r} for the model alone."
+        )
+    if (new := new_tokens_in(model)) is not None:
+        raise PaCAError(
+            f"A {kind} adapter cannot hold new tokens ({', '.join(map(repr, new.tokens))}): programs that load it "
+            "would need a base model with room for them. Use export_merged."
         )
     if changed := sorted(changed_state(model)):
         raise PaCAError(

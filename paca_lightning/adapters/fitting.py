@@ -11,9 +11,12 @@ from paca_lightning.adapters.tensors import FLOATS, AdapterTensors
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.dtensor import whole_tensor
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import ROWS
+from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import check_indices
 from paca_lightning.layers.other_columns import base_columns_at
+from paca_lightning.layers.rows import row_modules
 
 
 def check_layers(layers: Mapping[str, PaCALayer], adapter: AdapterTensors, settings: AdapterSettings | None) -> None:
@@ -93,7 +96,8 @@ def whole_targets(
         for name, tensor in module.state_dict().items()
     }
     changed = () if settings is None else settings.changed
-    present = {inventory.relative(name): t for name, t in (inventory.parameters | inventory.buffers).items()}
+    rows = {f"{clean_path(path)}.{ROWS}": module.paca_rows for path, module in row_modules(inventory.root)}
+    present = {inventory.relative(name): t for name, t in (inventory.parameters | inventory.buffers | rows).items()}
     here |= {name: present[name] for name in changed if name in present}
     for name in sorted(here.keys() ^ whole.keys()):
         where = "not in the adapter" if name in here else "in the adapter but not in modules_to_save"

@@ -15,6 +15,7 @@ from paca_lightning.adapters.tensors import AdapterTensors, read_foreign, read_t
 from paca_lightning.core.checkpoints import SUFFIX, is_checkpoint_directory
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import NewTokens
 
 HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """PEFT's names of tasks whose models have a head."""
@@ -48,6 +49,11 @@ class SavedAdapter:
         """The head over labels of the model that it was trained on, if it had one and that is known."""
         return None if self.settings is None else self.settings.head
 
+    @property
+    def new_tokens(self) -> NewTokens | None:
+        """New tokens that it needs in its base model."""
+        return None if self.settings is None else self.settings.new_tokens
+
 
 def read_adapter(source: str | os.PathLike[str]) -> SavedAdapter:
     """Read an adapter directory, or the adapter in a Lightning checkpoint.
@@ -80,6 +86,16 @@ def saved_config(source: str | os.PathLike[str]) -> PaCAConfig:
         return read_note(path).settings.config
     peft, settings = read_files(path)
     return foreign_config(peft, tensor_names(path / TENSORS), path) if settings is None else settings.config
+
+
+def saved_settings(source: str | os.PathLike[str]) -> AdapterSettings | None:
+    """What an adapter tells beside its tensors; None if another program wrote it.
+
+    Raises:
+        PaCAError: As :func:`read_adapter`.
+    """
+    path = Path(source)
+    return read_note(path).settings if is_checkpoint(path) else read_files(path)[1]
 
 
 def saved_head(source: str | os.PathLike[str]) -> Head | None:

@@ -11,6 +11,7 @@ from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.state import layers_left
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import NewTokens, declared_new_tokens, parse_new_tokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AdapterSettings:
         left: Paths of layers that were frozen by hand.
         checksums: Of each tensor, by name; None in files of version 0.1.0, and in checkpoints.
         head: The base model's head over labels, if it has one.
+        new_tokens: That the base model's vocabulary was extended by, if any.
     """
 
     config: PaCAConfig
@@ -34,6 +36,7 @@ class AdapterSettings:
     left: list[str]
     checksums: dict[str, str] | None
     head: Head | None = None
+    new_tokens: NewTokens | None = None
 
 
 def settings_of(
@@ -47,7 +50,8 @@ def settings_of(
         changed: Names of what else had changed.
         samples: Some values of each layer's base columns, by path, if they are at hand.
     """
-    layers = inventory.named_layers()
+    layers, base = inventory.named_layers(), inventory.base_model
+    new = None if base is None else declared_new_tokens(base)
     return {
         "version": version("paca-lightning"),
         "config": config.to_dict(),
@@ -56,6 +60,7 @@ def settings_of(
         "changed": list(changed),
         "fingerprint": samples,
         "head": head_entries(inventory.base_model),
+        "new_tokens": None if new is None else new.entries(),
     }
 
 
@@ -79,6 +84,7 @@ def parse_settings(content: dict[str, Any], source: str) -> AdapterSettings:
             left=[str(path) for path in content.get("left", [])],  # nor this
             checksums=None if sums is None else {str(name): str(value) for name, value in sums.items()},
             head=parse_head(content.get("head")),
+            new_tokens=parse_new_tokens(content.get("new_tokens")),
         )
     except PaCAError as error:
         raise PaCAError(f"{source}: {error}") from error

@@ -8,6 +8,7 @@ from paca_lightning.adapters.frozen_keys import drop_frozen, frozen_names, is_am
 from paca_lightning.conversion.changed_state import remember_thawed
 from paca_lightning.conversion.state import Conversion, conversion_of
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import ROWS
 from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import paca_layers
 
@@ -80,6 +81,9 @@ def _check_loaded(module: nn.Module, incompatible: Any) -> None:
     if conversion is None:
         return
     missing, unexpected = incompatible.missing_keys, incompatible.unexpected_keys
+    if rows := [key for key in (*missing, *unexpected) if key.endswith(f".{ROWS}")]:
+        where = "nothing for" if rows[0] in missing else "rows of new tokens that the model lacks:"
+        raise PaCAError(f"The checkpoint has {where} {rows[0]!r}. Use the new_tokens it was trained with.")
     if foreign := [key for key in unexpected if key.endswith(ADAPTER)]:
         raise PaCAError(
             f"The checkpoint trains {_layer(foreign[0])!r} ({len(foreign) // 2} such layers), which is not a PaCA "

@@ -29,6 +29,7 @@ from paca_lightning.callbacks.run_checks import (
 )
 from paca_lightning.core.base_model import KeepsBaseModel
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import new_tokens_in
 from paca_lightning.core.private.lightning import spawns_workers
 from paca_lightning.other_methods.adapted import (
     AdaptedModel,
@@ -143,6 +144,11 @@ class AdapterMethodStrategy(FiniteSteps, KeepsBaseModel):
     def _adapt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         adapted = adapted_model(pl_module)
         if adapted is None:
+            if new_tokens_in(pl_module) is not None:
+                raise PaCAError(
+                    f"{type(self).__name__} does not train the rows of new tokens. Use PaCAStrategy, or fine-tune the "
+                    "whole model, without a method."
+                )
             adapted = self.adapt_base(pl_module)
             if self.adapter is not None:
                 adapted.start_from(self.adapter)

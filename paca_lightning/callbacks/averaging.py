@@ -14,6 +14,7 @@ from paca_lightning.layers.base import paca_layers
 from paca_lightning.layers.linear4bit import linear4bit_class
 from paca_lightning.layers.nf4_linear import QPaCALinear
 from paca_lightning.layers.nf4_plain import NF4Linear
+from paca_lightning.layers.rows import write_all_rows
 
 Averaging = (WeightAveraging, StochasticWeightAveraging)
 
@@ -71,3 +72,4 @@ def correct_averages(trainer: Trainer, model: nn.Module) -> None:
             # Data may have moved the columns since the copy was made; they are frozen, so their mean is themselves.
             local(copy.paca_base_columns).copy_(local(original.paca_base_columns))
             copy.write_columns()
+        write_all_rows(average)

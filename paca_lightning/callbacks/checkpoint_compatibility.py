@@ -7,9 +7,11 @@ from torch import nn
 
 from paca_lightning.adapters.checkpoint import NOTE
 from paca_lightning.adapters.fingerprint import check_base
+from paca_lightning.adapters.new_tokens import check_run_has
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.select import waits_for_data
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import parse_new_tokens
 from paca_lightning.core.private.lightning import spawns_workers
 from paca_lightning.layers.base import paca_layers
 
@@ -22,18 +24,25 @@ AFTER_SPAWN = (
 )
 
 
-def check_resumable(checkpoint: dict[str, Any]) -> None:
-    """Refuse to resume a run from a checkpoint that no PaCA run has written.
+def check_checkpoint(checkpoint: dict[str, Any], pl_module: LightningModule, *, resumes: bool) -> None:
+    """Refuse a checkpoint that no run with this module's new tokens, or no PaCA run at all, has written.
+
+    Args:
+        checkpoint: What was read.
+        pl_module: With its model built.
+        resumes: Whether its training goes on.
 
     Raises:
-        PaCAError: If the checkpoint has weights, but no delta.
+        PaCAError: If it is to go on, and the checkpoint has weights, but no delta; or if new tokens differ.
     """
     state = checkpoint.get("state_dict", {})
-    if state and not any(key.endswith("paca_delta") for key in state):
+    if resumes and state and not any(key.endswith("paca_delta") for key in state):
         raise PaCAError(
             "The checkpoint was written without PaCA, so its optimizer and loops belong to another training. To start "
             "from its weights, call module.load_state_dict(checkpoint['state_dict']) and fit without ckpt_path."
         )
+    if (new := parse_new_tokens(checkpoint.get(NOTE, {}).get("new_tokens"))) is not None:
+        check_run_has(pl_module, new, "The checkpoint")
 
 
 def saved_base(checkpoint: dict[str, Any]) -> dict[str, list[float]] | None:

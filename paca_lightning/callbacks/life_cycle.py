@@ -8,7 +8,8 @@ from lightning.pytorch.plugins import BitsandbytesPrecision
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.adapters.adapter import load_adapter
-from paca_lightning.adapters.saved import adapter_layers, saved_config
+from paca_lightning.adapters.new_tokens import check_run_has
+from paca_lightning.adapters.saved import adapter_layers, saved_config, saved_settings
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
 from paca_lightning.callbacks.averaging import check_bases
 from paca_lightning.callbacks.column_selection import select_on_training_data
@@ -21,7 +22,7 @@ from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.select import has_own_steps, quantize_layers, settle_columns, waits_for_data
 from paca_lightning.conversion.state import Conversion, conversion_of
-from paca_lightning.conversion.write_back import attach, layers_stepped_by
+from paca_lightning.conversion.write_back import attach, layers_stepped_by, rows_stepped_by
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import PaCALayer, paca_layers
@@ -71,6 +72,8 @@ def convert_module(
     if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
         # It would replace PaCA layers later: let it quantize first, and convert what it leaves.
         trainer.precision_plugin.convert_module(pl_module)
+    if adapter is not None and (settings := saved_settings(adapter)) is not None and settings.new_tokens is not None:
+        check_run_has(pl_module, settings.new_tokens, adapter)
     inventory = take_inventory(pl_module)
     # Read before the conversion: a layer that is quantized on the way forgets what other columns started from.
     indices, left = adapter_layers(adapter) if adapter is not None and not inventory.layers else (None, [])
@@ -164,4 +167,5 @@ def attach_optimizers(trainer: Trainer, pl_module: LightningModule) -> list[Remo
     check_trained_layers(trainer, pl_module)
     for optimizer in trainer.optimizers:
         set_along_rates(optimizer, pl_module, schedules_of(optimizer, trainer))
-    return [attach(each, pl_module) for each in trainer.optimizers if layers_stepped_by(each, pl_module)]
+    stepped = (o for o in trainer.optimizers if layers_stepped_by(o, pl_module) or rows_stepped_by(o, pl_module))
+    return [attach(each, pl_module) for each in stepped]

@@ -13,8 +13,8 @@ from paca_lightning.adapters.checkpoint import note_adapter
 from paca_lightning.adapters.state_dict import keep_everything
 from paca_lightning.callbacks.averaging import check_order, copies_without_asking, correct_averages
 from paca_lightning.callbacks.checkpoint_compatibility import (
+    check_checkpoint,
     check_restored_base,
-    check_resumable,
     check_scalings,
     columns_are_chosen,
     saved_base,
@@ -117,8 +117,7 @@ class PaCAStrategy(FiniteSteps, DisablesPaCA):
                 pl_module.configure_model()
 
     def _note_checkpoint(self, checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            check_resumable(checkpoint)
+        check_checkpoint(checkpoint, pl_module, resumes=trainer.state.fn == TrainerFn.FITTING)
         self._saved_base = saved_base(checkpoint)
         own = checkpoint.get("callbacks", {}).get(self.state_key, {})
         self._resumed.note_saved(own)

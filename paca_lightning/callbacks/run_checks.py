@@ -12,12 +12,13 @@ from torch import Tensor
 
 from paca_lightning.conversion.along_rates import along_parameters
 from paca_lightning.conversion.report import ConversionReport
-from paca_lightning.conversion.write_back import layers_stepped_by
+from paca_lightning.conversion.write_back import layers_stepped_by, rows_stepped_by
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import check_writable_if_local
 from paca_lightning.core.private.lightning import pruned_modules
 from paca_lightning.layers.base import paca_layers
+from paca_lightning.layers.rows import row_modules
 from paca_lightning.strategies.checkpoint_io import LocalCheckpointIO
 
 
@@ -87,6 +88,9 @@ def _check_optimizers(trainer: Trainer, pl_module: LightningModule) -> None:
             "p.requires_grad]. LightningCLI's --optimizer is built too early: use auto_configure_optimizers=False and "
             "take optimizer: OptimizerCallable. List layers that must not train in exclude_modules."
         )
+    stepped = {path for optimizer in trainer.optimizers for path in rows_stepped_by(optimizer, pl_module)}
+    if left := [path for path, _ in row_modules(pl_module) if path not in stepped]:
+        raise PaCAError(f"The rows of new tokens in {left[0]!r} are in no optimizer, so they would not be trained.")
 
 
 def _check_callbacks(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from paca_lightning.conversion.changed_state import remember_buffers, remember_thawed
 from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.new_modules import with_new_modules
+from paca_lightning.conversion.new_rows import find_new_rows
 from paca_lightning.conversion.report import ConversionReport, report_on
 from paca_lightning.conversion.revert import undone_on_error
 from paca_lightning.conversion.saved_modules import is_marked, mark, original_state
@@ -21,9 +22,14 @@ from paca_lightning.conversion.trained_along import find_trained_along
 from paca_lightning.core.config import CALIBRATED, PaCAConfig
 from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import ROWS
 from paca_lightning.layers.along import train_along
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import PendingSelection, check_indices, largest_indices, random_indices
+from paca_lightning.layers.rows import row_modules, train_rows
+
+NO_BASE = (".paca_delta", ".paca_base_columns", f".{ROWS}")
+"""Ends of the names of parameters that a conversion adds."""
 
 
 def apply_paca(
@@ -96,6 +102,7 @@ def convert(
     inventory.count_from_base_of(target.path for target in resolution.targets)
     conversion.left = {path for path, reason in resolution.skipped.items() if reason == FROZEN}
     along = find_trained_along(inventory, config, resolution, conversion.was_trainable)
+    new_rows = find_new_rows(inventory, resolution)
     given = _given_columns(indices or {}, resolution.targets, inventory)
     fresh = [target for target in resolution.targets if not isinstance(target.module, PaCALayer)]
     _refuse_sharded(inventory, fresh)
@@ -127,15 +134,19 @@ def convert(
         module.requires_grad_(True)
     for module, names in along.items():
         train_along(module, names)
-    if along:
-        remember_thawed(inventory.root, {id(module.get_parameter(n)) for module, own in along.items() for n in own})
+    for embedding, head, ids in new_rows:
+        train_rows(embedding, head, ids)
+    beside = {id(module.get_parameter(name)) for module, names in along.items() for name in names}
+    beside |= {id(module.paca_rows) for _, module in row_modules(inventory.root)}
+    if beside:
+        remember_thawed(inventory.root, beside)
     return report_on(inventory, config, resolution)
 
 
 def _freeze(inventory: Inventory, conversion: Conversion) -> None:
     """Freeze what no conversion has seen yet: what the user thawed since the last one stays so."""
     for name, parameter in inventory.parameters.items():
-        if name not in conversion.was_trainable and not name.endswith((".paca_delta", ".paca_base_columns")):
+        if name not in conversion.was_trainable and not name.endswith(NO_BASE):
             conversion.was_trainable[name] = parameter.requires_grad
             parameter.requires_grad_(False)
 

@@ -12,6 +12,7 @@ from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.along import along_names, train_along
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.parked import ParkedColumns
+from paca_lightning.layers.rows import row_modules
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,12 @@ def park(model: nn.Module, action: str) -> ParkedAdapter:
         action: Of the user, for messages.
 
     Raises:
-        PaCAError: As for ``unload``. The model is then as it was.
+        PaCAError: As for ``unload``, or if the adapter has rows of new tokens. The model is then as it was.
     """
+    if any(row_modules(model)):
+        raise PaCAError(
+            f"{action}: an adapter with new tokens cannot wait beside others. Load it alone, without a name."
+        )
     parked = ParkedAdapter(
         columns=[ParkedColumns.of(layer) for layer in releasable_layers(model, action)],
         saved=[(module, vars(module)[ORIGINAL], local_state(module)) for _, module in saved_modules(model)],

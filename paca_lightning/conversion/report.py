@@ -12,8 +12,11 @@ from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.learning_rates import remark_on
 from paca_lightning.conversion.targets import Resolution
 from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.new_tokens import ROWS
+from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.along import along_names
 from paca_lightning.layers.experts import PaCAExperts
+from paca_lightning.layers.rows import row_modules
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -50,8 +53,9 @@ class ConversionReport:
         thawed: Class of the model that was frozen as a whole before, and was converted all the same.
         along: Number of tensors and of parameters that are trained along, by their kind.
         saved: Paths of the modules that are trained whole.
-        trainable_parameters: Of the deltas and the modules trained whole.
+        trainable_parameters: Of the deltas, and of all that is trained beside them.
         total_parameters: Of the base model and the deltas.
+        rows: Shape (n, D) of the rows of new tokens that are trained, by the path of the embedding or head.
         along_rate: Once known, the learning rate of what is trained along.
         learning_rate: Once known, the optimizer's; ``scaling * learning_rate`` is Adam's step on a column.
         adam: Whether the optimizer is an Adam, for which there is a suitable ``scaling * learning_rate``.
@@ -65,6 +69,7 @@ class ConversionReport:
     thawed: str | None = None
     along: dict[str, tuple[int, int]] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
+    rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
     along_rate: float | None = None
@@ -115,6 +120,11 @@ class ConversionReport:
                 f"Trained along: {kind}, {tensors} tensors, {parameters:,} parameters, in fp32,{rate} without weight "
                 "decay."
             )
+        for path, (count, width) in self.rows.items():
+            notes.append(
+                f"Trained rows of new tokens: {count} of {path}, {count * width:,} parameters, in fp32, without weight "
+                "decay."
+            )
         if self.saved:
             notes.append(f"Trained whole: {', '.join(self.saved)}.")
         if self.thawed:
@@ -162,7 +172,8 @@ def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) 
     layers = inventory.layers
     base = dict(_base_parameters(inventory))
     deltas = sum(layer.paca_delta.numel() for layer in layers.values() if layer.paca_delta.requires_grad)
-    beside = sum(parameter.numel() for parameter in base.values() if parameter.requires_grad)
+    rows = {path: module.paca_rows for path, module in row_modules(inventory.root)}
+    beside = sum(parameter.numel() for parameter in (*base.values(), *rows.values()) if parameter.requires_grad)
     return ConversionReport(
         config=config,
         layers=layer_records(inventory),
@@ -171,6 +182,7 @@ def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) 
         frozen=frozen_groups(inventory, {name: p for name, p in base.items() if not p.requires_grad}),
         along=dict(_along(inventory)),
         saved=list(resolution.saved),
+        rows={clean_path(path): (len(values), values.shape[1]) for path, values in rows.items()},
         trainable_parameters=deltas + beside,
         total_parameters=deltas
         + sum(parameter.numel() for parameter in base.values())
@@ -191,7 +203,7 @@ def _base_parameters(inventory: Inventory) -> Iterator[tuple[str, nn.Parameter]]
     layers = inventory.layers
     for name, parameter in inventory.parameters.items():
         path, _, own_name = name.rpartition(".")
-        if name not in layers and (path not in layers or own_name == "bias"):
+        if name not in layers and own_name != ROWS and (path not in layers or own_name == "bias"):
             yield name, parameter
 
 

@@ -18,11 +18,13 @@ from paca_lightning.conversion.saved_modules import (
 from paca_lightning.conversion.state import ADAPTERS, conversions_in, conversions_of, root_names
 from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import declare_new_tokens
 from paca_lightning.core.paths import clean_path
 from paca_lightning.core.private.torch import preserve_versions, version_of
 from paca_lightning.layers.along import along_names, end_all_along, end_along
 from paca_lightning.layers.base import PaCALayer, paca_layers
 from paca_lightning.layers.columns import check_not_parametrized
+from paca_lightning.layers.rows import TrainedRows, release_all_rows, row_modules, write_all_rows
 
 
 @contextmanager
@@ -40,6 +42,7 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         deltas = [local(layer.paca_delta) for layer in layers]
         weights = tuple(local(layer.base) for layer in layers)
+        weights += tuple(local(module.weight) for _, module in row_modules(model))
     versions = [version_of(delta) for delta in deltas]
     with preserve_versions(weights):
         try:
@@ -50,6 +53,7 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
                 restore_original(module, path)
             for tensor, original, _ in changed:
                 overwrite(tensor, original)
+            write_all_rows(model)
             yield
         finally:
             for layer in layers:
@@ -59,6 +63,7 @@ def disable_paca(model: nn.Module) -> Iterator[None]:
                 load_local_state(module, state)
             for tensor, _, trained in changed:
                 overwrite(tensor, trained)
+            write_all_rows(model)
     if [version_of(delta) for delta in deltas] != versions:
         for layer in layers:
             layer.write_columns()  # another weight than before: once more, so that autograd sees it
@@ -74,12 +79,14 @@ def merge(model: nn.Module) -> nn.Module:
     """
     layers = releasable_layers(model, "merge")
     end_all_along(model)
+    release_all_rows(model)
     for layer in layers:
         layer.release(trained=True)
     for _, module in saved_modules(model):
         unmark(module)
     for module in model.modules():
         vars(module).pop(ADAPTERS, None)
+        declare_new_tokens(module, None)  # another training finds them in the vocabulary
     return model
 
 
@@ -100,9 +107,13 @@ def unload(model: nn.Module) -> nn.Module:
     for tensor, original in changed_state(model).values():
         overwrite(tensor, original)
     end_all_along(model)
+    release_all_rows(model)
     to_root, found = root_names(model), conversions_in(model)
     for layer in layers:
         layer.release(trained=False)
+    for conversion, _, _ in found:
+        if conversion.room is not None:
+            conversion.room.take_back()
     was_trainable = {name: flag for conversion, _, _ in found for name, flag in conversion.was_trainable.items()}
     for name, parameter in model.named_parameters():
         flag = was_trainable.get(to_root(clean_path(name)) or "")
@@ -118,6 +129,7 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
     states = {path: (layer.paca_conversion, layer.paca_path) for path, layer in layers.items()}
     seen = [(conversion, dict(conversion.was_trainable)) for conversion, _, _ in conversions_of(layers)]
     along = {module for module in inventory.paths if along_names(module)}
+    rows = {module for module in inventory.paths if isinstance(module, TrainedRows)}
     flags = [(parameter, parameter.requires_grad) for parameter in inventory.parameters.values()]
     try:
         yield
@@ -125,6 +137,8 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
         for module in inventory.paths:
             if along_names(module) and module not in along:
                 end_along(module)
+            if isinstance(module, TrainedRows) and module not in rows:
+                module.release()
         for path, layer in inventory.layers.items():
             if path in states:
                 layer.paca_conversion, layer.paca_path = states[path]

@@ -9,6 +9,7 @@ from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import clean_path
+from paca_lightning.core.vocabulary import Room
 from paca_lightning.layers.base import PaCALayer, paca_layers
 
 ADAPTERS = "_paca_adapters"
@@ -34,6 +35,7 @@ class Conversion:
         full_checkpoints: Whether checkpoints keep the frozen parameters.
         columns_restored: Whether the columns that data was to choose came with a checkpoint.
         name: Of the adapter, if several were loaded by name.
+        room: For the new tokens of an adapter, which a base model without them was given to load it.
     """
 
     config: PaCAConfig
@@ -45,6 +47,7 @@ class Conversion:
     full_checkpoints: bool = False
     columns_restored: bool = False
     name: str | None = None
+    room: Room | None = None
 
 
 def conversions_in(model: nn.Module) -> list[tuple[Conversion, str, PaCALayer]]:
@@ -115,6 +118,7 @@ def _take_over(conversion: Conversion, before: Conversion, renamed: Callable[[st
     conversion.full_checkpoints |= before.full_checkpoints
     conversion.columns_restored |= before.columns_restored
     conversion.name = conversion.name or before.name
+    conversion.room = conversion.room or before.room
 
 
 def layers_left(inventory: Inventory) -> list[str]:

@@ -25,18 +25,26 @@ from paca_lightning.core.paths import clean_path
 from paca_lightning.layers.base import PaCALayer, paca_layers
 from paca_lightning.layers.columns import check_not_parametrized
 from paca_lightning.layers.fused_write import ColumnWriter
+from paca_lightning.layers.rows import TrainedRows, row_modules, write_all_rows
 
 
 def write_columns(model: nn.Module) -> None:
-    """Bring every PaCA weight in a model up to date with its delta."""
+    """Bring every PaCA weight in a model up to date with its delta, and embeddings with the rows of new tokens."""
     for _, layer in paca_layers(model):
         layer.write_columns()
+    write_all_rows(model)
 
 
 def layers_stepped_by(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, PaCALayer]:
     """The PaCA layers of a model, by path, whose delta is in an optimizer."""
     owned = {id(parameter) for parameter in _parameters(optimizer)}
     return {path: layer for path, layer in paca_layers(model) if id(layer.paca_delta) in owned}
+
+
+def rows_stepped_by(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, TrainedRows]:
+    """The embeddings and heads of a model, by path, whose trained rows are in an optimizer."""
+    owned = {id(parameter) for parameter in _parameters(optimizer)}
+    return {path: module for path, module in row_modules(model) if id(module.paca_rows) in owned}
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
@@ -61,8 +69,8 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
             On a later step, if the model was merged or unloaded since.
     """
     optimizers = optimizers_within(optimizer)
-    layers = layers_stepped_by(optimizers[0], model)
-    if not layers:
+    layers, rows = layers_stepped_by(optimizers[0], model), rows_stepped_by(optimizers[0], model)
+    if not layers and not rows:
         raise PaCAError(
             f"{type(optimizers[0]).__name__} has none of the model's paca_delta parameters, so nothing would be "
             "trained. Build it after apply_paca."
@@ -73,7 +81,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandl
     warn_of_small_steps(optimizers[0], {id(layer.paca_delta) for layer in layers.values()})
     _warn_of_frozen_heads(inventory, {id(p) for p in _parameters(optimizers[0]) if p.requires_grad})
     handles = [optimizers[0].register_step_pre_hook(_ThawedParameters(optimizers[0], model))]
-    write_back = _WriteBack(layers)
+    write_back = _WriteBack(layers, rows)
     for each in optimizers:
         handles.append(each.register_step_pre_hook(ClosureFollower(write_back.deltas, write_back.write)))
         handles.append(each.register_step_post_hook(write_back))
@@ -97,8 +105,8 @@ class _Handles(RemovableHandle):
 class _WriteBack:
     """A hook behind each step that writes the columns of an optimizer's layers back."""
 
-    def __init__(self, layers: dict[str, PaCALayer]) -> None:
-        self._layers, self._first = layers, True
+    def __init__(self, layers: dict[str, PaCALayer], rows: dict[str, TrainedRows]) -> None:
+        self._layers, self._rows, self._first = layers, rows, True
         self._writer = ColumnWriter(list(layers.values()))
 
     def __call__(self, *_: Any) -> None:
@@ -108,18 +116,21 @@ class _WriteBack:
             _warn_of_idle([clean_path(path) for path, layer in self._layers.items() if layer.paca_delta.grad is None])
 
     def write(self) -> None:
-        """Write the columns now."""
-        for path, layer in self._layers.items():
-            if not isinstance(layer, PaCALayer):
+        """Write the columns and the rows now."""
+        for path, layer in (self._layers | self._rows).items():
+            if not isinstance(layer, PaCALayer | TrainedRows):
                 raise PaCAError(
                     f"{path!r} is a plain layer again (merge or unload), and the optimizer still trains its delta. "
                     "Remove the handle that attach() returned, or build a new optimizer."
                 )
         self._writer.write()
+        for module in self._rows.values():
+            module.write_rows()
 
     def deltas(self) -> Sequence[Tensor]:
-        """This rank's rows of the deltas."""
-        return [local(layer.paca_delta) for layer in self._layers.values() if isinstance(layer, PaCALayer)]
+        """This rank's part of the deltas, and of the trained rows."""
+        deltas = [local(layer.paca_delta) for layer in self._layers.values() if isinstance(layer, PaCALayer)]
+        return deltas + [local(m.paca_rows) for m in self._rows.values() if isinstance(m, TrainedRows)]
 
 
 class _ThawedParameters:
@@ -159,6 +170,12 @@ def _refuse_thawed_weights(model: nn.Module, trained: set[int]) -> None:
                     "by its paca_delta and keeps its weight frozen. Thaw other parameters, or leave the layer out: "
                     f"PaCAConfig(exclude_modules=[{path.rpartition('.')[2]!r}])."
                 )
+    for path, module in row_modules(model):
+        if id(module.weight) in trained:
+            raise PaCAError(
+                f"'{path}.weight' was thawed after the conversion, which trains the rows of new tokens in it. Train it "
+                "whole instead: new_tokens_train: all."
+            )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:

@@ -16,6 +16,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def first_row(tensor: Tensor) -> int:
+    """Number of the first row of a tensor that this rank holds: 0 if it is not sharded."""
+    if not is_sharded(tensor):
+        return 0
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]  # of torch.distributed.checkpoint
+    return int(chunk.offsets[0])
+
+
 def copy_into(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded: each rank takes its rows, without communication."""
     if hasattr(tensor, "to_local"):

@@ -65,6 +65,21 @@ def column_product(grad_output: Tensor, selected: Tensor, dtype: torch.dtype, sc
     return grad if scaling == 1.0 else grad * scaling
 
 
+def refuse_second_derivatives() -> None:
+    """Refuse a tap's backward with ``create_graph=True``.
+
+    The operator before the tap saw a constant weight, so second derivatives would miss the part of what is trained.
+
+    Raises:
+        PaCAError: If gradients are recorded, which only ``create_graph=True`` does in a backward.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise PaCAError(
+            "A backward with create_graph=True reached a PaCA layer, which has first derivatives only. Pass the "
+            "deltas to torch.func.functional_call, which makes them part of the graph, or freeze them."
+        )
+
+
 class _ColumnGradient(torch.autograd.Function):
     """Identity on a linear layer's output; its backward gives the delta the gradient of the selected columns."""
 
@@ -86,12 +101,7 @@ class _ColumnGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-        # With create_graph=True. The GEMM saw a constant weight, so second derivatives would miss the delta's part.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise PaCAError(
-                "A backward with create_graph=True reached a PaCA layer, which has first derivatives only. Pass the "
-                "deltas to torch.func.functional_call, which makes them part of the graph, or freeze them."
-            )
+        refuse_second_derivatives()
         selected, *scale = ctx.saved_tensors
         grad = column_product(grad_output, selected, ctx.delta_dtype, 1.0 if scale else ctx.scaling)  # dD_OR
         if scale:

@@ -1,15 +1,19 @@
 """A LightningModule that fine-tunes a causal language model from Hugging Face."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import Trained
+from paca_lightning.core.private.lightning import trainer_of
 from paca_lightning.tasks.data.batch import TokenBatch, model_inputs
+from paca_lightning.tasks.data.new_tokens import check_new_tokens
 from paca_lightning.tasks.decoder_blocks import check_block_settings
 from paca_lightning.tasks.loss import CausalLMLoss, row_losses
+from paca_lightning.tasks.new_tokens import build_with_new_tokens
 from paca_lightning.tasks.packed_rows import PackedRows
 from paca_lightning.tasks.packing_probe import check_first_batch, check_packing
 from paca_lightning.tasks.pretrained import build_for_training
@@ -49,6 +53,11 @@ class CausalLMModule(TuningModule):
         pretrained: False starts from random weights of the shape in ``config.json``, for debugging.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run code that comes with the model.
+        new_tokens: Tokens to add to the vocabulary, such as ``["<tool>", "</tool>"]``: to the model, whose embeddings
+            grow if they have no spare rows, and to the tokenizer of the data module. Each begins as the mean of all
+            others. Adapters and checkpoints hold them, and merged models have them.
+        new_tokens_train: With ``PaCAStrategy``, ``rows`` trains the rows of the new tokens in the input embedding and
+            in the output head, in fp32 and without weight decay; ``all`` trains both whole, as ``modules_to_save``.
         loss_chunk_size: Rows of logits that exist at a time in the loss. Default: as many as take the memory of the
             hidden states.
         loss_normalization: ``tokens`` weighs every trained token of an optimizer step alike. ``batch`` averages the
@@ -74,6 +83,8 @@ class CausalLMModule(TuningModule):
         pretrained: bool = True,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        new_tokens: list[str] | None = None,
+        new_tokens_train: Trained = "rows",
         loss_chunk_size: int | None = None,
         loss_normalization: Literal["tokens", "batch"] = "tokens",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0),
@@ -83,6 +94,11 @@ class CausalLMModule(TuningModule):
         # Primitives only: checkpoints are loaded with weights_only=True.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         check_block_settings(activation_checkpointing, compile)
+        self.new_tokens = check_new_tokens(new_tokens)
+        if new_tokens_train not in get_args(Trained):
+            raise PaCAError(
+                f"new_tokens_train={new_tokens_train!r} is unknown. Choose one of {list(get_args(Trained))}."
+            )
         self.loss = CausalLMLoss(loss_chunk_size)
         self.packed_rows = PackedRows()
 
@@ -90,11 +106,24 @@ class CausalLMModule(TuningModule):
         """Build the model, once.
 
         Raises:
-            PaCAError: If it cannot be loaded, checkpointed or compiled.
+            PaCAError: If it cannot be loaded, checkpointed or compiled, or given the new tokens.
         """
-        if self.model is not None:
-            return
-        self.model = build_for_training(**self.build_settings())
+        if self.model is None:
+            self.model = build_for_training(**self.build_settings())
+
+    def build_settings(self) -> dict[str, Any]:
+        """What the model is built with: the tokenizer of the data, too, if there are new tokens."""
+        settings = super().build_settings()
+        train = settings.pop("new_tokens_train")
+        if not settings.pop("new_tokens"):
+            return settings
+        data = getattr(getattr(trainer_of(self), "datamodule", None), "hparams", {})
+        source = "tokenizer" if isinstance(data.get("tokenizer"), str) else "model"
+        named = data if source == "tokenizer" else settings
+        # Not streamed: the files have no such rows. Each process reads the whole model into host memory.
+        new = {"tokens": self.new_tokens, "train": train, "tokenizer": named[source]}
+        new["tokenizer_revision"] = named.get("revision")
+        return settings | {"streamed": False, "build": build_with_new_tokens} | new
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits (B, T, V) of a batch."""

@@ -19,6 +19,7 @@ from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.loader import ResumableLoader
 from paca_lightning.tasks.data.locations import check_present
 from paca_lightning.tasks.data.mixture import DataSource, OnBadRow, Part, load_split, mixed, parts_of
+from paca_lightning.tasks.data.new_tokens import forget_other_splits, new_tokens_of
 from paca_lightning.tasks.data.sampler import BatchOrder, share_of
 from paca_lightning.tasks.data.settings import check_held_out, check_numbers
 from paca_lightning.tasks.data.split import TokenizedSplit
@@ -153,6 +154,7 @@ class InstructionDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits that a stage needs from the cache."""
+        forget_other_splits(self)
         missing = [name for name in NEEDED.get(stage or "", SPLITS) if name not in self.splits]
         if not missing:
             return
@@ -184,9 +186,7 @@ class InstructionDataModule(LightningDataModule):
         """Batches of the test split."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> ResumableLoader:
-        """Batches of the test split."""
-        return self._loader("test")
+    predict_dataloader = test_dataloader
 
     @staticmethod
     def _check_given(name: str, given: Mapping[str, Any]) -> None:
@@ -200,6 +200,7 @@ class InstructionDataModule(LightningDataModule):
             hparams["chat_template"],
             revision=hparams["revision"],
             trust_remote_code=hparams["trust_remote_code"],
+            new_tokens=new_tokens_of(self),
         )
         encoder = ChatEncoder(tokenizer, hparams["max_length"], hparams["loss_on"])
         return DocumentEncoder(encoder, hparams["text_column"], hparams["tree_paths"])
@@ -228,9 +229,8 @@ class InstructionDataModule(LightningDataModule):
         self._check_given(name, self.splits)
         split, hparams = self.splits[name], self.hparams
         order = self._order(name, split.column("length"), split.column("trained_length"), shuffle)
-        collator = PadCollator(
-            pad_token_id(self.tokenizer), hparams["pad_to_multiple_of"], hparams["max_length"], hparams["packing"]
-        )
+        shape = (hparams["pad_to_multiple_of"], hparams["max_length"], hparams["packing"])
+        collator = PadCollator(pad_token_id(self.tokenizer), *shape)
         trainer = self.trainer if name == "train" else None
         return ResumableLoader(DocumentReader(split.dataset), order, collator, hparams["num_workers"], trainer)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import trained_rows
 from paca_lightning.core.private.torch import is_fake, version_of
 from paca_lightning.tasks.chunked_loss import chunked_cross_entropy
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
@@ -22,12 +23,18 @@ MIN_CHUNK = 128
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, chunk_size: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    new_rows: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Summed cross-entropy of ``hidden @ weight.T + bias`` against labels, a chunk of rows at a time.
 
-    fp32 and fp64 use ``torch.nn.functional.linear_cross_entropy`` where it exists (PyTorch 2.13). Half precision and
-    older versions use a chunked loop of ours, as PyTorch 2.13 sums the loss of bf16 hidden states in bf16.
+    fp32 and fp64 use ``torch.nn.functional.linear_cross_entropy`` where it exists (PyTorch 2.13). Half precision, older
+    versions and heads of which some rows are trained use a chunked loop of ours: PyTorch 2.13 sums the loss of bf16
+    hidden states in bf16, and knows no such rows.
 
     Args:
         hidden: Hidden states (N, D).
@@ -36,6 +43,7 @@ def linear_cross_entropy(
         bias: Bias of the head (V,).
         chunk_size: Rows of logits that exist at a time. Default: as many as take the memory of the hidden states, at
             least 128.
+        new_rows: Rows of the weight that are trained apart from it (see ``core.new_tokens.trained_rows``).
 
     Returns:
         The sum as a scalar of at least fp32; 0 without any label.
@@ -54,12 +62,13 @@ def linear_cross_entropy(
     if chunk_size is None:
         chunk_size = max(MIN_CHUNK, hidden.numel() // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.dtype in (torch.float32, torch.float64) and hasattr(nn, "LinearCrossEntropyOptions"):
+        wide = hidden.dtype in (torch.float32, torch.float64)
+        if wide and new_rows is None and hasattr(nn, "LinearCrossEntropyOptions"):
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size, chunking_method=None)
             return F.linear_cross_entropy(
                 hidden, weight, labels, linear_bias=bias, reduction="sum", ignore_index=IGNORE_INDEX, options=options
             )
-        return chunked_cross_entropy(hidden, weight, labels, bias, chunk_size)
+        return chunked_cross_entropy(hidden, weight, labels, bias, chunk_size, new_rows)
 
 
 class CausalLMLoss:
@@ -136,7 +145,7 @@ class CausalLMLoss:
     ) -> list[Tensor] | None:
         """The sums computed in the head, or None if the head's output is not the model's."""
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if type(head).forward is not nn.Linear.forward:
+        if type(head).forward is not nn.Linear.forward and trained_rows(head) is None:
             rank_zero_info(
                 f"The output head is a {type(head).__name__}, not a plain nn.Linear: the loss needs full logits."
             )
@@ -148,7 +157,8 @@ class CausalLMLoss:
 
         def losses_in_place_of_logits(hidden: Tensor) -> Tensor:
             def loss_of(rows: slice, targets: Tensor) -> Tensor:
-                arguments = hidden[rows].flatten(0, 1), head.weight, targets, head.bias, self.chunk_size
+                new = trained_rows(head)  # here, where FSDP2 has gathered them
+                arguments = hidden[rows].flatten(0, 1), head.weight, targets, head.bias, self.chunk_size, new
                 if recomputed:
                     return cast(Tensor, checkpoint(linear_cross_entropy, *arguments, use_reentrant=False))
                 return linear_cross_entropy(*arguments)

@@ -9,8 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import declared_new_tokens
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.mmlu import MMLUDataModule
+from paca_lightning.tasks.new_tokens import check_same_numbers
 from paca_lightning.tasks.text_data import TextDataModule
 
 _RENAMED = 0.01  # share of tokens, mostly reserved ones, that a copy of a tokenizer may rename
@@ -26,12 +28,14 @@ def check_data(datamodule: object, model: PreTrainedModel, name: str | None, rev
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        PaCAError: If a data module of this package makes token ids or positions without an embedding, or uses another
-            model's vocabulary. For other data modules this is a warning, as their attributes may mean something else.
+        PaCAError: If the tokenizer lacks new tokens of the model; or if a data module of this package makes token ids
+            or positions without an embedding, or uses another model's vocabulary. For other data modules the latter
+            are warnings, as their attributes may mean something else.
     """
     tokenizer = getattr(datamodule, "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
+    check_same_numbers(tokenizer, declared_new_tokens(model))
     max_length = getattr(datamodule, "hparams", {}).get("max_length")
     misfit = tokenizer_misfit(tokenizer, model, name, revision)
     if misfit is None and isinstance(max_length, int):

@@ -14,6 +14,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.formats import Format
 from paca_lightning.tasks.data.locations import skipped
 from paca_lightning.tasks.data.mixture import OnBadRow
+from paca_lightning.tasks.data.new_tokens import give_new_tokens
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.instruction import InstructionDataModule
@@ -61,7 +62,9 @@ def main(arguments: list[str]) -> None:
     if known.samples < 0:
         raise PaCAError(f"--samples must not be negative, not {known.samples}.")
     if of_config:
-        data(lightning_cli(others, run=False, prog=parser.prog).datamodule, known.samples, known.full)
+        cli = lightning_cli(others, run=False, prog=parser.prog)
+        give_new_tokens(cli.datamodule, getattr(cli.model, "new_tokens", ()))
+        data(cli.datamodule, known.samples, known.full)
         return
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")

@@ -11,12 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paca_lightning.adapters.adapter import load_adapter
 from paca_lightning.adapters.head import Head
 from paca_lightning.adapters.history import tokenizer_directory
-from paca_lightning.adapters.saved import is_checkpoint, saved_head
+from paca_lightning.adapters.saved import is_checkpoint, saved_head, saved_settings
 from paca_lightning.conversion.named_adapters import set_adapter
 from paca_lightning.conversion.revert import disable_paca
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.new_tokens import NewTokens
+from paca_lightning.tasks.data.new_tokens import extend_tokenizer
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id, plain_tokenizer
 from paca_lightning.tasks.new_heads import HeadTask, build_with_head
+from paca_lightning.tasks.new_tokens import check_same_numbers
 from paca_lightning.tasks.pretrained import build_causal_lm
 from paca_lightning.tools.quiet import quiet
 
@@ -58,8 +61,11 @@ class ModelWithAdapters:
     ) -> None:
         self.sources = sources = named_sources(adapters)
         self._head: Head | None = None
-        for source in sources.values():  # before a large model is loaded
-            self._head = saved_head(source)
+        self._new_tokens: dict[str, NewTokens] = {}
+        for name, source in sources.items():  # before a large model is loaded
+            self._head, settings = saved_head(source), saved_settings(source)
+            if settings is not None and settings.new_tokens is not None:
+                self._new_tokens[name] = settings.new_tokens
             if self._head is not None and not with_head:
                 raise PaCAError(
                     f"{source}: the adapter of a model with a head over {len(self._head.labels)} labels, which writes "
@@ -68,12 +74,12 @@ class ModelWithAdapters:
         self.names = list(sources)
         self._base, self._revision, self._trusted = model, revision, trust_remote_code
         self._own = {name: tokenizer_directory(source) for name, source in sources.items()}
-        self._tokenizers: dict[Path | None, PreTrainedTokenizerBase] = {}
-        settings = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+        self._tokenizers: dict[tuple[Path | None, NewTokens | None], PreTrainedTokenizerBase] = {}
+        loading = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
         if self._head is None:
-            self.model: PreTrainedModel = build_causal_lm(model, **settings)
+            self.model: PreTrainedModel = build_causal_lm(model, **loading)
         else:
-            self.model = self._with_head(self._head, settings)
+            self.model = self._with_head(self._head, loading)
         for name in self.names or [BASE]:
             self.tokenizer(name)
         for name, source in sources.items():
@@ -91,15 +97,19 @@ class ModelWithAdapters:
         """The tokenizer of an adapter, with the chat template of its training, or that of the base model.
 
         Raises:
-            PaCAError: If it cannot be loaded.
+            PaCAError: If it cannot be loaded, or numbers the adapter's new tokens otherwise.
         """
-        directory = self._own.get(name)
-        if directory not in self._tokenizers:
+        directory, new = self._own.get(name), self._new_tokens.get(name)
+        if (directory, new) not in self._tokenizers:
             source, revision = (self._base, self._revision) if directory is None else (str(directory), None)
             load = load_tokenizer if self._head is None else plain_tokenizer
             loaded = load(source, revision=revision, trust_remote_code=self._trusted)
-            self._tokenizers[directory] = loaded
-        return self._tokenizers[directory]
+            if new is not None:
+                if directory is None:
+                    extend_tokenizer(loaded, new.tokens)
+                check_same_numbers(loaded, new)
+            self._tokenizers[directory, new] = loaded
+        return self._tokenizers[directory, new]
 
     def _with_head(self, head: Head, settings: dict[str, Any]) -> PreTrainedModel:
         """The base model with a head like that of the adapter's, which the adapter fills."""

@@ -55,6 +55,27 @@ def test_value_and_gradients_equal_the_plain_ones(bias, frozen, chunk_size):
     torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 5, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_trained_rows_of_a_frozen_head_get_the_gradient_of_these_rows(dtype, chunk_size):
+    hidden, weight, labels, _ = head(dtype)
+    ids = torch.tensor([3, 17, 63])
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = weight[ids].to(wide).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, new_rows=(rows, ids))
+    found = torch.autograd.grad(loss / 7, (hidden, rows))
+    exact = weight.double().requires_grad_()
+    value = plain(hidden.double(), exact, labels, None)
+    grads = torch.autograd.grad(value / 7, (hidden, exact))
+    rounding = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(loss.double(), value, rtol=rounding, atol=0)
+    for grad, expected in zip(found, (grads[0], grads[1][ids]), strict=True):
+        torch.testing.assert_close(
+            grad.double(), expected.double(), rtol=0, atol=rounding * float(expected.abs().max())
+        )
+    assert found[1].dtype == wide
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_bf16_keeps_the_loss_in_fp32_and_its_gradients_are_as_exact_as_the_plain_ones(frozen):
     half = head(torch.bfloat16, bias=True, frozen=frozen)

@@ -41,6 +41,7 @@ OVERRIDES = (
             "layers.experts",
             "layers.nf4_linear",
             "layers.nf4_plain",
+            "layers.rows",
             "tasks.metrics",
             "tasks.wide_buffers",
             "tools.memory.lora",
@@ -50,7 +51,7 @@ OVERRIDES = (
     Override(
         ("torch.nn.Module",),
         "_load_from_state_dict",
-        ("layers.base", "layers.experts"),
+        ("layers.base", "layers.experts", "layers.rows"),
         "PyTorch documents it for subclasses: it loads a layer's own tensors, whose hooks cannot reorder them",
     ),
     Override(

@@ -12,6 +12,7 @@ from paca_lightning.core.private.torch import apply_to_tensors, non_persistent_b
 from paca_lightning.core.private.transformers import initialise, initialises
 from paca_lightning.layers.base import paca_layers
 from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.layers.rows import row_modules
 from paca_lightning.strategies.fsdp2.streaming import stream
 
 SOURCE = "checkpoint_directory"
@@ -36,6 +37,11 @@ def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool = F
     on_meta = {module: _meta_tensors(module) for module in model.modules()}
     if not any(on_meta.values()):
         return
+    if rows := next((path for path, module in row_modules(model) if module.weight.is_meta), None):
+        raise PaCAError(
+            f"{rows!r} was given new tokens on the meta device, and no checkpoint holds their rows. Load the weights "
+            "before: CausalLMModule(new_tokens=...) does so."
+        )
     sources = [module for module in model.modules() if getattr(module, SOURCE, None) is not None]
     _allocate(model, device, cpu_offload)
     loaded = {child for source in sources for child in source.modules()}

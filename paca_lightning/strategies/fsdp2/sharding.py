@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
+from paca_lightning.core.dtensor import first_row, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.transformers import is_pretrained_model
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.experts import PaCAExperts
 from paca_lightning.layers.linear import PaCAConv1D
 from paca_lightning.layers.nf4_linear import QPaCALinear
+from paca_lightning.layers.rows import TrainedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
 
 def local_rows(tensor: Tensor) -> slice:
     """The rows of a tensor that this rank holds. A tensor that is not sharded has all its rows on every rank."""
-    if not isinstance(tensor, DTensor):
-        return slice(0, len(tensor))
-    (chunk,) = tensor.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
-    return slice(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0])
+    start = first_row(tensor)
+    return slice(start, start + len(local(tensor)))
 
 
 def _shard_unit(unit: _Unit, mesh: DeviceMesh, options: ShardingOptions) -> None:
@@ -102,7 +101,7 @@ def _fully_shard(modules: list[nn.Module], reshard: bool | int, mesh: DeviceMesh
     """Make one unit of modules, without the units inside them."""
     if any(isinstance(module, FSDPModule) for module in modules):
         return
-    layers = [m for root in modules for m in _outside_units(root) if isinstance(m, PaCALayer)]
+    layers = [m for root in modules for m in _outside_units(root) if isinstance(m, PaCALayer | TrainedRows)]
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if options.cpu_offload else OffloadPolicy()
     try:
         fully_shard(

@@ -72,7 +72,7 @@ class SampleAnswers(Callback):
     def _find_tokenizer(self, trainer: Trainer) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase | None
         if self.tokenizer is not None:
-            tokenizer = load_tokenizer(self.tokenizer)
+            tokenizer = load_tokenizer(self.tokenizer, new_tokens=getattr(trainer.lightning_module, "new_tokens", ()))
         else:
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
             if tokenizer is None:

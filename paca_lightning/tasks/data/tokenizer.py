@@ -1,5 +1,6 @@
 """Loads the tokenizer of a data module and its chat template."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets.fingerprint import Hasher
@@ -7,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import looks_local, where_it_was_sought
+from paca_lightning.tasks.data.new_tokens import extend_tokenizer
 
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -22,23 +24,31 @@ So generation stops as usual, and the model needs no embedding of a token it has
 
 
 def load_tokenizer(
-    name: str, chat_template: str | None = None, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    chat_template: str | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    new_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and set its chat template.
+    """Load a tokenizer, set its chat template, and add new tokens.
 
     Args:
         name: A local directory or a hub id.
         chat_template: A Jinja template, or the path of a file with one, that replaces the tokenizer's own.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether to run code that comes with the tokenizer.
+        new_tokens: Tokens to add (see ``extend_tokenizer``).
 
     Returns:
         The tokenizer; its `chat_template` is the given one, else its own, else `DEFAULT_CHAT_TEMPLATE`.
 
     Raises:
-        PaCAError: There is no such tokenizer, or it has neither a chat template nor an end-of-sequence token.
+        PaCAError: There is no such tokenizer, it has neither a chat template nor an end-of-sequence token, or a new
+            token cannot be added.
     """
     tokenizer = plain_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    extend_tokenizer(tokenizer, new_tokens)
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
     elif tokenizer.chat_template is None:

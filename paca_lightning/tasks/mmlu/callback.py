@@ -209,7 +209,8 @@ class MMLUEvaluation(Callback):
         found = next((t for t in (getattr(owner, "tokenizer", None) for owner in owners) if t is not None), None)
         if found is None:
             raise PaCAError("MMLUEvaluation has no tokenizer: set it to the model's directory, or its hub id.")
-        return load_tokenizer(found) if isinstance(found, str) else found
+        tokens = getattr(pl_module, "new_tokens", ())
+        return load_tokenizer(found, new_tokens=tokens) if isinstance(found, str) else found
 
 
 def _metrics(results: Results) -> dict[str, float]:

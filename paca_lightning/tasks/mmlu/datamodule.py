@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.collate import DocumentReader, PadCollator
 from paca_lightning.tasks.data.loader import ResumableLoader
+from paca_lightning.tasks.data.new_tokens import new_tokens_of
 from paca_lightning.tasks.data.sampler import BatchOrder, share_of
 from paca_lightning.tasks.data.settings import check_numbers
 from paca_lightning.tasks.data.tokenizer import load_tokenizer, pad_token_id
@@ -94,6 +95,7 @@ class MMLUDataModule(LightningDataModule):
                 self.hparams["tokenizer"],
                 revision=self.hparams["revision"],
                 trust_remote_code=self.hparams["trust_remote_code"],
+                new_tokens=new_tokens_of(self),
             )
         if stage == "fit" and self.hparams["validation_split"] in self.hparams["train"]:
             raise PaCAError(

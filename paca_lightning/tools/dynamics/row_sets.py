@@ -7,6 +7,7 @@ import numpy as np
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.data.loader import ResumableLoader
+from paca_lightning.tasks.data.new_tokens import give_new_tokens, new_tokens_of
 from paca_lightning.tasks.data.split import TokenizedSplit
 from paca_lightning.tasks.instruction import InstructionDataModule
 
@@ -62,6 +63,7 @@ def row_sets(datamodule: InstructionDataModule, files: dict[str, str], limit: in
     for name, file in files.items():
         settings = dict(datamodule.hparams) | {"test": file, "test_split": "train"}
         other = InstructionDataModule(**{key: value for key, value in settings.items() if not key.startswith("_")})
+        give_new_tokens(other, new_tokens_of(datamodule))
         other.setup("test")
         splits[name] = other.splits["test"]
     return [RowSet(name, drawn(split, limit), len(split.dataset), datamodule) for name, split in splits.items()]

@@ -11,6 +11,7 @@ from paca_lightning.callbacks.adapter_method import AdapterMethodStrategy
 from paca_lightning.callbacks.loreft_strategy import LoReFTStrategy
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.tasks.causal_lm import CausalLMModule
+from paca_lightning.tasks.data.new_tokens import give_new_tokens
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tools.dynamics.options import PROG
 from paca_lightning.tools.run_config import lightning_cli
@@ -65,6 +66,7 @@ def read_run(config: Path, overrides: list[str]) -> tuple[CausalLMModule, Instru
             "the model together. Each point.json holds the losses, and `validate` takes a point: "
             "LoReFTStrategy(adapter=...)."
         )
+    give_new_tokens(cli.datamodule, cli.model.new_tokens)
     return cli.model, cli.datamodule, cli.trainer
 
 
