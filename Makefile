@@ -16,7 +16,7 @@ GUESTS := --requirement constraints/guests.txt
 
 GPU_VENV := .venv-gpu
 
-.PHONY: install demo mmlu study serving bench gpu test test-quick test-min test-latest soak check audit lock format clean
+.PHONY: install demo mmlu study ideas serving bench gpu test test-quick test-min test-latest soak check audit lock format clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,19 @@ METHODS := lora:8,lr=1e-3:8e-3 paca:16,lr=2e-3:1.6e-2 paca:16,selection=gradient
 study: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
 	$(BIN)/paca-lightning compare --config configs/study/conversations.yaml configs/study/sciq.yaml configs/study/gsm8k.yaml \
 		--methods $(METHODS) --trials 4 --widen --jobs 2 $(if $(MINUTES),--minutes $(MINUTES)) --output runs/study
+
+# Trains with the ideas of docs/learning.md that are not settings, two learning rates each, then measures what NF4 costs
+# before training and QPaCA beside QLoRA after it; in hours, goes on where it was stopped.
+IDEAS := paca:16,lr=5.66e-3 whitened:5.66e-3 eigenbasis-adam:5.66e-3 redraw-10:5.66e-3 muon:1.13e-2 \
+	gradient-ranks:5.66e-3 paca:72,target_modules=[o_proj,down_proj],lr=2.83e-3,name=o-down-2.83e-3 \
+	whitened:2.83e-3 eigenbasis-adam:2.83e-3 redraw-10:2.83e-3 muon:2.26e-2 gradient-ranks:2.83e-3 \
+	paca:72,target_modules=[o_proj,down_proj],lr=1.41e-3,name=o-down-1.41e-3
+ideas: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
+	$(BIN)/python -m scripts.study_ideas --config configs/study/gsm8k.yaml --trainer.val_check_interval=50 \
+		--runs $(IDEAS) --seeds $(or $(SEEDS),1) --output runs/ideas
+	$(BIN)/python -m scripts.nf4_columns $(SMOLLM2) configs/study/gsm8k.yaml --ranks 16 --dtype bfloat16
+	$(BIN)/paca-lightning compare --config configs/study/gsm8k.yaml --seeds $(or $(SEEDS),1) --cost-steps 0 \
+		--methods qlora:8,lr=2.8e-3 paca:16,quantize=nf4,lr=5.66e-3 --output runs/ideas-nf4
 
 # Gives the adapter of `make demo` to llama.cpp, merged and as LoRA, and compares logits: docs/serving.md. Builds llama.cpp
 # first (about ten minutes of CPU time), with its converters, out of a PyPI package.

@@ -18,7 +18,9 @@ A method is NAME[:SIZE][,OPTION=VALUE]...:
                   PaCAConfig; what is not given is as the config says
   lora:8, dora:8, ia3, prefix:20, prompt:20, llama-adapter:10, layernorm, ...
                   PEFT's methods, by the names of its registry as well.
-                  Options: every field of the method's PEFT config
+                  Options: every field of the method's PEFT config, and
+                  quantize=nf4 for the frozen layers
+  qlora:8         lora:8,quantize=nf4; PaCA's is paca:16,quantize=nf4
   bottleneck:64, loreft:4
                   bottleneck adapters of that width, LoReFT of that rank
   galore:128, apollo:128

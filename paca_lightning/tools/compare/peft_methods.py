@@ -8,16 +8,21 @@ from torch import nn
 from typing_extensions import override
 
 from paca_lightning.conversion.inventory import take_inventory
+from paca_lightning.conversion.linear4bit_base import quantize_base
 from paca_lightning.conversion.targets import resolve
-from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.config import QUANTIZATIONS, PaCAConfig
 from paca_lightning.core.errors import PaCAError, did_you_mean
 from paca_lightning.tools.bench.lora import check_names, split_targets
 from paca_lightning.tools.compare.methods import Method
 from paca_lightning.tools.compare.own_methods import INSERTED, PROJECTED
 from paca_lightning.tools.compare.task import Settings, Task
 
+QUANTIZE = "quantize"
+"""The one option that is no field of a PEFT config: ``nf4`` quantizes the frozen layers first, as PEFTStrategy does."""
+
 ALIASES: dict[str, tuple[str, Settings]] = {
     "dora": ("lora", {"use_dora": True}),
+    "qlora": ("lora", {QUANTIZE: "nf4"}),
     "rslora": ("lora", {"use_rslora": True}),
     "prefix": ("prefix_tuning", {}),
     "prompt": ("prompt_tuning", {}),
@@ -76,7 +81,7 @@ class PEFTMethod(Method):
             values["adapter_layers"] = model.config.num_hidden_layers  # type: ignore[union-attr]
         if "modules_to_save" in known and paca.modules_to_save:
             values["modules_to_save"] = list(paca.modules_to_save)
-        values |= self.options
+        values |= {name: value for name, value in self.options.items() if name != QUANTIZE}
         for alpha in ALPHAS:  # as PaCA's: scaling 1, whatever the rank
             if alpha in known and "r" in values:
                 values.setdefault(alpha, values["r"])
@@ -93,14 +98,18 @@ class PEFTMethod(Method):
     @override
     def callbacks(self, task: Task, seed: int) -> list[Settings]:
         config = {"class_path": f"peft.{self._class.__name__}", "init_args": self.config(task.model, task.paca)}
-        return [{"class_path": "paca_lightning.PEFTStrategy", "init_args": {"config": config}}]
+        quantize = {QUANTIZE: self.options[QUANTIZE]} if QUANTIZE in self.options else {}
+        return [{"class_path": "paca_lightning.PEFTStrategy", "init_args": {"config": config} | quantize}]
 
     @override
     def apply(self, model: nn.Module, paca: PaCAConfig) -> nn.Module:
         import peft
 
+        values = self.config(model, paca)
+        if QUANTIZE in self.options:
+            quantize_base(model)
         try:
-            changed: nn.Module = peft.get_peft_model(model, self._class(**self.config(model, paca)))
+            changed: nn.Module = peft.get_peft_model(model, self._class(**values))
         except (ValueError, TypeError) as error:
             raise PaCAError(f"Method {self.label!r}: PEFT refuses it: {error}") from error
         return changed
@@ -134,8 +143,11 @@ def peft_method(name: str, label: str, options: dict[str, Any]) -> PEFTMethod:
         names = [*OWN, *ALIASES, *sorted(known)]
         raise PaCAError(f"There is no method {name!r}.{did_you_mean(name, names)} Methods: {', '.join(names)}.")
     fields = [one.name for one in dataclasses.fields(known[peft_name])]
-    for option in options:
-        if option not in fields:
+    for option, value in options.items():
+        if option == QUANTIZE:
+            if value not in QUANTIZATIONS:
+                raise PaCAError(f"Method {label!r}: quantize={value!r} is unknown. Choose {QUANTIZATIONS[0]!r}.")
+        elif option not in fields:
             meant = did_you_mean(option, fields)
             raise PaCAError(f"Method {label!r}: PEFT's {known[peft_name].__name__} has no field {option!r}.{meant}")
     return PEFTMethod(label, options=own | options, peft_name=peft_name)

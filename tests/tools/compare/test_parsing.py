@@ -13,6 +13,7 @@ from paca_lightning.tools.compare.peft_methods import PEFTMethod
 from paca_lightning.tools.compare.search import Space
 from paca_lightning.tools.compare.task import Task
 from tests.moe import moe_config
+from tests.tiny import tiny_llama
 from tests.tools.compare.tasks import ROOT, debug_task
 
 
@@ -65,6 +66,7 @@ def test_a_method_has_learning_rates_of_its_own() -> None:
         ("full,r=3", "Method 'full' has no options but name and lr, not r"),
         ("paca:4,selection", "'selection' is no option. Write OPTION=VALUE"),
         ("paca:4,lr=1e-2:1e-4", "is reversed"),
+        ("lora:8,quantize=int8", "quantize='int8' is unknown. Choose 'nf4'"),
         ("lora:8,lora_alhpa=3", "LoraConfig has no field 'lora_alhpa'. Did you mean 'lora_alpha'?"),
     ],
 )
@@ -83,6 +85,17 @@ def test_paca_takes_every_setting_of_its_config(task: Task) -> None:
     assert along.config(PaCAConfig(r=8)) == PaCAConfig(r=16, train_norms=True, norms_lr=0.25)
     with pytest.raises(PaCAError, match="Unknown PaCA settings"):
         parse_methods(["paca:4,selectoin=random", "full"], RANK, task)[0].count(task)
+
+
+def test_qlora_is_lora_on_a_quantized_base(task: Task) -> None:
+    lora, qlora, written = (parse_method(text) for text in ("lora:4", "qlora:4", "lora:4,quantize=nf4"))
+    (plain,), (quantized,) = lora.callbacks(task, 0), qlora.callbacks(task, 0)
+    assert quantized["init_args"] == plain["init_args"] | {"quantize": "nf4"}
+    assert written.callbacks(task, 0) == [quantized]
+    assert qlora.count(task) == lora.count(task)
+    layers = [module for module in qlora.apply(tiny_llama(), task.paca).modules() if hasattr(module, "lora_A")]
+    assert layers
+    assert {type(layer.base_layer).__name__ for layer in layers} == {"Linear4bit"}
 
 
 def test_a_method_keeps_what_the_config_says_of_paca(task: Task) -> None:
