@@ -20,6 +20,7 @@ from paca_lightning import (
 )
 from paca_lightning.conversion.write_back import rows_stepped_by
 from paca_lightning.layers.rows import RowsEmbedding, RowsHead
+from paca_lightning.tasks.decoder_blocks import checkpoint_activations
 from paca_lightning.tasks.loss import CausalLMLoss
 from tests.new_tokens import IDS, NEW, TOKENS, VOCABULARY, masked_dense, plain_loss, train_masked, with_new_tokens
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -173,6 +174,26 @@ def test_accumulated_gradients_and_applying_again_change_nothing() -> None:
     for part in IDS.chunk(4):
         (model(input_ids=part, labels=part).loss / 4).backward()
     torch.testing.assert_close(rows.grad, whole)
+
+
+def test_compiled_and_checkpointed_models_have_the_same_gradients() -> None:
+    def gradients(change: Any) -> dict[str, Tensor]:
+        model, _ = with_new_tokens()
+        apply_paca(model, CONFIG)
+        plain_loss(change(model)).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def checkpointed(model: Any) -> Any:
+        checkpoint_activations(model, True)
+        return model
+
+    plain = gradients(lambda model: model)
+    assert {"model.embed_tokens.paca_rows", "lm_head.paca_rows"} < plain.keys()
+    assert same(gradients(checkpointed), plain)
+    compiled = gradients(lambda model: torch.compile(model, backend="aot_eager"))
+    assert compiled.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=0, atol=1e-6)
 
 
 def test_values_that_take_the_rows_place_are_used_by_every_operator() -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peft import LoraConfig
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from paca_lightning import (
     AdapterCheckpoint,
@@ -250,6 +250,11 @@ def test_models_with_unusual_embeddings_are_refused_by_name() -> None:
     model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(PaCAError, match="its input embedding, a Embedding, has max_norm"):
         add_new_tokens(model, tiny_tokenizer(), TOKENS)
+    settings = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, num_key_value_heads=1, **settings))
+    with pytest.raises(PaCAError, match=r"a Gemma2TextScaledWordEmbedding, does more than look up rows .*: all"):
+        add_new_tokens(gemma, tiny_tokenizer(), TOKENS)
+    add_new_tokens(gemma, tiny_tokenizer(), TOKENS, train="all")
     model = tiny_llama(vocab_size=VOCABULARY)
     model.lm_head = torch.nn.Linear(64, VOCABULARY)
     with pytest.raises(PaCAError, match=r"its output head, a Linear, has a bias .new_tokens_train: all"):
