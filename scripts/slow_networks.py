@@ -189,7 +189,7 @@ def plot(results: dict[str, Any], replicas: list[int], file: Path) -> None:
     FigureCanvasAgg(figure)
     for number, count in enumerate(replicas, 1):
         axes = figure.add_subplot(1, len(replicas), number, title=f"{count} replicas")
-        axes.set(xscale="log", xlabel="MB sent by each replica", ylabel="held-out loss")
+        axes.set(xscale="log", yscale="log", xlabel="MB sent by each replica", ylabel="held-out loss")
         for place, (name, points) in enumerate(results[str(count)].items()):
             megabytes, losses = [at["bytes"] / 1e6 for at in points], [at["loss"] for at in points]
             axes.plot(megabytes, losses, "ovs^D"[place // 10], linestyle="-", markersize=4, label=name)

@@ -11,7 +11,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, Work  # type: i
 from torchft.process_group import ProcessGroupGloo
 from typing_extensions import override
 
-from paca_lightning.core.private.torchft import finished
+from paca_lightning.core.private.torchft import finished, gloo_group
 from paca_lightning.strategies.diloco.compression import Compressor
 
 
@@ -38,6 +38,7 @@ class ReplicaGroup(ProcessGroupGloo):
         parameters: Digest of the parameters after the last exchange.
         exchanges: The exchanges behind the replica.
         timeout: Of each collective.
+        host: Address at which others reach this replica.
         compressor: Makes smaller what is sent. Default: tensors are sent as they are.
 
     Attributes:
@@ -52,10 +53,11 @@ class ReplicaGroup(ProcessGroupGloo):
         parameters: Callable[[], int],
         exchanges: Callable[[], int],
         timeout: timedelta,
+        host: str,
         compressor: Compressor | None = None,
     ) -> None:
         super().__init__(timeout)
-        self._exchanges, self._compressor = exchanges, compressor
+        self._exchanges, self._host, self._compressor = exchanges, host, compressor
         self._describe = lambda: [identity(), parameters(), exchanges()]
         self.refusal = ""
         self.sent_bytes = 0
@@ -74,6 +76,10 @@ class ReplicaGroup(ProcessGroupGloo):
         self.refusal = refusal(here.tolist(), [member.tolist() for member in members])
         if any(member[0] != members[0][0] for member in members) or self.refusal:
             raise RuntimeError(self.refusal or "a replica that trains something else wants to join")
+
+    @override
+    def _create_pg(self, store: Any, rank: int, world_size: int) -> Any:
+        return gloo_group(store, rank, world_size, self._timeout, self._host)
 
     @override
     def allreduce(self, tensors: list[Tensor], opts: object) -> Work:

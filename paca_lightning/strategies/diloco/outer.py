@@ -1,6 +1,5 @@
 """DiLoCo's outer loop: what happens to the trained parameters every few optimizer steps."""
 
-import socket
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from paca_lightning.core.private.torchft import (
     safe_transport,
     set_inner_steps,
 )
+from paca_lightning.strategies.diloco.address import own_address
 from paca_lightning.strategies.diloco.compression import compressor
 from paca_lightning.strategies.diloco.fragments import split
 from paca_lightning.strategies.diloco.group import ReplicaGroup, digest
@@ -63,15 +63,16 @@ class OuterLoop:
         run: The run around it.
         replica: Number of this replica.
         lighthouse: Address of torchft's lighthouse.
-        host: Name under which other replicas reach this one. Default: the machine's.
+        host: Name or address at which other replicas reach this one. Default: :func:`own_address`.
         min_replicas: Fewer than these exchange nothing.
         timeout: Of an exchange.
 
     Attributes:
         failed: Exchanges that failed one after the other, until now.
+        host: Where others reach this replica.
 
     Raises:
-        PaCAError: If no lighthouse answers, or parameters of several dtypes are to be compressed.
+        PaCAError: If no lighthouse answers or is found, or parameters of several dtypes are to be compressed.
     """
 
     def __init__(
@@ -90,8 +91,8 @@ class OuterLoop:
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         parts = [nn.ParameterList(part) for part in split(self._parameters, settings.fragments)]
         self._compressor = compressor(parts, settings)
-        self.group = ReplicaGroup(self._identity, self._digest, lambda: self.exchanges, timeout, self._compressor)
-        host = host or socket.gethostname()
+        self.host = host = host or own_address(lighthouse)
+        self.group = ReplicaGroup(self._identity, self._digest, lambda: self.exchanges, timeout, host, self._compressor)
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         try:
             self._manager = Manager(
@@ -110,7 +111,7 @@ class OuterLoop:
                 lighthouse_addr=lighthouse,
                 replica_id=f"replica_{replica}",
                 hostname=host,
-                checkpoint_transport=safe_transport(timeout),
+                checkpoint_transport=safe_transport(timeout, host),
                 init_sync=False,
             )
         except (RuntimeError, TimeoutError) as error:

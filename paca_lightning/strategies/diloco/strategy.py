@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.layers.base import paca_layers
+from paca_lightning.strategies.diloco.address import lighthouse_place
 from paca_lightning.strategies.diloco.lone import LoneStrategy
 from paca_lightning.strategies.diloco.settings import Compression, Outer, from_environment
 
@@ -40,13 +41,14 @@ class DiLoCoStrategy(LoneStrategy):
             ``TORCHFT_LIGHTHOUSE``.
         sync_every: Optimizer steps between two exchanges, H.
         outer_lr: Learning rate of the outer SGD.
-        outer_momentum: Its Nesterov momentum; 0 is plain SGD.
+        outer_momentum: Its Nesterov momentum; 0 is plain SGD. 0.5 suits runs of a few exchanges.
         fragments: Exchange the parameters in that many parts, in turns (Streaming DiLoCo, arXiv 2501.18512).
         compression: What replicas send of their change: all of it (``none``), ``bf16``, ``int8``, or only its largest
             values (``top_k``). The last two send later what they leave out.
         top_k: Share of the values that ``top_k`` sends.
         min_replicas: With fewer present, nothing is exchanged, and the steps since the last exchange are lost.
-        host: Name under which others reach this replica. Default: the machine's host name.
+        host: Name or address at which others reach this replica. Default: its address on the network on which it
+            reaches the lighthouse.
         timeout: Of an exchange. A replica that dies in one costs the others these seconds at most.
     """
 
@@ -98,6 +100,7 @@ class DiLoCoStrategy(LoneStrategy):
             raise PaCAError(f"min_replicas={self.min_replicas} has to lie from 1 to replicas={self.replicas}.")
         if not self.lighthouse:
             raise PaCAError("set the strategy's lighthouse, or TORCHFT_LIGHTHOUSE, to http://HOST:29510.")
+        lighthouse_place(self.lighthouse)
         os.environ.setdefault("RUST_LOG", "warn")  # its servers tell of each exchange otherwise, in ten lines
         try:
             import torchft  # noqa: F401
@@ -135,8 +138,9 @@ class DiLoCoStrategy(LoneStrategy):
         )
         trained = sum(p.numel() * p.element_size() for g in self.optimizers[0].param_groups for p in g["params"])
         rank_zero_info(
-            f"DiLoCo: replica {self.replica} of {self.replicas}; {trained / 2**20:.1f} MiB are exchanged every "
-            f"{self.settings.sync_every} steps over {self.lighthouse}, compression: {self.settings.compression}."
+            f"DiLoCo: replica {self.replica} of {self.replicas}, which others reach at {self.outer.host}; "
+            f"{trained / 2**20:.1f} MiB are exchanged every {self.settings.sync_every} steps, compression: "
+            f"{self.settings.compression}. Lighthouse: {self.lighthouse}."
         )
 
     def on_train_start(self) -> None:
@@ -195,7 +199,8 @@ class DiLoCoStrategy(LoneStrategy):
         if outer.failed:
             rank_zero_warn(
                 f"DiLoCo: the exchange at step {self._trainer.global_step + 1} failed ({outer.failed} in a row); the "
-                "steps since the last one are lost.",
+                f"steps since the last one are lost. If all fail: others must reach this replica at {outer.host}; set "
+                "the strategy's host to another address if they do not.",
             )
         sent = outer.group.sent_bytes
         values = {

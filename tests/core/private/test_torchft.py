@@ -14,6 +14,7 @@ from tests.core.private.canary import canary, check_coverage
 
 pytest.importorskip("torchft")
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torchft.local_sgd import DiLoCo
 
 from paca_lightning.core.private import torchft as private
@@ -79,13 +80,13 @@ class Hostile:
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch, of a stream
 @pytest.mark.parametrize("hostile", [False, True])
 def test_safe_transport(hostile: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    transport = private.safe_transport(timedelta(seconds=60))
+    transport = private.safe_transport(timedelta(seconds=60), "127.0.0.1")
     try:
         sent = {"parameters": [torch.arange(3.0)], "steps": 4, "hostile": Hostile() if hostile else None}
         sending = threading.Thread(target=transport.send_checkpoint, args=([1], 7, sent, timedelta(seconds=60)))
         sending.start()
         sending.join()
-        address = transport.metadata().replace(address_host(transport.metadata()), "127.0.0.1")
+        address = transport.metadata()
         if hostile:
             with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):
                 transport.recv_checkpoint(0, address, 7, timedelta(seconds=60))
@@ -99,8 +100,28 @@ def test_safe_transport(hostile: bool, capfd: pytest.CaptureFixture[str]) -> Non
         transport._server.server_close()
 
 
-def address_host(address: str) -> str:
-    return address.removeprefix("http://").partition(":")[0]
+@canary("torchft.gloo_group")
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+def test_gloo_group(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas meet at the address that each is given, whatever the machine's name means."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("socket.gethostname", lambda: "nowhere.invalid")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = {}
+
+    def meet(rank: int) -> None:
+        own = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+        group = private.gloo_group(own, rank, 2, timedelta(seconds=60), host)
+        values = torch.full((3,), rank + 1.0)
+        group.allreduce([values]).wait()
+        found[rank] = values.tolist()
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [3.0, 3.0, 3.0], 1: [3.0, 3.0, 3.0]}
 
 
 def test_every_function_has_a_canary() -> None:

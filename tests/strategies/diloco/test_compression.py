@@ -109,15 +109,16 @@ def one_replica(
         min_replicas=2,
         timeout=timeout,
     )
-    if state is not None:
-        loop.load_state_dict(state)
-    for run.step in steps:
-        for parameter, move in zip(parameters, moves(number, run.step + 1)[-1], strict=True):
-            parameter.grad = move
-        optimizer.step()
-    result = [parameter.detach().clone() for parameter in parameters], loop.state_dict(), loop.group.sent_bytes
-    loop.close()
-    return result
+    try:
+        if state is not None:
+            loop.load_state_dict(state)
+        for run.step in steps:
+            for parameter, move in zip(parameters, moves(number, run.step + 1)[-1], strict=True):
+                parameter.grad = move
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in parameters], loop.state_dict(), loop.group.sent_bytes
+    finally:
+        loop.close()
 
 
 def together(count: int, *arguments: Any, **settings: list[Any]) -> list[Any]:
@@ -264,6 +265,17 @@ def test_more_values_than_top_k_can_count_are_refused() -> None:
     parts = [nn.ParameterList([torch.empty(2**31, device="meta")])]
     with pytest.raises(PaCAError, match="Set fragments"):
         compressor(parts, Outer(compression="top_k"))
+
+
+def test_two_replicas_of_different_settings_both_stop(lighthouse: Callable[[int], str]) -> None:
+    """Nobody knows which of two is right."""
+    different = [Outer(sync_every=1), Outer(sync_every=1, lr=0.5)]
+    with ThreadPoolExecutor(2) as pool:
+        address = lighthouse(2)
+        waiting = [pool.submit(one_replica, number, address, different[number], range(1)) for number in range(2)]
+        for each in waiting:
+            with pytest.raises(PaCAError, match="this replica and others do not train the same"):
+                each.result(HANG)
 
 
 def test_state_of_another_compression_is_refused(lighthouse: Callable[[int], str]) -> None:

@@ -24,6 +24,7 @@ from tests.tiny import tiny_llama
 pytest.importorskip("torchft")
 
 from paca_lightning.strategies import DiLoCoStrategy
+from paca_lightning.strategies.diloco.address import own_address
 from paca_lightning.strategies.diloco.fragments import split
 from paca_lightning.strategies.diloco.group import refusal
 
@@ -301,6 +302,8 @@ def test_replicas_that_train_something_else_are_refused(here: list[int], others:
         ({"min_replicas": 3}, "min_replicas=3"),
         ({"replicas": None}, "NUM_REPLICA_GROUPS"),
         ({"lighthouse": None}, "TORCHFT_LIGHTHOUSE"),
+        ({"lighthouse": "10.0.0.1:29510"}, r"lighthouse='10.0.0.1:29510' has to be .*http://HOST:29510"),
+        ({"lighthouse": "http://10.0.0.1"}, "has to be the address of a lighthouse"),
     ],
 )
 def test_mistakes_in_settings(
@@ -324,6 +327,15 @@ def test_lighthouse_that_is_not_there_and_a_run_that_never_exchanges(
     short = DiLoCoStrategy(2, 0, lighthouse(2), host="127.0.0.1", sync_every=5)
     with pytest.raises(PaCAError, match="4 steps and sync_every=5"):
         trainer(tmp_path, max_steps=4, strategy=short).fit(Chat())
+
+
+def test_a_replica_is_reached_on_the_network_of_the_lighthouse() -> None:
+    assert own_address("http://127.0.0.1:29510") == "127.0.0.1"
+    assert own_address("http://localhost:29510") == "127.0.0.1"
+    with pytest.raises(
+        PaCAError, match=r"the lighthouse's host is not found: .*nowhere.invalid.*set the strategy's host"
+    ):
+        own_address("http://nowhere.invalid:29510")
 
 
 def test_fragments_are_of_about_equal_size() -> None:
