@@ -41,7 +41,7 @@ class DiLoCoStrategy(LoneStrategy):
             ``TORCHFT_LIGHTHOUSE``.
         sync_every: Optimizer steps between two exchanges, H.
         outer_lr: Learning rate of the outer SGD.
-        outer_momentum: Its Nesterov momentum; 0 is plain SGD. 0.5 suits runs of a few exchanges.
+        outer_momentum: Its Nesterov momentum; 0 is plain SGD.
         fragments: Exchange the parameters in that many parts, in turns (Streaming DiLoCo, arXiv 2501.18512).
         compression: What replicas send of their change: all of it (``none``), ``bf16``, ``int8``, or only its largest
             values (``top_k``). The last two send later what they leave out.
