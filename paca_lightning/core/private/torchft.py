@@ -39,15 +39,16 @@ def gloo_group(store: Any, rank: int, size: int, timeout: timedelta, host: str) 
 
     torchft leaves that to Gloo, which takes the address of the machine's own name. ``GLOO_SOCKET_IFNAME`` still wins.
     """
-    from torch.distributed import ProcessGroup, ProcessGroupGloo  # type: ignore[attr-defined]
+    from torch.distributed import ProcessGroup
 
-    options = ProcessGroupGloo._Options()
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    options._devices = [ProcessGroupGloo.create_device(interface=name) for name in interfaces] or [
-        ProcessGroupGloo.create_device(hostname=host)
+    options._devices = [gloo.create_device(interface=name) for name in interfaces] or [
+        gloo.create_device(hostname=host)
     ]
     options._timeout = timeout
-    backend = ProcessGroupGloo(store, rank, size, options)
+    backend = gloo(store, rank, size, options)
     backend._set_sequence_number_for_group()
     group = ProcessGroup(store, rank, size)
     group._set_default_backend(ProcessGroup.BackendType.GLOO)
