@@ -102,6 +102,12 @@ OVERRIDES = (
         ("tools.run_config",),
         "the hooks before and after a subcommand do not see the error that it raises",
     ),
+    Override(
+        ("torchft.process_group.ProcessGroupGloo",),
+        "_create_pg",
+        ("strategies.diloco.group",),
+        "it makes Gloo's group without a device, so that Gloo listens at the address of the machine's own name",
+    ),
     *(
         Override(
             (_CONNECTOR,),

@@ -57,7 +57,7 @@ class ReplicaGroup(ProcessGroupGloo):
         compressor: Compressor | None = None,
     ) -> None:
         super().__init__(timeout)
-        self._exchanges, self._host, self._compressor = exchanges, host, compressor
+        self._exchanges, self._host, self._within, self._compressor = exchanges, host, timeout, compressor
         self._describe = lambda: [identity(), parameters(), exchanges()]
         self.refusal = ""
         self.sent_bytes = 0
@@ -79,7 +79,7 @@ class ReplicaGroup(ProcessGroupGloo):
 
     @override
     def _create_pg(self, store: Any, rank: int, world_size: int) -> Any:
-        return gloo_group(store, rank, world_size, self._timeout, self._host)
+        return gloo_group(store, rank, world_size, self._within, self._host)
 
     @override
     def allreduce(self, tensors: list[Tensor], opts: object) -> Work:

@@ -18,7 +18,16 @@ from paca_lightning.core.private import OVERRIDES, Override
 from tests.core.private.canary import explained
 from tests.private_apis import PRIVATE, USED_IN, class_names, is_self
 
-LIBRARIES = {"torch", "lightning", "transformers", "datasets", "bitsandbytes", "torchmetrics", "jsonargparse"}
+LIBRARIES = {
+    "torch",
+    "lightning",
+    "transformers",
+    "datasets",
+    "bitsandbytes",
+    "torchmetrics",
+    "jsonargparse",
+    "torchft",
+}
 
 
 KERNEL = "paca_lightning.layers.column_kernel"
