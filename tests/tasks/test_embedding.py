@@ -97,9 +97,9 @@ def test_pooling_leaves_out_the_padding() -> None:
 @pytest.mark.parametrize("negatives", [False, True])
 def test_three_steps_are_those_of_a_plain_loop(negatives: bool, directory: str, data: Any, tmp_path: Path) -> None:
     module = EmbeddingModule(directory, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    fitted(tmp_path, module, data(negatives), max_steps=3, limit_val_batches=0)
+    fitted(tmp_path, module, data(negatives), max_steps=3, limit_val_batches=0, precision="64-true")
 
-    model = hf.AutoModel.from_pretrained(directory).train()
+    model = hf.AutoModel.from_pretrained(directory).double().train()
     apply_paca(model, PaCAConfig(r=4))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     loader = data(negatives)
@@ -118,7 +118,7 @@ def test_three_steps_are_those_of_a_plain_loop(negatives: bool, directory: str, 
         optimizer.zero_grad()
     ours = [p for p in module.model.parameters() if p.requires_grad]
     theirs = [p for p in model.parameters() if p.requires_grad]
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 # ---- runs
