@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from paca_lightning import add_new_tokens, paca_layers
+from paca_lightning import add_new_tokens
+from tests.plain_training import column_masks
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENS = ["<tool>", "</tool>", "<think>"]
@@ -30,14 +31,9 @@ def with_new_tokens(
 
 def masked_dense(model: nn.Module, converted: nn.Module) -> dict[str, Tensor]:
     """Masks of what a converted model trains, by name in its dense twin, of which all else is frozen."""
-    layers = dict(paca_layers(converted))
-    masks = {}
+    masks = column_masks(model, converted)
     for name, parameter in model.named_parameters():
-        path, _, kind = name.rpartition(".")
-        if path in layers and kind == "weight":
-            masks[name] = torch.zeros_like(parameter)
-            masks[name][:, layers[path].paca_indices] = 1
-        elif path in ("model.embed_tokens", "lm_head"):
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
             masks[name] = torch.zeros_like(parameter)
             masks[name][NEW] = 1
         parameter.requires_grad_(name in masks)
@@ -47,14 +43,3 @@ def masked_dense(model: nn.Module, converted: nn.Module) -> dict[str, Tensor]:
 def plain_loss(model: Any) -> Tensor:
     """Mean loss of the next tokens in the model's own precision; Hugging Face's would round logits to fp32."""
     return F.cross_entropy(model(input_ids=IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-
-
-def train_masked(model: Any, masks: dict[str, Tensor], steps: int, lr: float = 1e-2) -> None:
-    """Train a dense model in plain PyTorch, with the gradient of the masked parts alone."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        plain_loss(model).backward()
-        for name, mask in masks.items():
-            model.get_parameter(name).grad.mul_(mask)
-        optimizer.step()

@@ -9,18 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from paca_lightning.adapters.export_files import Tokenizer, tensors_of, write_adapter
+from paca_lightning.adapters.export_files import Tokenizer, common_rank, write_adapter
 from paca_lightning.adapters.exported import (
     check_adapter_can_hold,
     check_quantized_base,
     hugging_face_model,
     named_paca_layers,
     part_of,
-    target_names,
     target_parameters,
-    whole_modules,
 )
-from paca_lightning.adapters.files import PREFIX, base_model_entries
+from paca_lightning.adapters.files import PREFIX
 from paca_lightning.adapters.lora_factors import lora_factors, lora_name
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.core.dtensor import is_first_rank, sharded_like, whole_tensor
@@ -123,30 +121,22 @@ def export_lora(
     inventory = take_inventory(model)
     layers = inventory.named_layers()
     check_quantized_base(layers)
-    # One rank and one scaling for all layers: vLLM and llama.cpp do not read PEFT's rank_pattern and alpha_pattern.
-    rank, scalings = max(layer.r for layer in layers.values()), {layer.scaling for layer in layers.values()}
-    scaling = scalings.pop() if len(scalings) == 1 else 1.0
+    rank, scaling = common_rank(layers)  # vLLM and llama.cpp do not read PEFT's rank_pattern and alpha_pattern
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         prefix = PREFIX + lora_name(name, layer)
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = lora_factors(layer, rank, scaling)
-    base_entries = base_model_entries(inventory.base_model)
-    whole = whole_modules(inventory, base_entries["task_type"])
     settings = {
         "peft_type": "LORA",
-        **base_entries,
         "r": rank,
         "lora_alpha": rank * scaling,
-        "target_modules": target_names(inventory),
         **({"target_parameters": experts} if (experts := target_parameters(inventory)) else {}),
-        "modules_to_save": list(whole) or None,
         "fan_in_fan_out": any(layer.paca_base_class.__name__ == "Conv1D" for layer in layers.values()),
         "lora_dropout": 0.0,
         "init_lora_weights": True,  # Petals asks for it
         "bias": "none",
-        "inference_mode": True,
     }
-    write_adapter(directory, tensors | tensors_of(whole), settings, tokenizer)
+    write_adapter(directory, inventory, tensors, settings, tokenizer)
 
 
 def check_no_adapter(directory: str | os.PathLike[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from paca_lightning.adapters.head import HEADS_BY_TASK
 from paca_lightning.conversion.changed_state import changed_state
 from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.core.dtensor import is_first_rank, local
@@ -23,13 +24,6 @@ MAMBA_REFUSED = frozenset({"conv1d", "out_proj"})
 
 MEASURED = 8
 """In how many layers the difference of an NF4 base is measured."""
-
-HEADS_BY_TASK = {
-    "SEQ_CLS": {"classifier", "score"},
-    "TOKEN_CLS": {"classifier", "score"},
-    "QUESTION_ANS": {"qa_outputs"},
-}
-"""Modules that PEFT looks for in an adapter of a task, trained or not."""
 
 
 def part_of(model: nn.Module, path: str | None) -> nn.Module:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from paca_lightning.adapters.files import CONFIG, TENSORS
+from paca_lightning.adapters.head import HEADS_BY_TASK
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.core.paths import matches_wholly
+from paca_lightning.core.paths import is_suffix, matches_wholly
 
 INDICES, DELTA, COLUMNS = ".paca_indices", ".paca_delta", ".paca_w"
 ENDS = (INDICES, DELTA, COLUMNS)
@@ -28,10 +29,8 @@ WITHOUT_EFFECT = {
     *("inference_mode", "layers_pattern"),  # the layers are those of the tensors
     *("init_weights", "gradient_accumulation_steps", "select_grad", "megatron_core"),  # of the training only
 }
+CLASSIFIERS = HEADS_BY_TASK["SEQ_CLS"]
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
-
-TASK_HEADS = {"classifier", "score"}
-"""PEFT lists both in modules_to_save of a classifier, whichever its model has (0.21)."""
 
 
 def foreign_config(peft: Mapping[str, Any], names: Sequence[str], directory: Path) -> PaCAConfig:
@@ -86,14 +85,14 @@ def _targets_alone_say(targets: str | list[str], layers: list[str], file: Path) 
     if isinstance(targets, str):
         named = [layer for layer in layers if matches_wholly(targets, layer)]
     else:
-        named = [layer for layer in layers if any(_is_suffix(name, layer) for name in targets)]
+        named = [layer for layer in layers if any(is_suffix(name, layer) for name in targets)]
     if len(named) < len(layers):
         other = next(layer for layer in layers if layer not in named)
         raise PaCAError(
             f"{file}: target_modules={targets!r} does not name {other!r}, which has columns in {TENSORS}. The two "
             "files are not of one adapter; copy both again."
         )
-    return isinstance(targets, str) or all(any(_is_suffix(name, layer) for layer in layers) for name in targets)
+    return isinstance(targets, str) or all(any(is_suffix(name, layer) for layer in layers) for name in targets)
 
 
 def _modules_in(names: list[str], listed: list[str], directory: Path) -> list[str]:
@@ -114,13 +113,13 @@ def _modules_in(names: list[str], listed: list[str], directory: Path) -> list[st
                 "(merge_and_unload), and use the merged model."
             )
         present.add(owner)
-    with_head = any(_is_suffix(head, path) for head in TASK_HEADS for path in present)
+    with_head = any(is_suffix(head, path) for head in CLASSIFIERS for path in present)
     result: list[str] = []
     for name in listed:
         paths_here = sorted(path for path in present if path.endswith(name))
-        if not all(_is_suffix(name, path) for path in paths_here):
+        if not all(is_suffix(name, path) for path in paths_here):
             result += paths_here
-        elif paths_here or not (with_head and name in TASK_HEADS):
+        elif paths_here or not (with_head and name in CLASSIFIERS):
             result.append(name)
     return result
 
@@ -163,10 +162,6 @@ def foreign_tensors(tensors: Mapping[str, Tensor], config: PaCAConfig, file: Pat
             indices, values = indices[order], values[:, order]
         result[layer + DELTA], result[layer + INDICES] = values, indices
     return result, end == COLUMNS
-
-
-def _is_suffix(name: str, path: str) -> bool:
-    return path == name or path.endswith("." + name)
 
 
 def _as_list(value: Any) -> Any:

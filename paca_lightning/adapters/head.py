@@ -10,6 +10,13 @@ from paca_lightning.core.errors import PaCAError
 KINDS = ("ForSequenceClassification", "ForTokenClassification")
 """Ends of class names of transformers' models with such a head."""
 
+HEADS_BY_TASK = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+"""Modules that PEFT (0.21) looks for in an adapter of a task, trained or not; it lists all of them."""
+
 
 @dataclass(frozen=True)
 class Head:

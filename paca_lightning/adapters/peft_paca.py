@@ -6,16 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from paca_lightning.adapters.export_files import Tokenizer, tensors_of, write_adapter
-from paca_lightning.adapters.exported import (
-    check_adapter_can_hold,
-    check_quantized_base,
-    named_paca_layers,
-    part_of,
-    target_names,
-    whole_modules,
-)
-from paca_lightning.adapters.files import PREFIX, SETTINGS, base_model_entries
+from paca_lightning.adapters.export_files import Tokenizer, common_rank, write_adapter
+from paca_lightning.adapters.exported import check_adapter_can_hold, check_quantized_base, named_paca_layers, part_of
+from paca_lightning.adapters.files import PREFIX, SETTINGS
 from paca_lightning.adapters.update import whole_update
 from paca_lightning.conversion.inventory import take_inventory
 from paca_lightning.core.errors import PaCAError
@@ -55,30 +48,22 @@ def export_peft_paca(
         )
     model = part_of(model, path)
     layers = named_paca_layers(model)
-    rank, scalings = max(layer.r for layer in layers.values()), {layer.scaling for layer in layers.values()}
-    scaling = scalings.pop() if len(scalings) == 1 else 1.0
+    rank, scaling = common_rank(layers)
     _check_layers(layers, rank)
     check_adapter_can_hold(model, "PaCA")
     check_quantized_base(layers)
-    inventory = take_inventory(model)
     tensors = {}
     for name, layer in layers.items():
         indices, update = filled_up(layer.paca_indices.cpu(), whole_update(layer).float(), rank, layer.in_features)
         tensors[f"{PREFIX}{name}.paca_indices"] = indices
         tensors[f"{PREFIX}{name}.paca_delta"] = update * (layer.scaling / scaling)
-    base_entries = base_model_entries(inventory.base_model)
-    whole = whole_modules(inventory, base_entries["task_type"])
     settings = {
         "peft_type": "PACA",
-        **base_entries,
         "r": rank,
         "paca_alpha": rank * scaling,
-        "target_modules": target_names(inventory),
-        "modules_to_save": list(whole) or None,
         "random_seed": 0,  # PEFT draws columns before it loads these: not from the global random state
-        "inference_mode": True,
     }
-    write_adapter(directory, tensors | tensors_of(whole), settings, tokenizer)
+    write_adapter(directory, take_inventory(model), tensors, settings, tokenizer)
 
 
 def filled_up(indices: Tensor, update: Tensor, rank: int, in_features: int) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,13 @@ from torch import Tensor
 from paca_lightning.adapters.checkpoint import read_checkpoint, read_note
 from paca_lightning.adapters.files import CONFIG, TENSORS, read_files
 from paca_lightning.adapters.foreign import foreign_config
-from paca_lightning.adapters.head import Head
+from paca_lightning.adapters.head import HEADS_BY_TASK, Head
 from paca_lightning.adapters.settings import AdapterSettings
 from paca_lightning.adapters.tensors import AdapterTensors, read_foreign, read_tensors, tensor_names
 from paca_lightning.core.checkpoints import SUFFIX, is_checkpoint_directory
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.new_tokens import NewTokens
-
-HEAD_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""PEFT's names of tasks whose models have a head."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +95,25 @@ def saved_settings(source: str | os.PathLike[str]) -> AdapterSettings | None:
     return read_note(path).settings if is_checkpoint(path) else read_files(path)[1]
 
 
-def saved_head(source: str | os.PathLike[str]) -> Head | None:
-    """The head over labels of the model that an adapter was trained on, if it had one.
+def saved_needs(source: str | os.PathLike[str]) -> tuple[Head | None, NewTokens | None]:
+    """What the model of an adapter had beside its base: a head over labels, and new tokens.
 
     Raises:
         PaCAError: As :func:`read_adapter`, or if another program wrote the adapter of a head, without its labels.
     """
     path = Path(source)
     if is_checkpoint(path):
-        return read_note(path).settings.head
+        note = read_note(path)
+        return note.settings.head, note.settings.new_tokens
     peft, settings = read_files(path)
-    if settings is None and peft.get("task_type") in HEAD_TASKS:
+    if settings is not None:
+        return settings.head, settings.new_tokens
+    if peft.get("task_type") in HEADS_BY_TASK:
         raise PaCAError(
             f"{path}: another program wrote this adapter of a head ({peft['task_type']}), without its labels. "
             "Build the model with transformers, and use load_adapter(model, directory)."
         )
-    return None if settings is None else settings.head
+    return None, None
 
 
 def is_checkpoint(path: Path) -> bool:

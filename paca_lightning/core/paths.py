@@ -22,13 +22,18 @@ def clean_path(path: str) -> str:
     return ".".join(segment for segment in segments if segment not in WRAPPER_SEGMENTS)
 
 
+def is_suffix(name: str, path: str) -> bool:
+    """Whether a name is a whole dotted suffix of a path."""
+    return path == name or path.endswith("." + name)
+
+
 def matches(pattern: str, path: str) -> bool:
     """Whether a pattern is a whole dotted suffix of a path, or a regular expression of all of it.
 
     Raises:
         PaCAError: As :func:`matches_wholly`.
     """
-    return path == pattern or path.endswith("." + pattern) or matches_wholly(pattern, path)
+    return is_suffix(pattern, path) or matches_wholly(pattern, path)
 
 
 def matches_wholly(pattern: str, path: str) -> bool:

@@ -1,7 +1,6 @@
 """Room for new tokens in a model's embeddings: spare rows where there are some, or else more rows."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,16 +118,12 @@ def _problem_of_head(head: Any, new: NewTokens) -> str | None:
 
 def _resize(model: Any, rows: int) -> None:
     """Let transformers change the number of rows; new ones are drawn at random, which moves no random state."""
-    if ends_of(model)[0].num_embeddings == rows:
+    embedding, _ = ends_of(model)
+    if embedding.num_embeddings == rows:
         return
-    with _kept_random_state(ends_of(model)[0].weight.device):
-        model.resize_token_embeddings(rows, mean_resizing=False)
-
-
-@contextmanager
-def _kept_random_state(device: torch.device) -> Iterator[None]:
+    device = embedding.weight.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 @torch.no_grad()

@@ -118,12 +118,18 @@ class CausalLMModule(TuningModule):
         if not settings.pop("new_tokens"):
             return settings
         data = getattr(getattr(trainer_of(self), "datamodule", None), "hparams", {})
-        source = "tokenizer" if isinstance(data.get("tokenizer"), str) else "model"
-        named = data if source == "tokenizer" else settings
-        # Not streamed: the files have no such rows. Each process reads the whole model into host memory.
-        new = {"tokens": self.new_tokens, "train": train, "tokenizer": named[source]}
-        new["tokenizer_revision"] = named.get("revision")
-        return settings | {"streamed": False, "build": build_with_new_tokens} | new
+        if isinstance(data.get("tokenizer"), str):
+            tokenizer, revision = data["tokenizer"], data.get("revision")
+        else:
+            tokenizer, revision = settings["model"], settings.get("revision")
+        return settings | {
+            "streamed": False,  # the files have no such rows: each process reads the whole model into host memory
+            "build": build_with_new_tokens,
+            "tokens": self.new_tokens,
+            "train": train,
+            "tokenizer": tokenizer,
+            "tokenizer_revision": revision,
+        }
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Logits (B, T, V) of a batch."""

@@ -4,10 +4,7 @@ import argparse
 from typing import Any, get_args
 
 import datasets
-import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from paca_lightning.core.errors import PaCAError
@@ -20,9 +17,10 @@ from paca_lightning.tasks.data.stream_loader import StreamLoader
 from paca_lightning.tasks.instruction import InstructionDataModule
 from paca_lightning.tasks.preference_data import PreferenceDataModule
 from paca_lightning.tasks.text_data import TextDataModule
-from paca_lightning.tools.marked_text import PERCENTILES, marked, shortened
+from paca_lightning.tools.marked_text import marked, shortened
 from paca_lightning.tools.run_config import lightning_cli
 from paca_lightning.tools.short_errors import PlainShortErrors
+from paca_lightning.tools.split_table import describe_lengths, split_table
 from paca_lightning.tools.text_data import show_texts
 
 _SENTENCES = 600  # characters of all sentences on the chat template, when shortened
@@ -103,7 +101,7 @@ def data(datamodule: InstructionDataModule | TextDataModule, samples: int = 2, f
 
 def _show(datamodule: InstructionDataModule, samples: int, full: bool) -> None:
     console = Console()
-    console.print(_statistics(datamodule))
+    console.print(split_table(datamodule, "Conversations and their tokens", _statistics))
     for name, split in datamodule.splits.items():
         remarks = split.report.describe_template()
         limit = max(200, _SENTENCES // max(1, len(remarks)))
@@ -130,31 +128,8 @@ def _conversations(sample: dict[str, Any]) -> list[tuple[str, slice]]:
     return [(", good" if first else ", bad", slice(0, length))]
 
 
-def _batches(loader: Any) -> str:
-    return "streamed" if isinstance(loader, StreamLoader) else f"{len(loader):,}"
-
-
-def _statistics(datamodule: InstructionDataModule) -> Table:
-    loaders = {
-        "train": datamodule.train_dataloader,
-        "validation": datamodule.val_dataloader,
-        "test": datamodule.test_dataloader,
-    }
-    columns = {
-        name: {**_length_statistics(split), "batches in an epoch": _batches(loaders[name]())}
-        for name, split in datamodule.splits.items()
-    }
-    table = Table("", title="Conversations and their tokens", box=box.MINIMAL, show_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for label in columns["train"]:
-        table.add_row(label, *(column[label] for column in columns.values()))
-    return table
-
-
-def _length_statistics(split: TokenizedSplit) -> dict[str, str]:
+def _statistics(split: TokenizedSplit, loader: Any) -> dict[str, str]:
     lengths = split.column("length")
-    percentiles = np.percentile(lengths, PERCENTILES)
     rows = len(set(zip(split.column("file").tolist(), split.column("row").tolist(), strict=True)))
     return {
         "formats": ", ".join(split.report.formats) or "-",
@@ -166,6 +141,6 @@ def _length_statistics(split: TokenizedSplit) -> dict[str, str]:
         "tokens": f"{lengths.sum():,}",
         "trained tokens": f"{split.column('trained_length').sum():,}",
         "of them trained": f"{split.column('trained_length').sum() / lengths.sum():.0%}",
-        "mean length": f"{lengths.mean():.1f}",
-        "length of 50, 90, 99, 100% at most": ", ".join(f"{value:.0f}" for value in percentiles),
+        **describe_lengths(lengths),
+        "batches in an epoch": "streamed" if isinstance(loader, StreamLoader) else f"{len(loader):,}",
     }

@@ -5,9 +5,6 @@ from transformers import PreTrainedTokenizerBase
 
 from paca_lightning.tasks.data.decode import decoded_runs
 
-PERCENTILES = (50, 90, 99, 100)
-"""Of the lengths of rows that are shown."""
-
 SAMPLE = 500
 """Characters of a shortened sample, so that all fits one screen of 100 columns and 40 lines."""
 

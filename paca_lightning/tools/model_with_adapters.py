@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from paca_lightning.adapters.adapter import load_adapter
 from paca_lightning.adapters.head import Head
 from paca_lightning.adapters.history import tokenizer_directory
-from paca_lightning.adapters.saved import is_checkpoint, saved_head, saved_settings
+from paca_lightning.adapters.saved import is_checkpoint, saved_needs
 from paca_lightning.conversion.named_adapters import set_adapter
 from paca_lightning.conversion.revert import disable_paca
 from paca_lightning.core.errors import PaCAError
@@ -63,9 +63,9 @@ class ModelWithAdapters:
         self._head: Head | None = None
         self._new_tokens: dict[str, NewTokens] = {}
         for name, source in sources.items():  # before a large model is loaded
-            self._head, settings = saved_head(source), saved_settings(source)
-            if settings is not None and settings.new_tokens is not None:
-                self._new_tokens[name] = settings.new_tokens
+            self._head, new_tokens = saved_needs(source)
+            if new_tokens is not None:
+                self._new_tokens[name] = new_tokens
             if self._head is not None and not with_head:
                 raise PaCAError(
                     f"{source}: the adapter of a model with a head over {len(self._head.labels)} labels, which writes "

@@ -3,16 +3,15 @@
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from paca_lightning.tasks.classification_data import ClassificationDataModule
 from paca_lightning.tasks.data.batch import IGNORE_INDEX
 from paca_lightning.tasks.data.ragged import Ragged
 from paca_lightning.tasks.data.text_loader import TextSplit
 from paca_lightning.tasks.text_data import TextDataModule
-from paca_lightning.tools.marked_text import PERCENTILES, marked
+from paca_lightning.tools.marked_text import marked
+from paca_lightning.tools.split_table import describe_lengths, split_table
 
 
 def show_texts(datamodule: TextDataModule, console: Console, samples: int, full: bool) -> None:
@@ -24,22 +23,12 @@ def show_texts(datamodule: TextDataModule, console: Console, samples: int, full:
         samples: How many training rows to print, from the first on. Words with a label stand in ⟦ ⟧.
         full: Print rows whole; otherwise shortened.
     """
-    loaders = {
-        "train": datamodule.train_dataloader,
-        "validation": datamodule.val_dataloader,
-        "test": datamodule.test_dataloader,
-    }
     names = datamodule.labels if isinstance(datamodule, ClassificationDataModule) else None
-    columns = {
-        name: _statistics(split) | {"batches in an epoch": f"{len(loaders[name]()):,}"} | _counts(split, names)
-        for name, split in datamodule.splits.items()
-    }
-    table = Table("", title="Texts and their tokens", box=box.MINIMAL, show_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for label in columns["train"]:
-        table.add_row(label, *(column[label] for column in columns.values()))
-    console.print(table)
+
+    def column(split: TextSplit, loader: Any) -> dict[str, str]:
+        return _statistics(split) | {"batches in an epoch": f"{len(loader):,}"} | _counts(split, names)
+
+    console.print(split_table(datamodule, "Texts and their tokens", column))
     train = datamodule.splits["train"]
     for row in range(min(samples, len(train))):
         for name, texts in train.texts.items():
@@ -53,7 +42,6 @@ def show_texts(datamodule: TextDataModule, console: Console, samples: int, full:
 
 def _statistics(split: TextSplit) -> dict[str, str]:
     lengths = np.concatenate([texts.input_ids.lengths for texts in split.texts.values()])
-    percentiles = np.percentile(lengths, PERCENTILES)
     return {
         "rows": f"{len(split):,}",
         "bad rows dropped": f"{split.dropped:,}",
@@ -61,9 +49,7 @@ def _statistics(split: TextSplit) -> dict[str, str]:
         "texts cut to max_length": f"{sum(texts.truncated for texts in split.texts.values()):,}",
         "tokens": f"{lengths.sum():,}",
         "items with a loss": f"{split.items.sum():,}",
-        "mean length": f"{lengths.mean():.1f}",
-        "length of 50, 90, 99, 100% at most": ", ".join(f"{value:.0f}" for value in percentiles),
-    }
+    } | describe_lengths(lengths)
 
 
 def _counts(split: TextSplit, names: list[str] | None) -> dict[str, str]:

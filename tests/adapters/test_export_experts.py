@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, export_lora, paca_layers, write_columns
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, export_lora, paca_layers
 from tests.moe import MODELS, tiny_moe, tokens
+from tests.plain_training import move_trained
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -34,12 +35,7 @@ def logits(model: Any) -> Tensor:
 def trained(model: nn.Module, config: PaCAConfig) -> nn.Module:
     """A converted model with all that is trained moved."""
     apply_paca(model, config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    write_columns(model)
+    move_trained(model, seed=0, scale=0.05)
     return model
 
 

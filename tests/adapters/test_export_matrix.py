@@ -13,9 +13,10 @@ import transformers as hf
 from peft import PeftModel
 from torch import nn
 
-from paca_lightning import PaCAConfig, PaCAError, attach, export_lora, export_merged, unload, write_columns
+from paca_lightning import PaCAConfig, PaCAError, attach, export_lora, export_merged, unload
 from paca_lightning.conversion.convert import apply_paca
 from tests.adapters.test_export import in_bf16, logits
+from tests.plain_training import move_trained
 from tests.tiny import tiny_llama
 
 pytestmark = [
@@ -50,12 +51,7 @@ SAVED: dict[str, dict[str, list[str]]] = {
 
 def moved(model: nn.Module) -> nn.Module:
     """The converted model with all that is trained moved."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    write_columns(model)
+    move_trained(model, seed=0, scale=0.05)
     return model
 
 

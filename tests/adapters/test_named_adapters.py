@@ -25,12 +25,12 @@ from paca_lightning import (
     save_adapter,
     set_adapter,
     unload,
-    write_columns,
 )
 from paca_lightning.conversion.linear4bit_base import quantize_base
 from paca_lightning.conversion.named_adapters import hold_quantized_base
 from paca_lightning.layers.nf4_plain import NF4Linear
 from tests.moe import tiny_moe
+from tests.plain_training import move_trained
 from tests.tiny import tiny_llama
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -51,12 +51,7 @@ EXPERTS["c"] = {"r": 3, "target_modules": ["experts.gate_up_proj"], "modules_to_
 def trained(model: nn.Module, seed: int, settings: dict[str, Any]) -> nn.Module:
     """A model converted with some settings, and everything that is trained moved at random."""
     apply_paca(model, PaCAConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    write_columns(model)
+    move_trained(model, seed=seed, scale=0.1)
     return model
 
 

@@ -22,7 +22,8 @@ from paca_lightning.conversion.write_back import rows_stepped_by
 from paca_lightning.layers.rows import RowsEmbedding, RowsHead
 from paca_lightning.tasks.decoder_blocks import checkpoint_activations
 from paca_lightning.tasks.loss import CausalLMLoss
-from tests.new_tokens import IDS, NEW, TOKENS, VOCABULARY, masked_dense, plain_loss, train_masked, with_new_tokens
+from tests.new_tokens import IDS, NEW, TOKENS, VOCABULARY, masked_dense, plain_loss, with_new_tokens
+from tests.plain_training import train_masked
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 CONFIG = PaCAConfig(r=4)
@@ -59,7 +60,7 @@ def test_twenty_steps_are_those_of_the_dense_model_with_all_other_rows_masked(
     settings: dict[str, Any] = {"tie_word_embeddings": tied} | ({"vocab_size": 384} if spare else {})
     model, dense = (with_new_tokens(**settings)[0].double() for _ in range(2))
     apply_paca(model, CONFIG)
-    train_masked(dense, masked_dense(dense, model), 20)
+    train_masked(dense, masked_dense(dense, model), plain_loss, 20, lr=1e-2)
     train(model, 20, chunks=chunks, decay=0.0)
     merge(model)
     for name, parameter in dense.named_parameters():

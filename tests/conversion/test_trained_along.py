@@ -16,10 +16,10 @@ from paca_lightning import (
     export_lora,
     load_adapter,
     merge,
-    paca_layers,
     save_adapter,
     unload,
 )
+from tests.plain_training import column_masks, train_masked
 from tests.tiny import tiny_llama
 
 CONFIG = PaCAConfig(r=4, train_norms=True)
@@ -50,21 +50,10 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def test_twenty_steps_are_those_of_the_dense_model_with_all_other_columns_masked(accumulate: int) -> None:
     model, dense = tiny_llama(attention_bias=True).double(), tiny_llama(attention_bias=True).double()
     apply_paca(model, PaCAConfig(r=4, train_norms=True, train_biases=True))
-    layers = dict(paca_layers(model))
-    masks = {}
+    masks = column_masks(dense, model)
     for name, parameter in dense.named_parameters():
-        path, _, kind = name.rpartition(".")
-        if path in layers and kind == "weight":
-            masks[name] = torch.zeros_like(parameter)
-            masks[name][:, layers[path].paca_indices] = 1
         parameter.requires_grad_(name in masks or parameter.dim() == 1)
-    optimizer = torch.optim.AdamW([p for p in dense.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    for _ in range(20):
-        optimizer.zero_grad()
-        dense(input_ids=IDS, labels=IDS).loss.backward()
-        for name, mask in masks.items():
-            dense.get_parameter(name).grad.mul_(mask)
-        optimizer.step()
+    train_masked(dense, masks, lambda each: each(input_ids=IDS, labels=IDS).loss, 20, lr=1e-3)
     train(model, 20, accumulate=accumulate)
     for name, parameter in dense.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, rtol=0, atol=1e-9)  # sums in another order

@@ -8,6 +8,33 @@ from torch import Tensor, nn
 from paca_lightning.layers.experts import PaCAExperts
 
 
+class LoRAFactors(nn.Module):
+    """The matrices A and B of a LoRA adapter.
+
+    Args:
+        base: Of the layer, whose device they take.
+        shapes: Of A and B.
+        dtype: Theirs. None: the model's, also when that changes.
+    """
+
+    def __init__(
+        self, base: nn.Module, shapes: tuple[tuple[int, int], tuple[int, int]], dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        device = next(base.parameters()).device
+        self.lora_A, self.lora_B = (
+            nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype) for outputs, inputs in shapes
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoRAFactors":
+        super()._apply(fn, recurse)
+        if self.dtype is not None:
+            for factor in (self.lora_A, self.lora_B):
+                factor.weight.data = factor.weight.data.to(self.dtype)
+        return self
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer and a LoRA adapter beside it, with the operators and dtypes of PEFT 0.21.
 
@@ -25,27 +52,18 @@ class LoRALinear(nn.Module):
         self, base: nn.Module, features: tuple[int, int], r: int, dtype: torch.dtype | None, *, quantized: bool
     ) -> None:
         super().__init__()
-        self.base, self.dtype, self.quantized = base, dtype, quantized
-        device = next(base.parameters()).device
-        self.lora_A = nn.Linear(features[0], r, bias=False, device=device, dtype=dtype)
-        self.lora_B = nn.Linear(r, features[1], bias=False, device=device, dtype=dtype)
+        self.base, self.quantized = base, quantized
+        self.factors = LoRAFactors(base, ((r, features[0]), (features[1], r)), dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """The base layer's output and the adapter's."""
-        result = self.base(input)
+        result, factors = self.base(input), self.factors
         if self.quantized:
             result = result.clone()
         dtype = result.dtype
         if not torch.is_autocast_enabled(input.device.type):
-            input = input.to(self.lora_A.weight.dtype)
-        return cast(Tensor, result + (self.lora_B(self.lora_A(input)) * 1.0).to(dtype))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "LoRALinear":
-        super()._apply(fn, recurse)
-        if self.dtype is not None:
-            for adapter in (self.lora_A, self.lora_B):
-                adapter.weight.data = adapter.weight.data.to(self.dtype)
-        return self
+            input = input.to(factors.lora_A.weight.dtype)
+        return cast(Tensor, result + (factors.lora_B(factors.lora_A(input)) * 1.0).to(dtype))
 
 
 class LoRAExperts(PaCAExperts):
@@ -54,13 +72,10 @@ class LoRAExperts(PaCAExperts):
     It stays in memory for the backward, beside the base weight.
 
     Attributes:
-        lora_A: Weight of shape (experts * r, in_features).
-        lora_B: Weight of shape (out_features, r * experts).
+        factors: A of shape (experts * r, in_features), B of shape (out_features, r * experts).
     """
 
-    lora_A: nn.Linear
-    lora_B: nn.Linear
-    lora_dtype: torch.dtype | None
+    factors: LoRAFactors
 
     @classmethod
     def adopt_experts(cls, layer: PaCAExperts, r: int, dtype: torch.dtype | None) -> None:
@@ -72,25 +87,13 @@ class LoRAExperts(PaCAExperts):
             dtype: Of the adapter. None: the weight's, also when that changes.
         """
         layer.__class__ = cls
-        cls._add_adapters(cast(LoRAExperts, layer), r, dtype)
-
-    def _add_adapters(self, r: int, dtype: torch.dtype | None) -> None:
-        device, count = self.weight.device, self.experts
-        self.lora_A = nn.Linear(self.in_features, r * count, bias=False, device=device, dtype=dtype)
-        self.lora_B = nn.Linear(r * count, self.out_features, bias=False, device=device, dtype=dtype)
-        self.lora_dtype = dtype
+        rank = r * layer.experts
+        layer.factors = LoRAFactors(layer, ((rank, layer.in_features), (layer.out_features, rank)), dtype)
 
     def forward(self) -> Tensor:  # type: ignore[override]
         """The adapted weight."""
         base, count = self.weight, self.experts
-        rows = self.lora_A.weight.reshape(count, -1, self.in_features)
-        columns = self.lora_B.weight.reshape(self.out_features, -1, count).permute(2, 0, 1)
+        rows = self.factors.lora_A.weight.reshape(count, -1, self.in_features)
+        columns = self.factors.lora_B.weight.reshape(self.out_features, -1, count).permute(2, 0, 1)
         left, right = (rows.mT, columns.mT) if self.transposed else (columns, rows)
         return torch.baddbmm(base, left.to(base.dtype), right.to(base.dtype))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "LoRAExperts":
-        super()._apply(fn, recurse)
-        if self.lora_dtype is not None:
-            for adapter in (self.lora_A, self.lora_B):
-                adapter.weight.data = adapter.weight.data.to(self.lora_dtype)
-        return self
