@@ -1,5 +1,7 @@
 """FiniteSteps: no NaN and no Inf reaches the trained weights or a checkpoint."""
 
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from paca_lightning.callbacks.agreement import highest
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import should_log
 from paca_lightning.core.private.torch import is_fake, largest_values
+from paca_lightning.strategies.agreement import highest
 
 MOST_SKIPPED = 20
 """Steps in a row that may be skipped: by then, it is no single bad batch."""
@@ -26,7 +28,7 @@ class Finding(NamedTuple):
         step: Number of the optimizer step, from 1.
         loss: Whether the loss was not finite.
         gradients: How many gradients were not finite.
-        last: Number of the last such parameter in the model's order, where the backward met it first.
+        last: Number of the last such parameter in the order of the optimizers, where the backward met it first.
     """
 
     step: int
@@ -63,7 +65,6 @@ class FiniteSteps(Callback):
     def _forget_steps(self) -> None:
         self._bad_loss: Tensor | None = None  # of the micro-batches of this step, a boolean on the device
         self._note: Tensor | None = None  # a Finding on the device, zeros as long as all is well
-        self._noted: list[nn.Parameter] = []  # the parameters that it counts
         self._skipped = self._in_a_row = 0
 
     @override
@@ -82,18 +83,19 @@ class FiniteSteps(Callback):
         bad_loss, self._bad_loss = self._bad_loss, None
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if _has_values(p.grad)]
+        parameters = stepped_by(optimizer)
         if any(is_fake(p) for p in parameters[:1]):  # a traced run: no values
             return
-        now = _finding(trainer.global_step + 1, bad_loss, [local(p.grad) for p in parameters], pl_module.device)
+        before = takewhile(lambda other: other is not optimizer, trainer.optimizers)
+        first = sum(len(stepped_by(other)) for other in before)
+        now = _finding(trainer.global_step + 1, bad_loss, parameters, first, pl_module.device)
         earlier = self._note
         self._note = now if earlier is None else torch.where(earlier[0] > 0, earlier, now)
-        self._noted = parameters
         if self.nonfinite == "stop":
             if is_on_host(pl_module) or should_log(trainer):
                 self._stop_if_noted(trainer, pl_module)
         elif (found := self.first_finding(trainer)) is not None:
-            self._skip(found, pl_module, optimizer)
+            self._skip(found, trainer, pl_module, optimizer)
         else:
             self._in_a_row = 0
 
@@ -123,7 +125,7 @@ class FiniteSteps(Callback):
         if (found := self.first_finding(trainer)) is not None:
             applied = "was not taken" if is_on_host(pl_module) else "and those after it are lost"
             raise PaCAError(
-                f"{self._described(found, pl_module)} The step {applied}; checkpoints and adapters on the disk are "
+                f"{described(found, trainer, pl_module)} The step {applied}; checkpoints and adapters on the disk are "
                 "from before it. Lower the learning rate or look at the data of this step; "
                 f"{type(self).__name__}(nonfinite='skip') passes over single steps."
             )
@@ -142,10 +144,10 @@ class FiniteSteps(Callback):
         self._note = None
         return note
 
-    def _skip(self, found: Finding, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def _skip(self, found: Finding, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._skipped += 1
         self._in_a_row += 1
-        message = self._described(found, pl_module)
+        message = described(found, trainer, pl_module)
         if self._in_a_row > MOST_SKIPPED:
             raise PaCAError(f"{message} {MOST_SKIPPED} steps before it were skipped in a row. Lower the learning rate.")
         for group in optimizer.param_groups:
@@ -153,19 +155,27 @@ class FiniteSteps(Callback):
                 parameter.grad = None  # not 0: the optimizer passes over it, and its moments stay
         rank_zero_warn(f"{message} The step is skipped (nonfinite='skip').")
 
-    def _described(self, found: Finding, pl_module: LightningModule) -> str:
-        what = ["the loss is NaN or Inf"] if found.loss else []
-        if found.gradients:
-            names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-            first = names.get(id(self._noted[found.last]), "another model")
-            what.append(
-                f"{found.gradients} of {len(self._noted)} gradients have NaN or Inf, in the backward {first!r} first"
-            )
-        message = f"Optimizer step {found.step}: {' and '.join(what)}."
-        present = dict(pl_module.named_parameters()) | dict(pl_module.named_buffers())
-        if (weight := first_not_finite(present)) is not None:
-            message += f" {weight} itself has NaN or Inf."
-        return message
+
+def described(found: Finding, trainer: Trainer, pl_module: LightningModule) -> str:
+    """A finding in words, with what of the model has NaN or Inf itself."""
+    what = ["the loss is NaN or Inf"] if found.loss else []
+    if found.gradients:
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        parameters = [parameter for optimizer in trainer.optimizers for parameter in stepped_by(optimizer)]
+        first = names.get(id(parameters[found.last]), "another model")
+        what.append(
+            f"{found.gradients} of {len(parameters)} gradients have NaN or Inf, in the backward {first!r} first"
+        )
+    message = f"Optimizer step {found.step}: {' and '.join(what)}."
+    present = dict(pl_module.named_parameters()) | dict(pl_module.named_buffers())
+    if (weight := first_not_finite(present)) is not None:
+        message += f" {weight} itself has NaN or Inf."
+    return message
+
+
+def stepped_by(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The trainable parameters of an optimizer, those without a gradient too: the same on all ranks in all steps."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def first_not_finite(tensors: dict[str, Any]) -> str | None:
@@ -177,13 +187,24 @@ def first_not_finite(tensors: dict[str, Any]) -> str | None:
     return None
 
 
-def _finding(step: int, bad_loss: Tensor | None, gradients: list[Tensor], device: torch.device) -> Tensor:
-    """A Finding as an int64 tensor of four numbers on the device; zeros if all is finite."""
+def _finding(
+    step: int, bad_loss: Tensor | None, parameters: Sequence[nn.Parameter], first: int, device: torch.device
+) -> Tensor:
+    """A Finding as an int64 tensor of four numbers on the device; zeros if all is finite.
+
+    Args:
+        step: Number of the optimizer step.
+        bad_loss: Whether the loss was not finite.
+        parameters: Of the optimizer.
+        first: Number of its first parameter among those of all optimizers.
+        device: Of the model.
+    """
     of_loss = torch.zeros((), dtype=torch.bool, device=device) if bad_loss is None else bad_loss.to(device)
+    gradients = [_gradient_or_zero(parameter) for parameter in parameters]
     if not gradients:
         return torch.stack([of_loss * step, of_loss.long(), *_no_finding(device)[2:]])
     bad = ~largest_values(gradients).to(device).isfinite()
-    last = torch.where(bad, torch.arange(len(bad), device=device), 0).amax()
+    last = torch.where(bad, torch.arange(first, first + len(bad), device=device), 0).amax()
     return torch.stack([(of_loss | bad.any()) * step, of_loss.long(), bad.sum(), last])
 
 
@@ -196,5 +217,9 @@ def is_on_host(pl_module: LightningModule) -> bool:
     return pl_module.device.type == "cpu"
 
 
-def _has_values(gradient: Tensor | None) -> bool:
-    return gradient is not None and not gradient.is_sparse and local(gradient).numel() > 0
+def _gradient_or_zero(parameter: nn.Parameter) -> Tensor:
+    """This rank's rows of a gradient, or a zero where there is none or it is sparse."""
+    gradient = parameter.grad
+    if gradient is None or gradient.is_sparse or local(gradient).numel() == 0:
+        return local(parameter.detach()).new_zeros(())
+    return local(gradient)

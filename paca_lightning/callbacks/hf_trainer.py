@@ -14,9 +14,8 @@ from paca_lightning.adapters.adapter import load_adapter, save_adapter
 from paca_lightning.adapters.fingerprint import base_samples, check_base
 from paca_lightning.adapters.state_dict import keep_everything, keep_trained_state
 from paca_lightning.callbacks.checkpoint_compatibility import BASE, check_scalings
-from paca_lightning.callbacks.life_cycle import config_beside_adapter
+from paca_lightning.callbacks.life_cycle import config_beside_adapter, convert_beside_adapter, present_conversion
 from paca_lightning.conversion.along_rates import set_along_rates
-from paca_lightning.conversion.convert import apply_paca
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.state import config_of, conversion_of
 from paca_lightning.conversion.write_back import attach, layers_stepped_by
@@ -76,9 +75,14 @@ class PaCATrainerCallback(TrainerCallback, ExportableState):
         _check_backend(args)
         check_writable(self._directory(args), "PaCATrainerCallback(dirpath=...)")
         config = self.config or config_of(model) or PaCAConfig()
-        self.report = apply_paca(model, config)
-        conversion = conversion_of(model)
-        assert conversion is not None
+        if self.adapter is not None and config.steps_by_input and conversion_of(model) is None:
+            raise PaCAError(
+                f"Each column of {self.adapter!r} moves by a step that fits its input, which the Trainer's batches do "
+                f"not tell. Call load_adapter(model, {self.adapter!r}) and apply_paca(model, config, "
+                "calibration=batches) before the Trainer is built, and leave adapter out."
+            )
+        self.report = convert_beside_adapter(model, config, self.adapter, data_follows=False)
+        conversion = present_conversion(model)
         if self.adapter is not None and conversion.adapter != self.adapter:
             load_adapter(model, self.adapter)
             conversion.adapter = self.adapter

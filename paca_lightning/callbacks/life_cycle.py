@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.adapters.adapter import load_adapter
@@ -74,13 +75,30 @@ def convert_module(
         trainer.precision_plugin.convert_module(pl_module)
     if adapter is not None and (settings := saved_settings(adapter)) is not None and settings.new_tokens is not None:
         check_run_has(pl_module, settings.new_tokens, adapter)
-    inventory = take_inventory(pl_module)
+    report = convert_beside_adapter(pl_module, config, adapter, data_follows=True)
+    check_bases(trainer, pl_module)
+    return report
+
+
+def convert_beside_adapter(
+    model: nn.Module, config: PaCAConfig, adapter: str | None, *, data_follows: bool
+) -> ConversionReport:
+    """Convert a model, to the columns of the adapter that is loaded after it if there is one.
+
+    Args:
+        model: Fresh, or converted before.
+        config: The settings.
+        adapter: The adapter to start from.
+        data_follows: Whether batches will choose columns, where the settings leave that to data.
+
+    Raises:
+        PaCAError: If it cannot be converted.
+    """
+    inventory = take_inventory(model)
     # Read before the conversion: a layer that is quantized on the way forgets what other columns started from.
     indices, left = adapter_layers(adapter) if adapter is not None and not inventory.layers else (None, [])
     with undone_on_error(inventory):
-        report = convert(inventory, config, indices, data_follows=True, left=left)
-    check_bases(trainer, pl_module)
-    return report
+        return convert(inventory, config, indices, data_follows=data_follows or adapter is not None, left=left)
 
 
 def keep_state(pl_module: LightningModule, full_checkpoints: bool) -> None:
@@ -143,9 +161,9 @@ def settle_restored_columns(pl_module: LightningModule, config: PaCAConfig) -> b
     return False
 
 
-def present_conversion(pl_module: LightningModule) -> Conversion:
-    """The conversion of a module that was converted."""
-    conversion = conversion_of(pl_module)
+def present_conversion(model: nn.Module) -> Conversion:
+    """The conversion of a model that was converted."""
+    conversion = conversion_of(model)
     assert conversion is not None
     return conversion
 

@@ -1,8 +1,9 @@
-"""What PaCAStrategy checks of a run before it trains."""
+"""What PaCAStrategy checks of a run before and after it trains."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
@@ -10,6 +11,7 @@ from lightning.pytorch.plugins import TransformerEnginePrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 from torch import Tensor
 
+from paca_lightning.callbacks.training_counts import WITHOUT_DOUBLES
 from paca_lightning.conversion.along_rates import along_parameters
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.conversion.write_back import layers_stepped_by, rows_stepped_by
@@ -135,8 +137,12 @@ def deltas_of(pl_module: LightningModule) -> list[Tensor]:
 
 def tensor_sums(tensors: Iterable[Tensor]) -> list[tuple[float, float]]:
     """Sum and sum of squares of each tensor, of this rank's rows: any change of a tensor changes them."""
-    wide = [local(tensor.detach()).double() for tensor in tensors]
-    return [(float(tensor.sum()), float(tensor.square().sum())) for tensor in wide]
+    sums = []
+    for tensor in tensors:
+        own = local(tensor.detach())
+        wide = own.to(torch.float32 if own.device.type in WITHOUT_DOUBLES else torch.float64)
+        sums.append(torch.stack([wide.sum(), wide.square().sum()]).cpu())
+    return [(float(total), float(squares)) for total, squares in sums]
 
 
 def check_moved(

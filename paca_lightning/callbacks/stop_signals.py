@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from paca_lightning.callbacks.agreement import end_group, highest, host_group
 from paca_lightning.core.private.lightning import (
     is_accumulating,
     leave_out_sigterm_broadcast,
@@ -24,6 +23,7 @@ from paca_lightning.core.private.lightning import (
     requeue_signal,
     validation_is_due,
 )
+from paca_lightning.strategies.agreement import end_group, highest, host_group
 
 FILE_NAME = "interrupted.ckpt"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -100,6 +100,9 @@ def set_along_rates(
         for index in indices:
             whole = all(id(parameter) in kind.parameters for parameter in groups[index]["params"])
             _check_group(chain[0], groups[index], kind, known=schedules is not None, fits=whole or may_split)
+            apart = [type(outer).__name__ for outer in chain if outer.param_groups is not groups]
+            if apart and not whole:
+                raise PaCAError(f"{kind.wants}, and {apart[0]} keeps groups of its own. {kind.instead}")
         for part in parts if indices else ():
             _check_schedule(part, kind)
     for kind, indices in affected:
@@ -110,9 +113,6 @@ def set_along_rates(
                 _set_schedule(part, index, position, kind.factor)
         for part in parts if indices else ():
             note_last_rates(part, [group["lr"] for group in groups])
-        for outer in chain[1:] if indices else ():
-            if len(outer.param_groups) != len(groups):
-                raise PaCAError(f"{kind.wants}, and {type(outer).__name__} keeps groups of its own. {kind.instead}")
 
 
 def _affected(groups: list[dict[str, Any]], kind: _Kind) -> list[int]:

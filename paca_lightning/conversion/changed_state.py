@@ -37,7 +37,8 @@ def remember_thawed(model: nn.Module, parameters: set[int]) -> None:
         if parameter.is_meta:  # noted when the optimizer is attached, by when its values are there
             continue
         for conversion, _, _ in conversions_in(model):
-            conversion.originals.setdefault(name, _host_copy(parameter))
+            if name not in conversion.originals:
+                conversion.originals[name] = _host_copy(parameter)
             conversion.frozen.discard(name)
 
 

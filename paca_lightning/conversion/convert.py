@@ -61,8 +61,10 @@ def apply_paca(
     with_data = calibration is not None
     inventory = take_inventory(model)
     with undone_on_error(inventory):
-        report = convert(inventory, config, indices, data_follows=with_data, weigh_errors=with_data)
-        if calibration is not None:
+        report = convert(
+            inventory, config, indices, data_follows=with_data, weigh_errors=with_data, quantize=not with_data
+        )
+        if calibration is not None:  # quantizes at its end: the batches may still fail
             select_columns(model, inventory.layers, config, calibration)
     return report
 

@@ -57,7 +57,7 @@ def _kind(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
     if name == "bias" or name.endswith("_bias"):
         return "biases"
     if parameter.dim() > 2:
-        return f"{parameter.dim()}-D parameters that no linear layer holds (fused experts are such)"
+        return f"{parameter.dim()}-D parameters that no linear layer holds (such as fused experts)"
     if parameter.dim() == 2:
-        return "matrices that no linear layer holds (routers of experts are such)"
+        return "matrices that no linear layer holds (such as routers of experts)"
     return "other parameters"

@@ -14,8 +14,8 @@ def frozen_by_hand(
 ) -> tuple[list[nn.Module], str | None]:
     """Which linear layers ``all-linear`` leaves frozen, as their user froze them beside trainable ones.
 
-    A Hugging Face model of which no linear layer is trainable, while no other one is, was frozen as a whole, as people
-    do before they add a few parameters. So was any other model without trainable linear layers. Both are converted.
+    Where no linear layer of the Hugging Face model is trainable, it was frozen as a whole, as people do before they add
+    a few parameters, and is converted. The same holds for any other model without trainable linear layers.
 
     Returns:
         The layers to leave frozen, and the class of the model that was frozen as a whole, or None.

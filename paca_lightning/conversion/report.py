@@ -199,7 +199,7 @@ def _along(inventory: Inventory) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _base_parameters(inventory: Inventory) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base model's parameters, by name, but for the weights of PaCA layers in whatever form they are stored."""
+    """The base model's parameters by name, without the weights of PaCA layers, dense or quantized."""
     layers = inventory.layers
     for name, parameter in inventory.parameters.items():
         path, _, own_name = name.rpartition(".")

@@ -127,13 +127,13 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
     """If the block fails, release the layers that it converted, and freeze and thaw parameters as they were."""
     layers, saved = inventory.layers, inventory.saved
     states = {path: (layer.paca_conversion, layer.paca_path) for path, layer in layers.items()}
-    seen = [(conversion, dict(conversion.was_trainable)) for conversion, _, _ in conversions_of(layers)]
+    seen = [(each, dict(each.was_trainable), each.left) for each, _, _ in conversions_of(layers)]
     along = {module for module in inventory.paths if along_names(module)}
     rows = {module for module in inventory.paths if isinstance(module, TrainedRows)}
     flags = [(parameter, parameter.requires_grad) for parameter in inventory.parameters.values()]
     try:
         yield
-    except Exception:
+    except BaseException:  # also Ctrl-C, in a calibration that takes long
         for module in inventory.paths:
             if along_names(module) and module not in along:
                 end_along(module)
@@ -144,8 +144,8 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
                 layer.paca_conversion, layer.paca_path = states[path]
             else:
                 layer.release(trained=False)
-        for conversion, was_trainable in seen:
-            conversion.was_trainable = was_trainable
+        for conversion, was_trainable, left in seen:
+            conversion.was_trainable, conversion.left = was_trainable, left
         for path, module in inventory.saved.items():
             if path not in saved:
                 unmark(module)

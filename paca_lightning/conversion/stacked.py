@@ -23,7 +23,7 @@ def holder_of(module: nn.Module) -> nn.Module:
 
 
 def weight_name(module: nn.Module, path: str) -> str:
-    """Full name of that parameter, where the module has a path."""
+    """Full name of the weight of the module at ``path``."""
     return path if isinstance(module, ExpertWeight) else f"{path}.weight"
 
 

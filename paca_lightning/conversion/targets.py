@@ -13,7 +13,7 @@ from paca_lightning.conversion.frozen_by_hand import frozen_by_hand
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.mismatch import no_match, nothing_matched
 from paca_lightning.conversion.quantized import quantized_obstacle
-from paca_lightning.conversion.stacked import experts_obstacle, weight_name, weight_of
+from paca_lightning.conversion.stacked import experts_obstacle, holder_of, weight_name, weight_of
 from paca_lightning.core.config import ALL_LINEAR, PaCAConfig
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.paths import matches, matches_wholly
@@ -199,7 +199,7 @@ def _target(path: str, module: nn.Module, names: set[str], config: PaCAConfig) -
 
 def _obstacle(module: nn.Module, inventory: Inventory, config: PaCAConfig) -> str | None:
     """The reason why a linear layer cannot be converted, or not unless it is named; None if it can."""
-    called = module.owner if isinstance(module, ExpertWeight) else module
+    called = holder_of(module)
     if called in inventory.unreachable:
         return inventory.unreachable[called]
     weight = weight_of(module)

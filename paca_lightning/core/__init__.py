@@ -2,6 +2,6 @@
 
 ``errors`` and ``config`` are the standard library's only. ``files`` writes aside and renames, ``paths`` names modules,
 ``dtensor`` treats sharded tensors, and ``private`` holds every private API of other libraries.
-May import torch and the standard library; ``private`` imports other libraries inside its functions.
+May import torch, the standard library, xxhash and regex; ``private`` imports other libraries inside its functions.
 Limits: knows no layer, no model and no run.
 """

@@ -1,13 +1,14 @@
-"""The one exception that a user of this package can cause, and how it is told from others."""
+"""PaCAError, and what its messages are made of."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class PaCAError(ValueError):
-    """A mistake in the configuration, the model or the data, found before training starts.
+    """A mistake that the user can correct: in the configuration, the model, the data or the environment.
 
-    The message says what is wrong, where (module path, or file and row), and what to do about it.
+    It is raised before training starts, unless it cannot be known by then. The message says what is wrong, where
+    (module path, or file and row), and what to do about it.
     """
 
 

@@ -26,12 +26,11 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def scaling_argument(scaling: float | Tensor, like: Tensor) -> float | Tensor:
-    """The scaling as an autograd function takes it: a float; while compiling, a scalar tensor of fp32 or wider.
+    """The scaling as an autograd function takes it.
 
-    Where it is one number for each column already, it stays that.
-
-    Where layers differ in their scaling, torch.compile makes it symbolic, and cannot pass a symbolic float to an
-    autograd function (2.13).
+    A tensor, one number for each column, is returned as it is. A float stays one, but while compiling it becomes a
+    scalar tensor of fp32 or wider: where layers differ in their scaling, torch.compile makes it symbolic, and cannot
+    pass a symbolic float to an autograd function (2.13).
     """
     if isinstance(scaling, Tensor) or not torch.compiler.is_compiling():
         return scaling

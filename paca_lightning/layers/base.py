@@ -74,7 +74,7 @@ class PaCALayer(nn.Module):
         return column_factor(self.scaling, self.paca_scale)
 
     def base_path(self, path: str) -> str:
-        """Name of the base parameter, where the layer has a path."""
+        """Name of the base parameter of the layer at ``path``."""
         return f"{path}.{self.base_name}".lstrip(".")  # the model may be the layer itself
 
     @classmethod

@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.transformers import GROUPED_PRODUCTS
-from paca_lightning.layers.autograd import column_gradient, column_product
+from paca_lightning.layers.autograd import column_product, refuse_second_derivatives, tapped
 
 METADATA = frozenset({"data_ptr", "device", "dim", "dtype", "element_size", "is_cpu", "is_cuda", "is_meta", "ndim"})
 """What a forward may ask of a weight without computing with it, beside its shape."""
@@ -46,11 +46,7 @@ class _ExpertGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor, None, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise PaCAError(
-                "A backward with create_graph=True reached PaCA's experts, which have first derivatives only. Pass the "
-                "deltas to torch.func.functional_call, which makes them part of the graph, or freeze them."
-            )
+        refuse_second_derivatives()
         selected, groups, *scale = ctx.saved_tensors
         product = sorted_products if ctx.sorted else pair_products
         grad = product(grad_output.flatten(1), selected, groups, ctx.shape[0], ctx.dtype)
@@ -219,7 +215,8 @@ class TappedWeight:
         plain = [self.weight if each is self else each for each in args]
         first = args[0] is self
         if self.of_one and not first and self.transposed == (name != "linear") and name in ("linear", "matmul", "mm"):
-            return self._of_one(input, lambda flat: func(flat, *plain[1:], **kwargs))
+            rest = plain[1:]
+            return tapped(lambda flat: func(flat, *rest, **kwargs), input, self.delta, self.indices, self.scaling)
         if self.owners is not None and name == "bmm" and first != self.transposed:
             output = func(*plain, **kwargs)
             return self._tapped(output, input.squeeze(2 if first else 1), self.owners, sorted=False)
@@ -227,11 +224,6 @@ class TappedWeight:
         if grouped and not self.of_one and self.owners is None and kwargs.get("offs") is not None:
             return self._tapped(func(*plain, **kwargs), input, kwargs["offs"], sorted=True)
         raise self._error(name)
-
-    def _of_one(self, input: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
-        flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        output = column_gradient(linear(flat), flat, self.delta, self.indices, self.scaling)
-        return output if input.dim() == 2 else output.view(*input.shape[:-1], output.shape[-1])
 
     def _tapped(self, output: Tensor, input: Tensor, groups: Tensor, *, sorted: bool) -> Tensor:
         selected = input.index_select(-1, self.indices).to(output.dtype)

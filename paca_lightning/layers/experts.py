@@ -73,7 +73,7 @@ class ExpertWeight(nn.Module):
         return weight.mT if self.transposed else weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the tensors of this module, which the parameter is not one of: see :func:`_name_for_columns`."""
+        """Load this module's tensors. The stacked parameter is its owner's: see :func:`_name_for_columns`."""
         state_dict.pop(f"{prefix}weight", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -167,7 +167,7 @@ def _take_back(owner: nn.Module, *_: Any) -> None:
 
 
 def _name_for_columns(owner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Tell the columns of a parameter that a state dict has it: of that, PyTorch passes them what bears their name."""
+    """Enter a stacked weight also under its columns' name: PyTorch shows a child only what has its prefix."""
     for child in owner.children():
         if isinstance(child, PaCAExperts) and prefix + child.name in state_dict:
             state_dict[f"{prefix}{EXPERT_COLUMNS}{child.name}.weight"] = state_dict[prefix + child.name]

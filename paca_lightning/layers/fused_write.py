@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from paca_lightning.core.dtensor import local
+from paca_lightning.core.private.torch import version_of
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import check_not_parametrized, trained_columns
 from paca_lightning.layers.write_watch import note_written
@@ -95,7 +96,8 @@ class FusedWrite:
         types = [
             getattr(tl, str(each.dtype).removeprefix("torch.")) for each in (first.weight, first.base, first.delta)
         ]
-        write_tiles[(len(self._arguments[1]),)](*self._arguments, ENTRY, ROWS, self._width, *types)
+        with torch.cuda.device(first.weight.device):  # Triton launches on the current one
+            write_tiles[(len(self._arguments[1]),)](*self._arguments, ENTRY, ROWS, self._width, *types)
         # The kernel writes behind PyTorch's back. A backward that saved an older weight must notice.
         torch.autograd.graph.increment_version([write.weight for write in self._writes])
 
@@ -113,10 +115,11 @@ class FusedWrite:
         return True
 
 
-def addresses_of(layer: PaCALayer) -> tuple[int, ...]:
-    """Where the tensors are that the write of a layer needs."""
+def copied_from(layer: PaCALayer) -> tuple[int, ...]:
+    """What a fused write has copied of a layer: the addresses of its tensors, and which version of its steps."""
     tensors = (layer.base, layer.paca_base_columns, layer.paca_delta, layer.paca_indices, layer.paca_scale)
-    return tuple(0 if tensor is None else local(tensor).data_ptr() for tensor in tensors)
+    addresses = [0 if tensor is None else local(tensor).data_ptr() for tensor in tensors]
+    return (*addresses, 0 if layer.paca_scale is None else version_of(layer.paca_scale))
 
 
 @cache
@@ -138,7 +141,7 @@ class ColumnWriter:
     def __init__(self, layers: Sequence[PaCALayer]) -> None:
         self._layers = list(layers)
         self._trusted = True
-        self._addresses: list[tuple[int, ...]] = []
+        self._copied: list[tuple[int, ...]] = []
         self._fused: list[FusedWrite] = []
 
     def write(self) -> None:
@@ -150,7 +153,7 @@ class ColumnWriter:
             if layer.keeps_weight and layer.paca_enabled and layer.base.dim() == 2 and can_fuse(layer.base.device)
         ]
         if not together:
-            self._fused, self._addresses = [], []  # a model that left the GPU must not stay there
+            self._fused, self._copied = [], []  # a model that left the GPU must not stay there
         written = set(together) if together and self._trusted and self._write_together(together) else set()
         for layer in self._layers:
             if layer not in written:
@@ -161,15 +164,15 @@ class ColumnWriter:
         """Write layers with one launch for each kind. Returns whether that can be trusted."""
         for layer in layers:
             layer._reshard()
-        addresses = [addresses_of(layer) for layer in layers]
-        moved = addresses != self._addresses
+        copied = [copied_from(layer) for layer in layers]
+        moved = copied != self._copied
         for layer in layers if moved else ():
             check_not_parametrized(layer, layer.base, layer.paca_path)
         try:
             if moved:
                 ordered = sorted(map(ColumnWrite.of, layers), key=lambda write: str(write.kind))
                 self._fused = [FusedWrite(list(group)) for _, group in groupby(ordered, key=lambda write: write.kind)]
-                self._addresses = addresses
+                self._copied = copied
             for fused in self._fused:
                 fused.launch()
             problem = "" if not moved or all(fused.agrees() for fused in self._fused) else "it writes other values"

@@ -137,7 +137,7 @@ class TrainedRows(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + ROWS in state_dict:
+        if {prefix + ROWS, prefix + "weight"} & state_dict.keys() and not self.weight.is_meta:
             self.write_rows()
 
 

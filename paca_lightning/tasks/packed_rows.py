@@ -42,7 +42,10 @@ def by_masks(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
 
 
 def by_boundaries(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
-    """As well as positions, one row with the bounds of its documents, for kernels of convolutions and recurrences."""
+    """As well as positions, one row with the bounds of its documents, for kernels of convolutions and recurrences.
+
+    On a GPU it waits for the device once: these kernels take the longest document as a number.
+    """
     batch = one_row(batch)
     restarts = F.pad(batch["position_ids"].diff(dim=1) != 1, (1, 0), value=True)
     starts = restarts[0].nonzero().flatten().to(torch.int32)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import trainer_of
+from paca_lightning.strategies.agreement import sum_of_ranks
 from paca_lightning.tasks.causal_lm import CausalLMModule
 from paca_lightning.tasks.data.batch import IGNORE_INDEX, TokenBatch, model_inputs
 from paca_lightning.tasks.loss import next_tokens
@@ -205,8 +206,8 @@ class PreferenceModule(CausalLMModule):
 
     def _mean_over_ranks(self, total: Tensor, count: Tensor) -> Tensor:
         both = torch.stack([total, count.to(total.dtype)])
-        if (trainer := trainer_of(self)) is not None:
-            both = trainer.strategy.reduce(both, reduce_op="sum")
+        if trainer_of(self) is not None:
+            both = sum_of_ranks(both)
         return both[0] / both[1].clamp(min=1)
 
     def _rewards(self, split: str) -> MeanRewards:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating
+from paca_lightning.strategies.agreement import mean_of_ranks
 from paca_lightning.tasks.data.loader import ResumableLoader
 
 
@@ -75,7 +76,7 @@ class StepLoss:
             factor, of_step = self._planned
             return total * factor / of_step
         if self._constant is None:
-            self._constant = trainer.strategy.reduce(tokens.to(total.dtype), reduce_op="mean").clamp(min=1)
+            self._constant = mean_of_ranks(tokens.to(total.dtype, copy=True)).clamp(min=1)
         self._counted = tokens if self._counted is None else self._counted + tokens
         return total / self._constant
 
@@ -83,7 +84,7 @@ class StepLoss:
         """Multiply the gradients of a complete step by what their losses left out."""
         if self._counted is None or self._constant is None or is_accumulating(trainer):
             return
-        tokens = trainer.strategy.reduce(self._counted.to(self._constant.dtype), reduce_op="mean")
+        tokens = mean_of_ranks(self._counted.to(self._constant.dtype, copy=True))
         # Without any token the gradients are zero, whatever they are multiplied by.
         factor = self._constant * trainer.accumulate_grad_batches / tokens.clamp(min=1e-3)
         for parameter in model.parameters():

@@ -12,7 +12,7 @@ from torch import Tensor
 from paca_lightning import AdapterCheckpoint, PaCAError, PaCAStrategy, paca_layers
 from paca_lightning.callbacks import finite_steps
 from paca_lightning.callbacks.finite_steps import FiniteSteps
-from tests.callbacks.test_paca import CONFIG, Module, loader
+from tests.callbacks.test_paca import CONFIG, Module, TwoOptimizers, loader
 
 STEP, STEPS = 3, 5  # the one that goes wrong, counted from 0, and all
 
@@ -135,6 +135,20 @@ def test_an_accelerator_is_not_waited_for_at_each_step(tmp_path: Path, monkeypat
     with pytest.raises(PaCAError, match=complaint):
         trainer(tmp_path, enable_checkpointing=False, log_every_n_steps=4).fit(module, loader())
     assert read == [3]
+
+
+def test_a_finding_that_is_read_later_names_the_parameter_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BreaksTheFirst(TwoOptimizers):
+        def on_train_start(self) -> None:
+            delta = self.net[0].paca_delta
+            delta.register_hook(lambda gradient: gradient * float("nan") if self.global_step == 0 else gradient)
+
+    monkeypatch.setattr(finite_steps, "is_on_host", lambda _: False)
+    complaint = r"Optimizer step 1: 1 of 2 gradients have NaN or Inf, in the backward 'net.0.paca_delta' first"
+    with pytest.raises(PaCAError, match=complaint):
+        trainer(tmp_path, enable_checkpointing=False, log_every_n_steps=4).fit(BreaksTheFirst(), loader())
 
 
 def test_a_wrong_setting_is_refused() -> None:

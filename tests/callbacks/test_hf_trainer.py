@@ -194,6 +194,31 @@ def test_it_goes_on_from_an_adapter_or_a_converted_model(tmp_path: Path) -> None
     assert in_step(third.model)
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_it_goes_on_from_columns_that_data_chose(quantize: Any, tmp_path: Path) -> None:
+    calibration = [{name: value[None] for name, value in rows(1)[0].items()}]
+    config = dataclasses.replace(CONFIG, selection="activation_norm", quantize=quantize)
+    model = tiny_llama()
+    apply_paca(model, dataclasses.replace(config, column_steps="equal"), calibration=calibration)
+    first = trainer_of(tmp_path / "equal", PaCATrainerCallback(), model=model)
+    first.train()
+    second = trainer_of(tmp_path / "b", PaCATrainerCallback(adapter=str(tmp_path / "equal" / "adapter")))
+    assert same(deltas(second.model), deltas(first.model))
+    assert torch.equal(logits(second.model), logits(first.model))
+
+    apply_paca(model := tiny_llama(), config, calibration=calibration)
+    save_adapter(model, tmp_path / "own")
+    with pytest.raises(PaCAError, match="moves by a step that fits its input, which the Trainer's batches do not tell"):
+        trainer_of(tmp_path / "c", PaCATrainerCallback(adapter=str(tmp_path / "own")))
+    load_adapter(again := tiny_llama(), tmp_path / "own")
+    apply_paca(again, config, calibration=calibration)
+    third = trainer_of(tmp_path / "d", PaCATrainerCallback(), model=again)
+    assert all(
+        torch.equal(a.factor, b.factor)
+        for (_, a), (_, b) in zip(paca_layers(third.model), paca_layers(model), strict=True)
+    )
+
+
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 

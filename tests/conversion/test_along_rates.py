@@ -220,6 +220,21 @@ def test_what_cannot_have_two_rates_is_refused_and_left_as_it_was(
     assert optimizer.param_groups[0]["lr"] == LR
 
 
+class KeepsItsGroups(torch.optim.Optimizer):
+    """An optimizer around another one, with groups of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups[0]["params"], {})
+        self.optimizer = inner
+
+
+def test_a_wrapper_with_other_groups_is_refused_and_left_as_it_was() -> None:
+    inner = torch.optim.AdamW(trainable(model := network()), lr=LR, weight_decay=0.1)
+    with pytest.raises(PaCAError, match="KeepsItsGroups keeps groups of its own"):
+        set_along_rates(KeepsItsGroups(inner), model, [])
+    assert [(group["lr"], group["weight_decay"]) for group in inner.param_groups] == [(LR, 0.1)]
+
+
 def test_mistakes_are_named() -> None:
     model = network()
     optimizer = torch.optim.AdamW(trainable(model), lr=LR)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paca_lightning import PaCAConfig, apply_paca, attach, paca_layers
+from paca_lightning.conversion.select import change_steps
 from paca_lightning.layers import fused_write
 from paca_lightning.layers.fused_write import ColumnWrite, FusedWrite
 from tests.moe import tiny_moe
@@ -134,6 +135,31 @@ def test_a_write_back_of_32_layers_is_one_launch(monkeypatch: pytest.MonkeyPatch
         writer.write()
     assert len(launched) == 1
     assert operators.names == []
+
+
+@pytest.mark.usefixtures("_fusing")
+def test_new_steps_of_columns_are_written_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class InPlainOperators:
+        def __init__(self, writes: list[ColumnWrite]) -> None:
+            self.writes = writes
+
+        def launch(self) -> None:
+            for write in self.writes:
+                write.weight.index_copy_(1, write.indices, write.expected())
+
+        def agrees(self) -> bool:
+            return True
+
+    monkeypatch.setattr(fused_write, "FusedWrite", InPlainOperators)
+    model = nn.Sequential(nn.Linear(6, 5))
+    apply_paca(model, PaCAConfig(r=4, column_steps="input_rms"), calibration=[torch.randn(8, 6)])
+    ((_, layer),) = paca_layers(model)
+    writer = fused_write.ColumnWriter([layer])
+    writer.write()
+    change_steps(layer, torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    layer.paca_delta.data.fill_(1.0)
+    writer.write()
+    assert torch.equal(layer.weight[:, layer.paca_indices], layer.paca_base_columns + layer.factor * layer.paca_delta)
 
 
 @pytest.mark.usefixtures("_fusing")

@@ -96,3 +96,10 @@ def test_a_state_dict_brings_the_rows_into_the_weight() -> None:
     model.load_state_dict(state, strict=False)
     assert torch.equal(model["head"].weight[list(IDS)], other["head"].paca_rows)
     assert state.keys() == {"embedding.paca_rows", "head.paca_rows"}
+
+
+def test_a_state_dict_of_the_weight_alone_leaves_the_rows_in_it() -> None:
+    model, other = ends(), ends(trained=False)
+    model.load_state_dict({"head.weight": other["head"].weight + 1}, strict=False)
+    assert torch.equal(model["head"].weight[list(IDS)], model["head"].paca_rows)
+    assert torch.equal(model["head"].weight[0], other["head"].weight[0] + 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from paca_lightning.callbacks.agreement import end_group, highest, host_group
+from paca_lightning.strategies.agreement import end_group, highest, host_group, mean_of_ranks, sum_of_ranks
 from tests.distributed_launch import launch
 
 
@@ -30,3 +30,19 @@ def test_two_ranks_agree(backends: str) -> None:
 def test_one_process_needs_no_group() -> None:
     assert host_group() is None
     end_group(None)
+
+
+def sums() -> tuple[float, float]:
+    dist.init_process_group("gloo")
+    with mock.patch.object(dist, "barrier", side_effect=AssertionError("the host waits")):
+        own = torch.tensor(float(dist.get_rank() + 1))
+        return float(sum_of_ranks(own.clone())), float(mean_of_ranks(own.clone()))
+
+
+@pytest.mark.distributed
+def test_sums_and_means_of_two_ranks() -> None:
+    assert launch(sums, 2) == [(3.0, 1.5)] * 2
+
+
+def test_sums_and_means_of_one_process() -> None:
+    assert float(sum_of_ranks(torch.tensor(3.0))) == float(mean_of_ranks(torch.tensor(3.0))) == 3.0

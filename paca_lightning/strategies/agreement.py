@@ -23,10 +23,24 @@ def end_group(group: dist.ProcessGroup | None) -> None:
         dist.destroy_process_group(group)
 
 
-def highest(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The highest value of all ranks, written into ``own``.
+def sum_of_ranks(own: Tensor) -> Tensor:
+    """The sum over all ranks of the default group, written into ``own``. In a run of one process it stays as it is.
 
-    One collective: Lightning's ``Strategy.reduce`` adds a barrier, for which the host waits.
+    One collective, for which the host does not wait: Lightning's ``Strategy.reduce`` adds a barrier.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(own)
+    return own
+
+
+def mean_of_ranks(own: Tensor) -> Tensor:
+    """The mean of floating-point numbers over all ranks, as :func:`sum_of_ranks`."""
+    own = sum_of_ranks(own)
+    return own.div_(dist.get_world_size()) if dist.is_available() and dist.is_initialized() else own
+
+
+def highest(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The highest value of all ranks, written into ``own``, without a barrier as in :func:`sum_of_ranks`.
 
     Args:
         own: A value in the memory that the group's backend reduces.
