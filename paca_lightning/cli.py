@@ -51,7 +51,7 @@ TOOLS = {
     ),
     "export": Tool(
         "paca_lightning.tools.export",
-        "Write a merged Hugging Face checkpoint or a LoRA adapter.",
+        "Write a merged Hugging Face checkpoint, a LoRA adapter, or an adapter of PEFT's PaCA.",
         "--model DIRECTORY --adapter DIRECTORY --output DIRECTORY --format merged",
     ),
     "eval": Tool(

@@ -35,9 +35,9 @@ NEEDED = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["
 class InstructionDataModule(LightningDataModule):
     """Conversations for instruction tuning, as batches of `input_ids` and `labels`.
 
-    A source is a local file (JSON list, JSON Lines, either of them gzipped, or Parquet), several of them (a list, a
-    directory, or a pattern such as `shards/*.parquet`), a directory written by `datasets`' `save_to_disk`, or a data
-    set id on the Hugging Face hub.
+    A source is a local file (a JSON list or JSON Lines, also compressed by gzip, bzip2, xz or Zstandard, or Parquet),
+    several of them (a list, a directory, or a pattern such as `shards/*.parquet`), a directory written by `datasets`'
+    `save_to_disk`, or a data set id on the Hugging Face hub.
 
     Batches have an `attention_mask` if there is padding, or `position_ids` if rows are packed. The loaders shard the
     data over the processes themselves (the Trainer's `use_distributed_sampler` has no effect), use every row exactly
@@ -52,9 +52,9 @@ class InstructionDataModule(LightningDataModule):
         validation: Source of the validation conversations. None: see `validation_fraction`.
         test: Source of the test conversations, also used by `predict`. None: no test.
         format: Layout of a row: `chat` (messages with role and content), `sharegpt` (conversations with from and
-            value), `alpaca` (instruction, input, output), `prompt_completion`, `guanaco` (text with ### Human: and
-            ### Assistant:), `oasst` (message trees), `oasst_messages` (flat messages), or `auto`: told by the first
-            row of each file. `text` is raw text for continued pretraining: no chat template, every token is trained.
+            value), `alpaca`, `prompt_completion`, `question_answer`, `guanaco` (text with ### Human: ...), `oasst`
+            (message trees), `oasst_messages`, `segments` (texts with a label), `tokens` (input_ids), or `auto`: told by
+            each file's first row. `text` is raw text for continued pretraining: no chat template, all tokens trained.
         max_length: Most tokens of a conversation, which is cut there; longer raw text is split. With `packing`, tokens
             of a row.
         batch_size: Rows in a batch of each process.

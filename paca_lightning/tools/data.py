@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> None:
     if not of_config:
         parser.add_argument("files", nargs="+", metavar="FILE", help="file, directory, pattern or hub id")
         parser.add_argument("--model", required=True, metavar="DIRECTORY", help="model, or tokenizer, whose template")
-        parser.add_argument("--format", default="auto", choices=get_args(Format), metavar="NAME", help="default: auto")
+        formats = get_args(Format)
+        help_of_format = f"one of {', '.join(formats)} (default: auto)"
+        parser.add_argument("--format", default="auto", choices=formats, metavar="NAME", help=help_of_format)
         parser.add_argument("--preferences", action="store_true", help="pairs of answers, or answers with a label")
         parser.add_argument("--max_length", type=int, default=512, metavar="N", help="tokens kept (default: 512)")
         parser.add_argument("--on_bad_row", default="error", choices=get_args(OnBadRow), help="default: error")

@@ -12,14 +12,14 @@ from tests.guests.test_trainers import TRAINERS
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "works-with.md"
-ALL_FOUR = "fit, resume bitwise, adapter saved and loaded, merge"
-LEFT = ", the report names all that stays frozen"
+ALL_FOUR = "Each was fitted, resumed bitwise, saved and loaded as an adapter, and merged"
+LEFT = "the report names all that stays frozen"
 
 HEADER = """# Works with
 
-What the test suite tries on a CPU, with the versions below. Each row is one test, and this page is generated from the
-tests: `python -m tests.guests.page` writes it, and a test fails when it is out of date. What is not listed was not
-tried; on GPUs nothing here was.
+What the test suite tries on a CPU, with the versions below. Each row is one test; a row that names none is a case of
+the test above its table. This page is generated from the tests: `python -m tests.guests.page` writes it, and a test
+fails when it is out of date. What is not listed was not tried; on GPUs nothing here was.
 """
 
 # Tests elsewhere whose rows belong here.
@@ -169,52 +169,73 @@ class Row:
     Attributes:
         what: The guest.
         library: Whose it is; empty where the section tells.
-        tried: What the test does with it.
-        test: Name of the function.
+        tried: What the test does with it; what the section's does not tell.
+        test: Name of the function; empty for a case of the section's test.
     """
 
     what: str
-    library: str
-    tried: str
-    test: str
+    library: str = ""
+    tried: str = ""
+    test: str = ""
 
 
-def sections() -> Iterator[tuple[str, list[Row]]]:
-    """Title and rows of each table."""
-    test = "test_a_model_is_fitted_resumed_saved_and_merged"
-    yield (
-        "Models, in a LightningModule",
-        [Row(name, g.library, ALL_FOUR + (LEFT if g.left is not None else ""), test) for name, g in MODELS.items()],
+@dataclass(frozen=True)
+class Section:
+    """A table.
+
+    Attributes:
+        title: Its heading.
+        rows: Its rows.
+        tried: What the test of most rows does, as a sentence.
+        test: Name of that test; empty if each row has one of its own.
+    """
+
+    title: str
+    rows: list[Row]
+    tried: str = ""
+    test: str = ""
+
+
+def sections() -> Iterator[Section]:
+    """The tables."""
+    models = [Row(name, guest.library, LEFT if guest.left is not None else "") for name, guest in MODELS.items()]
+    yield Section("Models, in a LightningModule", models, ALL_FOUR, "test_a_model_is_fitted_resumed_saved_and_merged")
+    rows = [Row(name, library) for name, (_, library) in TRAINERS.items()]
+    rows += [Row(name, "transformers", tried, test) for name, tried, test in OTHER_TRAINERS]
+    yield Section("Loops and trainers", rows, ALL_FOUR, "test_a_trainer_fits_resumes_saves_and_merges")
+    rows = [Row(name) for name in CALLBACKS] + _rows(OTHER_CALLBACKS)
+    yield Section("Lightning's callbacks", rows, "Each was fitted beside PaCAStrategy", "test_a_callback_beside_paca")
+    yield Section("Strategies and precisions", _rows(STRATEGIES))
+    yield Section("Adapters of other programs", _rows(ADAPTERS))
+    rows = [Row(name) for name in KINDS]
+    rows += [Row(name, "", "weights follow the deltas", test) for name, test in OTHER_OPTIMIZERS]
+    yield Section(
+        "Optimizers",
+        rows,
+        "Each trains as it trains weights that are a function of the deltas",
+        "test_an_optimizer_trains_what_it_trains_in_the_reference",
     )
-    test = "test_a_trainer_fits_resumes_saves_and_merges"
-    rows = [Row(name, library, ALL_FOUR, test) for name, (_, library) in TRAINERS.items()]
-    other = [Row(name, "transformers", tried, test) for name, tried, test in OTHER_TRAINERS]
-    yield "Loops and trainers", rows + other
-    test = "test_a_callback_beside_paca"
-    rows = [Row(name, "", "fit beside PaCAStrategy", test) for name in CALLBACKS]
-    yield "Lightning's callbacks", rows + [Row(name, "", tried, test) for name, tried, test in OTHER_CALLBACKS]
-    yield "Strategies and precisions", [Row(name, "", tried, test) for name, tried, test in STRATEGIES]
-    yield "Adapters of other programs", [Row(name, "", tried, test) for name, tried, test in ADAPTERS]
-    test = "test_an_optimizer_trains_what_it_trains_in_the_reference"
-    reference = "equal to weights that are a function of the deltas"
-    rows = [Row(name, "", reference, test) for name in KINDS]
-    other = [Row(name, "", "weights follow the deltas", test) for name, test in OTHER_OPTIMIZERS]
-    yield "Optimizers", rows + other
-    yield (
-        "Transforms of PyTorch, and weights of other kinds",
-        [Row(name, "", tried, test) for name, tried, test in TRANSFORMS],
-    )
+    yield Section("Transforms of PyTorch, and weights of other kinds", _rows(TRANSFORMS))
 
 
-def table(rows: Iterable[Row]) -> Iterator[str]:
-    """Lines of a table."""
-    rows = list(rows)
-    with_library = any(row.library for row in rows)
-    yield "| what | library | tried | test |" if with_library else "| what | tried | test |"
-    yield "|---|---|---|---|" if with_library else "|---|---|---|"
-    for row in rows:
-        cells = [row.what, *([row.library] if with_library else []), row.tried, f"`{row.test}`"]
-        yield f"| {' | '.join(cells)} |"
+def _rows(tests: Iterable[tuple[str, str, str]]) -> list[Row]:
+    return [Row(what, "", tried, test) for what, tried, test in tests]
+
+
+def lines_of(section: Section) -> Iterator[str]:
+    """Lines of a section. A column that would be empty is left out."""
+    own = any(row.test for row in section.rows)
+    yield from (f"## {section.title}", "")
+    if section.test:
+        others = ", but for rows with a test of their own" if own else ""
+        yield from (f"{section.tried} (`{section.test}`){others}.", "")
+    cells = [(row.what, row.library, row.tried, f"`{row.test}`" if row.test else "") for row in section.rows]
+    # In a table without tests of their own, what is said of a row comes on top of what is said of all.
+    header = ("what", "library", "tried" if own else "also", "test")
+    shown = [column for column in range(4) if any(row[column] for row in cells)]
+    for row in [header, ("---",) * 4, *cells]:
+        yield f"| {' | '.join(row[column] for column in shown)} |"
+    yield ""
 
 
 def versions() -> str:
@@ -232,8 +253,8 @@ def versions() -> str:
 def render() -> str:
     """The page."""
     lines = [HEADER, f"Versions: {versions()}.", ""]
-    for title, rows in sections():
-        lines += [f"## {title}", "", *table(rows), ""]
+    for section in sections():
+        lines += lines_of(section)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -22,7 +22,8 @@ HELP = f"""\
 validation, then train with it. {OPTION} 1e-4:1e-2 says between which rates.
 Also: --lr-trials N (default: 5), --lr-steps N of each (default: {STEPS}, at most
 the run's), --lr-metric NAME (default: val/loss), --lr-jobs N at a time, --lr-key
-KEY (where the learning rate is in the config)."""
+KEY (where the learning rate is in the config). --ckpt_path last and best look
+through the earlier versions of this run."""
 
 
 def asks_for_search(arguments: list[str]) -> bool:

@@ -11,10 +11,10 @@ Look along a history that AdapterHistory wrote, without training: the base model
 is loaded once, and the adapters are swapped. At each step:
   loss         on training rows, held-out rows, and any file of yours (--rows),
                such as one that shows what the base model knew
-  recitation   the share of rows whose continuation the model recites, greedily
-               and word by word, from what comes before it and its first K
-               tokens: exactly, and how far on average. Training rows beside
-               held-out ones: the difference is memorized
+  recitation   the share of rows that the model continues exactly by greedy
+               decoding, given all before the answer and its first K tokens;
+               and the mean share of tokens before the first error. Training
+               rows beside held-out ones: the difference is memorized
   movement     how far each layer's columns moved, in which direction (cosine to
                the last update), in how many directions (effective rank)
 Writes dynamics.csv, layers.csv, recited.csv, plots, and index.html, which opens
