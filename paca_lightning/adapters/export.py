@@ -168,7 +168,7 @@ def _plain_tensors(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
         key, owner = clean_path(name), id(parameters.get(name))
         if key.endswith(f".{ROWS}"):  # the weight has them
             continue
-        if not key.endswith(".bias") and any(parent in special for parent in _parents(key)):
+        if not key.endswith(".bias") and any(place in special for place in (*_parents(key), key)):  # comes below
             continue
         whole = tied[owner] if owner in tied else whole_tensor(_narrow(tensor))
         if uses[owner] > 1:  # one memory for all its names, so that save_pretrained writes one of them

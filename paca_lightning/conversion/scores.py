@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.evaluating import evaluating
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.experts import ExpertWeight
 from paca_lightning.layers.linear import PaCAConv1D
@@ -110,16 +111,13 @@ def calibrate(
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; each module's mode and each parameter's gradient back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode and no gradients inside; each module's mode and each parameter's gradient back afterwards."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    model.eval()
     model.zero_grad(set_to_none=True)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, gradient in gradients:
             parameter.grad = gradient
 

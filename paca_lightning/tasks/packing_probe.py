@@ -9,10 +9,10 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.evaluating import evaluating, reshard_units
 from paca_lightning.core.private.lightning import trainer_of
 from paca_lightning.tasks.data.batch import TokenBatch
 from paca_lightning.tasks.packed_rows import WAYS, PackedRows
@@ -119,13 +119,9 @@ def _as_in_evaluation(module: LightningModule) -> Iterator[None]:
     """Run forwards of a module that leave nothing behind: in eval mode and eagerly, with random states restored."""
     trainer = trainer_of(module)
     precision = nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
+    eagerly = torch.compiler.set_stance("force_eager")
     try:
-        with isolate_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"), precision:
+        with evaluating(module), isolate_rng(), torch.no_grad(), eagerly, precision:
             yield
     finally:
-        for part, training in modes.items():
-            part.training = training
-            if isinstance(part, FSDPModule):  # no backward frees what these forwards gathered
-                part.reshard()
+        reshard_units(module)

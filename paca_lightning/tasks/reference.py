@@ -8,11 +8,11 @@ import torch
 from datasets.utils import tqdm
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from paca_lightning.core.base_model import KeepsBaseModel
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.evaluating import evaluating, reshard_units
 from paca_lightning.core.private.lightning import trainer_of
 
 KEY = "reference_log_probs"
@@ -87,16 +87,12 @@ class Reference:
             PaCAError: Nothing keeps the model before training, and it has been trained.
         """
         context = self.context or self._untrained(module)
-        modes = {part: part.training for part in module.modules()}
-        _reshard(module)  # FSDP2 may hold gathered weights of another state
+        reshard_units(module)  # FSDP2 may hold gathered weights of another state
         try:
-            with torch.no_grad(), context():
-                module.eval()
+            with torch.no_grad(), context(), evaluating(module):
                 yield
         finally:
-            for part, training in modes.items():
-                part.training = training
-            _reshard(module)
+            reshard_units(module)
 
     def _untrained(self, module: LightningModule) -> Callable[[], AbstractContextManager[None]]:
         trainer = trainer_of(module)
@@ -165,9 +161,3 @@ class Reference:
         """Take what a checkpoint has kept."""
         self._values = {name: entry["values"] for name, entry in state.items()}
         self._data = {name: entry["data"] for name, entry in state.items()}
-
-
-def _reshard(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()

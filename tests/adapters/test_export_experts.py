@@ -1,7 +1,8 @@
-"""LoRA exports of stacked experts compute in PEFT what the trained model computes, or are refused."""
+"""Exports of stacked experts: LoRA computes in PEFT what was trained, or is refused; merged ones gather once."""
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from paca_lightning import PaCAConfig, PaCAError, apply_paca, export_lora, paca_layers
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, export_lora, export_merged, paca_layers
+from paca_lightning.adapters import export
+from paca_lightning.core.dtensor import whole_tensor
 from tests.moe import MODELS, tiny_moe, tokens
 from tests.plain_training import move_trained
 
@@ -65,3 +68,18 @@ def test_dense_layers_that_peft_takes_for_experts_are_refused(kind: str, tmp_pat
     with pytest.raises(PaCAError, match=r"takes 'model\.layers\.0\.mlp\.gate_proj' \(6 such .* Use export_merged"):
         export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_a_merged_export_gathers_each_expert_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are most of the model, and gathering is what a sharded export waits for."""
+    model = trained(tiny_moe("mixtral"), PaCAConfig(r=4, target_modules=EXPERTS))
+    stacked = [layer.weight.shape for path, layer in paca_layers(model) if "experts." in path]
+    gathers: Counter[torch.Size] = Counter()
+
+    def counted(tensor: Tensor) -> Tensor:
+        gathers[tensor.shape] += 1
+        return whole_tensor(tensor)
+
+    monkeypatch.setattr(export, "whole_tensor", counted)
+    export_merged(model, tmp_path)
+    assert {shape: count for shape, count in gathers.items() if len(shape) == 3} == Counter(stacked)

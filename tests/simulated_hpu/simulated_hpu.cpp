@@ -10,6 +10,7 @@
 #include <ATen/ops/_reshape_alias_cpu_dispatch.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
 #include <ATen/ops/set_cpu_dispatch.h>
+#include <ATen/ops/unfold_cpu_dispatch.h>
 #include <ATen/ops/view_cpu_dispatch.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -198,6 +199,9 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   });
   m.impl("_reshape_alias", [](const Tensor& t, SymIntArrayRef size, SymIntArrayRef stride) {
     return at::cpu::_reshape_alias_symint(t, size, stride);
+  });
+  m.impl("unfold", [](const Tensor& t, int64_t dimension, int64_t size, int64_t step) {
+    return at::cpu::unfold(t, dimension, size, step);
   });
   m.impl("set_.source_Storage", [](Tensor& t, Storage source) -> Tensor& { return at::cpu::set_(t, source); });
   m.impl("set_.source_Storage_storage_offset",

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.evaluating import reshard_units
 from paca_lightning.core.private.lightning import optimizers_to_device, set_device
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.strategies.fsdp2.materializing import materialize
@@ -204,9 +205,7 @@ class FSDP2Strategy(ShardedCheckpointStrategy):
     def _reshard(self) -> None:
         """Free the gathered parameters of all units."""
         assert self.model is not None
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard_units(self.model)
 
     # No backward frees what the last forward of an evaluation gathered.
     on_validation_end = on_test_end = on_predict_end = _reshard

@@ -144,7 +144,7 @@ def _matched(model: nn.Module, reader: RowReader, wanted: dict[str, _Destination
             f"{str(reader.directory)!r} has no tensor {missing[0]!r} ({len(missing)} are missing). The checkpoint is "
             "incomplete or belongs to another architecture: download it again, or use the model's own."
         )
-    if unexpected := [name for name in reader.names if name not in wanted and not _is_ignored(model, name)]:
+    if unexpected := _not_ignored(model, [name for name in reader.names if name not in wanted]):
         raise PaCAError(
             f"{str(reader.file_of(unexpected[0]))!r} has a tensor {unexpected[0]!r} that the model lacks "
             f"({len(unexpected)} such tensors). The checkpoint belongs to another architecture: use the model's own."
@@ -176,10 +176,11 @@ def _destinations(model: nn.Module) -> Iterator[tuple[str, _Destination]]:
                 yield prefix + name, _Destination(buffer)
 
 
-def _is_ignored(model: nn.Module, name: str) -> bool:
-    """Whether a tensor of the checkpoint may be ignored: the model computes it, or declares that it ignores it."""
-    patterns = [pattern for module in model.modules() for pattern in ignored_keys(module)]
-    return name in dict(model.named_buffers()) or any(re.search(pattern, name) for pattern in patterns)
+def _not_ignored(model: nn.Module, names: list[str]) -> list[str]:
+    """Those names of a checkpoint's tensors that the model neither computes itself nor declares that it ignores."""
+    computed = {name for name, _ in model.named_buffers()}
+    patterns = {pattern for module in model.modules() for pattern in ignored_keys(module)}
+    return [name for name in names if name not in computed and not any(re.search(one, name) for one in patterns)]
 
 
 def _choose_columns(layer: PaCALayer, rows: Tensor, name: str) -> None:

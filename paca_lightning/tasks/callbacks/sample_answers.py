@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.evaluating import evaluating
 from paca_lightning.core.files import replacing
 from paca_lightning.tasks.callbacks.language_model import language_model
 from paca_lightning.tasks.callbacks.run_directory import run_directory
@@ -91,15 +92,11 @@ class SampleAnswers(Callback):
     def _ask(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """The model's answers; each module's training mode is restored afterwards."""
         model = language_model(pl_module, "SampleAnswers")
-        training = [module for module in model.modules() if module.training]
-        model.eval()  # no dropout, and a key-value cache also with activation checkpointing
-        try:
-            # Compiled blocks would be recompiled for each length of the cache.
-            with torch.no_grad(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
-                return [self._answer(model, prompt) for prompt in self.prompts]
-        finally:
-            for module in training:
-                module.training = True
+        precision = trainer.precision_plugin.forward_context()
+        eagerly = torch.compiler.set_stance("force_eager")  # else recompiled for each length of the cache
+        # Without dropout, and with a key-value cache also where activations are checkpointed.
+        with evaluating(model), torch.no_grad(), precision, eagerly:
+            return [self._answer(model, prompt) for prompt in self.prompts]
 
     def _answer(self, model: PreTrainedModel, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]

@@ -1,13 +1,12 @@
 """Evaluates a Hugging Face causal language model on MMLU. Prompts are built once and scored at each evaluation."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.evaluating import evaluating
 from paca_lightning.tasks.mmlu.accuracy import Score, score_groups
 from paca_lightning.tasks.mmlu.likelihood import cache_serves, deal, plan_batches, score
 from paca_lightning.tasks.mmlu.metrics import MMLUAccuracy
@@ -78,7 +77,7 @@ class MMLUEvaluator:
         Returns:
             For each method the scores overall, by category and by subject.
         """
-        with _evaluating(model):
+        with evaluating(model):
             return {method: self._evaluate(model, method, rank, world_size, progress) for method in self.prompts}
 
     def _evaluate(
@@ -120,15 +119,3 @@ def _examples_by_subject(
         if len(found) < shots:
             raise PaCAError(f"The dev split has {len(found)} examples of {subject!r}: too few for shots={shots}.")
     return shown
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; each module's own mode is restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -253,6 +253,21 @@ def test_another_models_checkpoint_is_refused(
         streamed(directory, NF4)
 
 
+def test_what_the_model_ignores_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each tensor: checkpoints of experts may have many thousands."""
+    directory = checkpoint(tmp_path, shard_size="1GB")
+    edit(directory, lambda tensors: tensors.update({f"vision.{i}.weight": torch.zeros(2) for i in range(50)}))
+    asked: list[nn.Module] = []
+
+    def patterns(module: nn.Module) -> set[str]:
+        asked.append(module)
+        return {r"^vision\."}
+
+    monkeypatch.setattr("paca_lightning.strategies.fsdp2.streaming.ignored_keys", patterns)
+    model = streamed(directory, DENSE)
+    assert len(asked) == len(list(model.modules()))
+
+
 def test_a_truncated_or_missing_file_is_named_with_one_of_its_tensors(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path)
     weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]

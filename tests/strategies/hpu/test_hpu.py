@@ -114,6 +114,11 @@ def test_one_card_computes_what_the_cpu_computes(hpu: Run, accelerator: str) -> 
     assert _same_weights(on_hpu, on_cpu)
 
 
+def test_the_simulated_card_repeats_tensors(hpu: Run) -> None:
+    """PyTorch's ``repeat`` writes through ``unfold``, which must be a view: a copy would stay empty."""
+    assert hpu(_repeat_on_the_card) == [[0, 1, 2, 0, 1, 2]]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_paca_on_one_card_computes_what_it_computes_on_the_cpu(hpu: Run, precision: str) -> None:
     on_hpu, on_cpu = (
@@ -285,6 +290,14 @@ def _here(function: Run, *args: Any, **kwargs: Any) -> Any:
 
 def _same_weights(left: torch.nn.Module, right: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left.parameters(), right.parameters(), strict=True))
+
+
+def _repeat_on_the_card() -> list[list[int]]:
+    bridge.require_hpu()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        repeated: list[list[int]] = torch.arange(3, device="hpu").repeat(1, 2).tolist()
+    return repeated
 
 
 def _train_paca(accelerator: str, config: PaCAConfig = PACA, **options: Any) -> TinyModule:
