@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -60,6 +60,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         PaCAError: If the model has no PaCA layers, or parts with different configurations, or training diverged and
             left NaN or Inf in it. An adapter that was there is kept.
     """
+    write = gather_adapter(model)
+    if is_first_rank():
+        write(directory)
+
+
+def gather_adapter(model: nn.Module) -> Callable[[str | os.PathLike[str]], None]:
+    """Gather what :func:`save_adapter` writes. Collective for a sharded model: call it on every rank.
+
+    Args:
+        model: The converted model, or a module around it.
+
+    Returns:
+        Writes the adapter to a directory, on one rank alone.
+
+    Raises:
+        PaCAError: As :func:`save_adapter`, on all ranks.
+    """
     config = config_of(model)
     inventory = take_inventory(model)
     layers = inventory.named_layers()
@@ -81,14 +98,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             f"{problem}: training diverged, so there is no adapter to save. Lower the learning rate, or begin from a "
             "base model that is sound."
         )
-    if not is_first_rank():
-        return
-    with written_aside(directory) as scratch:
-        copies, checksums = _copies(tensors)
-        save_file(copies, scratch / TENSORS, metadata={"format": "pt"})
-        write_json(scratch / CONFIG, peft_config(inventory.base_model, config))
-        ours = settings_of(inventory, config, changed, samples) | {"checksums": checksums}
-        write_json(scratch / SETTINGS, sealed(ours))
+
+    def write(directory: str | os.PathLike[str]) -> None:
+        with written_aside(directory) as scratch:
+            copies, checksums = _copies(tensors)
+            save_file(copies, scratch / TENSORS, metadata={"format": "pt"})
+            write_json(scratch / CONFIG, peft_config(inventory.base_model, config))
+            ours = settings_of(inventory, config, changed, samples) | {"checksums": checksums}
+            write_json(scratch / SETTINGS, sealed(ours))
+
+    return write
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str | None = None) -> ConversionReport:

@@ -16,11 +16,11 @@ from paca_lightning.callbacks.own_directory import own_directory
 from paca_lightning.callbacks.point_steps import PointSteps
 from paca_lightning.callbacks.training_counts import TrainingCounts
 from paca_lightning.core.checksums import settings_checksum
-from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating
 from paca_lightning.other_methods.adapted import adapted_model
-from paca_lightning.other_methods.any_adapter import save_trained, trains_adapter
+from paca_lightning.other_methods.any_adapter import gather_trained, trains_adapter
+from paca_lightning.strategies.fsdp2.agreeing import from_first_rank
 
 
 class AdapterHistory(Callback):
@@ -115,21 +115,19 @@ class AdapterHistory(Callback):
         adapted = adapted_model(pl_module)
         samples = base_samples(pl_module) if adapted is None else adapted.base
         self._base = settings_checksum(samples)
-        problem, missing = None, False
-        if is_first_rank():
-            try:
-                self._history = open_history(trainer, self._directory, self._before, adapted or samples)
-                missing = step in self._steps and step not in self._history.points
-            except PaCAError as error:  # raised on all ranks together, so that none waits for another
-                problem = str(error)
-        problem, missing = trainer.strategy.broadcast((problem, missing))
-        if problem is not None:
-            raise PaCAError(problem)
+
+        def opened() -> bool:
+            """Open the history. Returns whether a point of the present step has to be written."""
+            self._history = open_history(trainer, self._directory, self._before, adapted or samples)
+            if step not in self._history.points:
+                return step in self._steps
+            self._catch_up(self._history.points[step])
+            return False
+
+        missing = from_first_rank(opened)
         self._next = self._steps.after(step)
         if missing:
             self._write(trainer, pl_module)
-        elif self._history is not None and step in self._history.points:
-            self._catch_up(self._history.points[step])
         rank_zero_info(f"Adapters along the run, at step {self._next} next: {self._directory}")
 
     def _catch_up(self, present: Point) -> None:
@@ -167,11 +165,13 @@ class AdapterHistory(Callback):
             return  # of a few batches, or of a step that was validated before the run was resumed
         loss = float(trainer.callback_metrics[self.metric])
         self._held_out = (trainer.global_step, loss if math.isfinite(loss) else None)
-        self._note_validation(trainer.global_step)
+        if self._next is not None:
+            from_first_rank(lambda: self._note_validation(trainer.global_step))
 
     def _note_validation(self, step: int) -> None:
-        """Add the last validation to the point of its step, if both are of this one."""
-        if self._history is not None and step in self._history.points and self._held_out and self._held_out[0] == step:
+        """Add the last validation to the point of its step, if both are of this one. On the first rank alone."""
+        assert self._history is not None
+        if step in self._history.points and self._held_out and self._held_out[0] == step:
             self._history.update(step, held_out_loss=self._held_out[1], held_out_step=step)
 
     @override
@@ -195,10 +195,13 @@ class AdapterHistory(Callback):
             batch=batch,
             base=self._base,
         )
-        if self._history is not None:
-            self._history.add(point, lambda scratch: save_trained(pl_module, scratch))
-        else:
-            save_trained(pl_module, self._directory)  # gives the first rank what is sharded, and writes nothing
+        write = gather_trained(pl_module)
+
+        def add() -> None:
+            assert self._history is not None
+            self._history.add(point, write)
+
+        from_first_rank(add)
         self._written = step
 
     @override

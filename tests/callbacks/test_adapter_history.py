@@ -1,9 +1,13 @@
 """AdapterHistory: adapters along a training, what is known of each, resumed runs, and what is refused."""
 
+import errno
 import json
+import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -345,3 +349,19 @@ def test_the_first_rank_writes_what_one_process_does(tmp_path: Path) -> None:
         load_adapter(expected, one.path(2))
         for (name, ours), theirs in zip(loaded.named_parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=name)
+
+
+def said_of_a_full_disk(directory: Path) -> str:
+    """On each rank: a sharded run whose first rank, which alone writes, finds the disk full."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    first = os.environ["RANK"] == "0"
+    failing = mock.patch("tempfile.mkdtemp", side_effect=full) if first else nullcontext()
+    with failing, pytest.raises(PaCAError) as told:
+        write_sharded(directory)
+    return str(told.value)
+
+
+@pytest.mark.distributed
+def test_all_ranks_end_where_the_first_one_cannot_write(tmp_path: Path) -> None:
+    for message in launch(said_of_a_full_disk, 2, tmp_path):
+        assert "step-00000000' could not be written: [Errno 28] No space left on device" in message

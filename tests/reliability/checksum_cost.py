@@ -66,7 +66,7 @@ def saves(width: int, r: int) -> dict[str, Callable[[Path], Any]]:
     content = {"state_dict": state, "optimizer_states": [{"state": moments}]}
 
     def sharded(place: Path) -> None:
-        save_directory(content, Location.of(place), is_first_rank=True, barrier=lambda: None)
+        save_directory(content, Location.of(place))
 
     return {
         "adapter": lambda place: save_adapter(model, place),

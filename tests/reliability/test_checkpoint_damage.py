@@ -167,12 +167,11 @@ def test_a_sharded_checkpoint_without_checksums_loads_and_says_so(
 def refusal_of_damage(place: Path) -> tuple[list[str], str]:
     """Saves on all ranks, damages a file of the second rank, and says which files there are and what loading says."""
     tensor = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
-    first = dist.get_rank() == 0
-    save_directory({"state_dict": {"delta": tensor}}, Location.of(place), is_first_rank=first, barrier=dist.barrier)
+    save_directory({"state_dict": {"delta": tensor}}, Location.of(place))
     names = sorted(path.name for path in place.iterdir())
     check_files(place)
     dist.barrier()
-    if first:
+    if dist.get_rank() == 0:
         (place / "__1_0.distcp").write_bytes(b"other")
     dist.barrier()
     with pytest.raises(PaCAError) as refused:

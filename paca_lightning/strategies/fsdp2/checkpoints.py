@@ -60,7 +60,7 @@ class ShardedCheckpointStrategy(ModelParallelStrategy):
         if location.is_local:
             self._check_space(checkpoint, location)
         if self.save_distributed_checkpoint:
-            save_directory(checkpoint, location, is_first_rank=self.is_global_zero, barrier=self.barrier)
+            save_directory(checkpoint, location)
             return
         if location.is_directory():
             if not (location / METADATA).is_file():

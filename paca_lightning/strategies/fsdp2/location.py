@@ -60,6 +60,10 @@ class Location:
         """Whether a directory is here."""
         return bool(self.file_system.isdir(self.name))
 
+    def exists(self) -> bool:
+        """Whether a file or a directory is here."""
+        return bool(self.file_system.exists(self.name))
+
     def open(self, mode: str) -> IO[Any]:
         """Open the file here."""
         stream: IO[Any] = self.file_system.open(self.name, mode)
@@ -67,5 +71,9 @@ class Location:
 
     def remove(self) -> None:
         """Delete the file or directory here, if there is one."""
-        if self.file_system.exists(self.name):
+        if self.exists():
             self.file_system.rm(self.name, recursive=True)
+
+    def move(self, place: "Location") -> None:
+        """Move the directory here to a place where nothing is. Object stores copy each file, and remove it then."""
+        self.file_system.mv(self.name, place.name, recursive=True)

@@ -56,7 +56,7 @@ def saved(tmp_path: Path) -> Path:
         "optimizer_states": [get_optimizer_state_dict(model, optimizer)],
         "epoch": 3,
     }
-    save_directory(content, Location.of(tmp_path / "last.ckpt"), is_first_rank=True, barrier=lambda: None)
+    save_directory(content, Location.of(tmp_path / "last.ckpt"))
     return tmp_path / "last.ckpt"
 
 
