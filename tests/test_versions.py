@@ -22,7 +22,7 @@ def pins(file: str) -> dict[str, str]:
 def test_the_readme_names_the_lowest_versions() -> None:
     lowest = {requirement.name: str(requirement.specifier).removeprefix(">=") for requirement in REQUIREMENTS}
     said = re.search(
-        r"Python >= ([\d.]+), torch >= ([\d.]+), Lightning >= ([\d.]+), transformers >= ([\d]+)\.",
+        r"Python >= ([\d.]+), torch >= ([\d.]+), Lightning >= ([\d.]+), transformers >= ([\d.]+)\.",
         (ROOT / "README.md").read_text(),
     )
     assert said is not None

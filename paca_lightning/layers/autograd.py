@@ -24,6 +24,9 @@ from paca_lightning.core.errors import PaCAError
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
+TRACES_ADDMM = torch.__version__ >= "2.13"
+"""Whether PyTorch can compile and trace ``addmm`` with another dtype of the result."""
+
 
 def scaling_argument(scaling: float | Tensor, like: Tensor) -> float | Tensor:
     """The scaling as an autograd function takes it.
@@ -54,6 +57,9 @@ def column_product(grad_output: Tensor, selected: Tensor, dtype: torch.dtype, sc
     if grad_output.is_cuda and torch.version.hip is None:
         unread = grad_output.new_empty(1, dtype=dtype)  # with beta=0
         if dtype == torch.float32 and grad_output.dtype in HALF_DTYPES:
+            if not TRACES_ADDMM:
+                grad = torch.mm(grad_output.t(), selected, out_dtype=dtype)
+                return grad if scaling == 1.0 else grad * scaling
             return torch.addmm(unread, grad_output.t(), selected, out_dtype=dtype, beta=0, alpha=scaling)
         if dtype == grad_output.dtype:
             return torch.addmm(unread, grad_output.t(), selected, beta=0, alpha=scaling)

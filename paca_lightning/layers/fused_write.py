@@ -96,7 +96,7 @@ class FusedWrite:
         types = [
             getattr(tl, str(each.dtype).removeprefix("torch.")) for each in (first.weight, first.base, first.delta)
         ]
-        with torch.cuda.device(first.weight.device):  # Triton launches on the current one
+        with torch.cuda.device_of(first.weight):  # Triton launches on the current one
             write_tiles[(len(self._arguments[1]),)](*self._arguments, ENTRY, ROWS, self._width, *types)
         # The kernel writes behind PyTorch's back. A backward that saved an older weight must notice.
         torch.autograd.graph.increment_version([write.weight for write in self._writes])

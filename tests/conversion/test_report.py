@@ -35,9 +35,9 @@ def test_fused_experts_and_routers_are_named() -> None:
     left = PaCAConfig(r=4, exclude_modules=["experts.gate_up_proj", "experts.down_proj"])
     report = apply_paca(MixtralForCausalLM(config), left)
     experts = 2 * 4 * 3 * 64 * 96
-    kind = "3-D parameters that no linear layer holds (fused experts are such)"
+    kind = "3-D parameters that no linear layer holds (such as fused experts)"
     assert shares(report)[kind] == experts
-    assert shares(report)["matrices that no linear layer holds (routers of experts are such)"] == 2 * 4 * 64
+    assert shares(report)["matrices that no linear layer holds (such as routers of experts)"] == 2 * 4 * 64
     largest = report.frozen[0]
     assert (largest.kind, largest.tensors) == (kind, 4)
     assert "experts" in largest.example
