@@ -71,8 +71,8 @@ def test_the_kernel_writes_what_plain_operators_write(dtype: torch.dtype, scalin
     fused.launch()
     assert fused.agrees()
     for write, weight, version in zip(writes, expected, versions, strict=True):
-        # Triton's interpreter truncates to bf16, where a GPU rounds to nearest: up to one step of bf16. Where the scaling
-        # is no power of two, PyTorch may round the product before the sum: `agrees` allows for that.
+        # Triton's interpreter truncates to bf16, where a GPU rounds to nearest: up to one step of bf16. Where the
+        # scaling is no power of two, PyTorch may round the product before the sum: `agrees` allows for that.
         if scaling != 0.3 or dtype in (torch.float16, torch.bfloat16):
             steps = 1 if dtype is torch.bfloat16 else 0
             torch.testing.assert_close(write.weight, weight, rtol=steps * 2**-7, atol=0)

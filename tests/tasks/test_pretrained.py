@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 from paca_lightning.core.errors import PaCAError
@@ -40,6 +41,7 @@ def test_a_dtype_has_two_names(directory: Path, name: str) -> None:
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 LLAMA = SIZES | {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+GPTJ = "sdpa" if Version(hf.__version__) >= Version("5.24") else "eager"
 ATTENTION = {
     "llama": (hf.LlamaConfig(**LLAMA), "sdpa"),
     "gpt_oss": (hf.GptOssConfig(**LLAMA, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0), "eager"),
@@ -47,7 +49,7 @@ ATTENTION = {
     "mamba": (hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), "eager"),
     "bloom": (hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4), "eager"),
     "mpt": (hf.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=16), "eager"),
-    "gptj": (hf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, **TOKENS), "eager"),
+    "gptj": (hf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, **TOKENS), GPTJ),
 }
 
 

@@ -135,11 +135,13 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
 
     monkeypatch.setattr(chat, "answer", interrupted)
     out = typed("Who are you?", "Go on.")
-    assert out[1] == "My name  [stopped]\n\n"
+    assert out[1].endswith(" [stopped]\n\n")
+    said = out[1].removesuffix(" [stopped]\n\n").rstrip()
+    assert said in ("My name", "My name is")  # before transformers 5.24, the last word waits for the next one
     assert rendered == [
         [
             {"role": "user", "content": "Who are you?"},
-            {"role": "assistant", "content": "My name"},
+            {"role": "assistant", "content": said},
             {"role": "user", "content": "Go on."},
         ]
     ]
