@@ -26,6 +26,7 @@ from paca_lightning.core.new_tokens import ROWS
 from paca_lightning.layers.along import train_along
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.columns import PendingSelection, check_indices, largest_indices, random_indices
+from paca_lightning.layers.linear4bit import keep_plain_layout
 from paca_lightning.layers.rows import row_modules, train_rows
 
 NO_BASE = (".paca_delta", ".paca_base_columns", f".{ROWS}")
@@ -142,6 +143,7 @@ def convert(
     beside |= {id(module.paca_rows) for _, module in row_modules(inventory.root)}
     if beside:
         remember_thawed(inventory.root, beside)
+    keep_plain_layout(inventory.root)
     return report_on(inventory, config, resolution)
 
 

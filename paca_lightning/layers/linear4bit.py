@@ -88,6 +88,23 @@ def from_linear4bit(module: nn.Module, path: str = "") -> tuple[Tensor, Scales, 
     return packed, _nested_scales(absmax, state), state.dtype
 
 
+def keep_plain_layout(model: nn.Module) -> None:
+    """Keep the ``Linear4bit`` layers of a model that is trained from packing their weights anew for inference.
+
+    A forward in eval mode does so on a CPU with AVX512-BF16, as of a validation. A backward through such a layer reads
+    the weight in the usual layout: its gradients are wrong, without an error (bitsandbytes 0.50.2).
+    """
+    kind = linear4bit_class()
+    for module in model.modules() if kind is not None else ():
+        if isinstance(module, kind):  # type: ignore[arg-type]
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
+            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+                layer.weight.data, layer.weight.quant_state = _without_cpu_packing(
+                    layer.weight.data, layer.weight.quant_state
+                )
+
+
 def strip_linear4bit(module: nn.Module) -> None:
     """Remove what makes a layer a ``Linear4bit``, so that another class can take it over: only the bias stays."""
     del module.weight

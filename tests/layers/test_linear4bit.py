@@ -180,3 +180,24 @@ def test_beside_lightnings_bitsandbytes_precision(mode: str) -> None:
     assert torch.equal(logits(model), logits(twin))
     merge(model).load_state_dict(tiny_llama().state_dict())
     assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_layers_left_alone_give_right_gradients_after_a_validation(ran_before: bool) -> None:
+    """On a CPU with AVX512-BF16, bitsandbytes packs weights anew in eval mode, and its backward misreads them."""
+    first, second = (random_weight(64, 64, torch.bfloat16) for _ in range(2))
+    model = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16), linear4bit(second))
+    model[0].weight.data.copy_(first)
+    inputs = torch.randn(8, 64, dtype=torch.bfloat16)
+    if ran_before:
+        with torch.no_grad():
+            model.eval()(inputs)
+    apply_paca(model, PaCAConfig(r=4, target_modules=["0"]))
+    with torch.no_grad():
+        model.eval()(inputs)
+    model.train()(inputs).float().square().mean().backward()
+    dense = values(model[1]).to(torch.bfloat16)
+    outputs = inputs @ first.t()
+    grad = (2 / 512 * (outputs @ dense.t()).float()).bfloat16() @ dense
+    expected = grad.t().float() @ inputs[:, model[0].paca_indices].float()
+    torch.testing.assert_close(model[0].paca_delta.grad, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
