@@ -1,7 +1,7 @@
 """Learning rates that suit PaCA: one place for the summary's remark and for the space that a search starts from.
 
-Adam moves a column by about ``scaling * lr`` a step, so these are values of that product. Where they come from: 5.7e-3
-to 9.5e-3 was best for SmolLM2-135M in short runs with random columns, and LoRA wanted 1.2 to 3.4 times less
+Adam moves a column by about ``scaling * lr`` a step, so these are values of that product. Where they come from: 4e-3
+to 9.5e-3 was best for SmolLM2-135M in short runs with random columns, and LoRA wanted 1 to 3.4 times less
 (docs/learning.md); 2.5e-3 (Llama-3-8B and Llama-3.1-70B, conversations) and 4e-4 (Llama-2-7B, MMLU) are in the scripts
 of PaCA's authors; 1e-2 is what our tiny test models learn with.
 """
