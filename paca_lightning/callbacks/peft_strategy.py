@@ -74,7 +74,7 @@ class PEFTStrategy(AdapterMethodStrategy):
     def adapt(self, pl_module: LightningModule) -> AdaptedModel:
         """Put PEFT's layers into a module, after its base is quantized, if asked for."""
         quantized = quantize_base(pl_module) if self.quantize == "nf4" else 0
-        keep_plain_layout(pl_module)
+        keep_plain_layout(pl_module.modules())
         with warnings.catch_warnings(record=True) as caught:  # said once, in the summary
             warnings.simplefilter("always")
             adapted = adapt(pl_module, self.config, self.path)

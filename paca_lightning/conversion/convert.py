@@ -143,7 +143,7 @@ def convert(
     beside |= {id(module.paca_rows) for _, module in row_modules(inventory.root)}
     if beside:
         remember_thawed(inventory.root, beside)
-    keep_plain_layout(inventory.root)
+    keep_plain_layout(inventory.paths)
     return report_on(inventory, config, resolution)
 
 

@@ -121,7 +121,9 @@ class _Tree:
     def _ends(self, name: str, network: str) -> bool:
         """Whether a linear layer is the last one of a network, and comes after its blocks."""
         if network not in self._ends_of:
-            last_block = max((self.order[block] for block in self.blocks if lies_in(block, network)), default=-1)
+            # A block that is shared counts where it stands first.
+            inside = [self.order[block] for block in self.blocks & self.order.keys() if lies_in(block, network)]
+            last_block = max(inside, default=-1)
             self._ends_of[network] = self.linears_in(network)[-1], last_block
         last, last_block = self._ends_of[network]
         return last == name and self.order[name] > last_block

@@ -22,7 +22,7 @@ def quantize_targets(model: nn.Module, targets: Iterable[Target]) -> None:
         bias: Any = target.module.bias
         layer = linear4bit(weight.t() if target.layer_class is PaCAConv1D else weight, bias).train(model.training)
         model.set_submodule(target.path, layer)
-    keep_plain_layout(model)
+    keep_plain_layout(model.modules())
     base: Any = take_inventory(model).base_model or model
     base.is_loaded_in_4bit = True  # tells PEFT that its layers are NF4
 

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -88,14 +89,14 @@ def from_linear4bit(module: nn.Module, path: str = "") -> tuple[Tensor, Scales, 
     return packed, _nested_scales(absmax, state), state.dtype
 
 
-def keep_plain_layout(model: nn.Module) -> None:
-    """Keep the ``Linear4bit`` layers of a model that is trained from packing their weights anew for inference.
+def keep_plain_layout(modules: Iterable[nn.Module]) -> None:
+    """Keep the ``Linear4bit`` layers among modules that are trained from packing their weights anew for inference.
 
     A forward in eval mode does so on a CPU with AVX512-BF16, as of a validation. A backward through such a layer reads
     the weight in the usual layout: its gradients are wrong, without an error (bitsandbytes 0.50.2).
     """
     kind = linear4bit_class()
-    for module in model.modules() if kind is not None else ():
+    for module in modules if kind is not None else ():
         if isinstance(module, kind):  # type: ignore[arg-type]
             layer: Any = module
             layer.support_avx512bf16_for_cpu = False

@@ -212,3 +212,10 @@ def test_all_linear_that_matches_nothing_does_not_advise_itself() -> None:
     with pytest.raises(PaCAError, match=r"all 1 are left alone\. 0: Linear has a forward of its own") as error:
         apply_paca(model, PaCAConfig(r=2))
     assert "pass 'all-linear'" not in str(error.value)
+
+
+def test_a_repeated_block_that_stands_elsewhere_first() -> None:
+    shared, other = (nn.MultiheadAttention(1, 1) for _ in range(2))
+    model = nn.Sequential(nn.Sequential(shared, nn.Sequential(nn.Sequential(shared, other))))
+    with pytest.raises(PaCAError, match="all 2 are left alone"):  # attention of PyTorch reads its weights
+        apply_paca(model, PaCAConfig(r=1))
