@@ -20,7 +20,7 @@ from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.lightning import is_accumulating
 from paca_lightning.other_methods.adapted import adapted_model
 from paca_lightning.other_methods.any_adapter import gather_trained, trains_adapter
-from paca_lightning.strategies.fsdp2.agreeing import from_first_rank
+from paca_lightning.strategies.agreement import from_first_rank
 
 
 class AdapterHistory(Callback):

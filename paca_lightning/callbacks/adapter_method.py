@@ -31,6 +31,7 @@ from paca_lightning.core.base_model import KeepsBaseModel
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.new_tokens import new_tokens_in
 from paca_lightning.core.private.lightning import spawns_workers
+from paca_lightning.layers.linear4bit import keep_plain_layout
 from paca_lightning.other_methods.adapted import (
     AdaptedModel,
     adapted_model,
@@ -138,6 +139,7 @@ class AdapterMethodStrategy(FiniteSteps, KeepsBaseModel):
         """Adapt a module whose model is built, with a note of its base weights."""
         samples = weight_samples(find_model(pl_module, self.path)[1])
         adapted = self.adapt(pl_module)
+        keep_plain_layout(pl_module.modules())
         adapted.base = of_frozen(samples, adapted.model)
         return adapted
 

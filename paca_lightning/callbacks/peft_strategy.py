@@ -9,7 +9,6 @@ from typing_extensions import override
 from paca_lightning.callbacks.adapter_method import AdapterMethodStrategy
 from paca_lightning.conversion.linear4bit_base import quantize_base
 from paca_lightning.core.errors import PaCAError
-from paca_lightning.layers.linear4bit import keep_plain_layout
 from paca_lightning.other_methods.adapted import AdaptedModel
 from paca_lightning.other_methods.peft_model import adapt, read_peft_config
 
@@ -74,7 +73,6 @@ class PEFTStrategy(AdapterMethodStrategy):
     def adapt(self, pl_module: LightningModule) -> AdaptedModel:
         """Put PEFT's layers into a module, after its base is quantized, if asked for."""
         quantized = quantize_base(pl_module) if self.quantize == "nf4" else 0
-        keep_plain_layout(pl_module.modules())
         with warnings.catch_warnings(record=True) as caught:  # said once, in the summary
             warnings.simplefilter("always")
             adapted = adapt(pl_module, self.config, self.path)

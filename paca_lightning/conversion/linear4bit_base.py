@@ -10,7 +10,7 @@ from paca_lightning.conversion.targets import Target, resolve
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.layers.experts import ExpertWeight
 from paca_lightning.layers.linear import PaCAConv1D
-from paca_lightning.layers.linear4bit import keep_plain_layout, linear4bit
+from paca_lightning.layers.linear4bit import linear4bit
 
 
 def quantize_targets(model: nn.Module, targets: Iterable[Target]) -> None:
@@ -22,7 +22,6 @@ def quantize_targets(model: nn.Module, targets: Iterable[Target]) -> None:
         bias: Any = target.module.bias
         layer = linear4bit(weight.t() if target.layer_class is PaCAConv1D else weight, bias).train(model.training)
         model.set_submodule(target.path, layer)
-    keep_plain_layout(model.modules())
     base: Any = take_inventory(model).base_model or model
     base.is_loaded_in_4bit = True  # tells PEFT that its layers are NF4
 

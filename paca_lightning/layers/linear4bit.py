@@ -33,6 +33,7 @@ def linear4bit(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
 
     # On meta no random weight is drawn.
     layer: Any = bnb.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, device="meta")
+    layer.support_avx512bf16_for_cpu = False  # see keep_plain_layout
     frozen: Any = bnb.Params4bit(weight.detach(), blocksize=BLOCK_SIZE, quant_type="nf4", module=layer)
     layer.weight = frozen.to(weight.device)
     if bias is not None:

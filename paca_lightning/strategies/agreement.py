@@ -1,7 +1,19 @@
 """Values on which the ranks of a run agree, at the cost of one small collective."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch.distributed as dist
 from torch import Tensor
+
+from paca_lightning.core.dtensor import is_first_rank
+from paca_lightning.core.errors import PaCAError
+
+T = TypeVar("T")
+
+
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def host_group() -> dist.ProcessGroup | None:
@@ -10,7 +22,7 @@ def host_group() -> dist.ProcessGroup | None:
     It is the default group if that has a backend for host memory. Otherwise it is a new gloo group, which is the
     caller's to give to :func:`end_group`.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if _ranks() == 1:
         return None
     if "cpu:gloo" in dist.get_backend_config():
         return dist.group.WORLD
@@ -28,15 +40,14 @@ def sum_of_ranks(own: Tensor) -> Tensor:
 
     One collective, for which the host does not wait: Lightning's ``Strategy.reduce`` adds a barrier.
     """
-    if dist.is_available() and dist.is_initialized():
+    if _ranks() > 1:
         dist.all_reduce(own)
     return own
 
 
 def mean_of_ranks(own: Tensor) -> Tensor:
     """The mean of floating-point numbers over all ranks, as :func:`sum_of_ranks`."""
-    own = sum_of_ranks(own)
-    return own.div_(dist.get_world_size()) if dist.is_available() and dist.is_initialized() else own
+    return sum_of_ranks(own).div_(_ranks())
 
 
 def highest(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -48,3 +59,27 @@ def highest(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """
     dist.all_reduce(own, dist.ReduceOp.MAX, group=group)
     return own
+
+
+def from_first_rank(work: Callable[[], T]) -> T:
+    """What a function returns on the first rank, which alone runs it. Collective: the others wait for it.
+
+    Returns:
+        The same on all ranks. It is pickled for the others.
+
+    Raises:
+        PaCAError: On all ranks, if the function does so.
+    """
+    outcome: list[Any] = [None, None]  # result and message
+    failure: PaCAError | None = None
+    if is_first_rank():
+        try:
+            outcome[0] = work()
+        except PaCAError as error:
+            failure, outcome[1] = error, str(error)
+    if _ranks() > 1:
+        dist.broadcast_object_list(outcome)
+    result: T = outcome[0]
+    if outcome[1] is not None:
+        raise PaCAError(outcome[1]) from failure
+    return result

@@ -20,7 +20,8 @@ from paca_lightning import (
     PaCAStrategy,
     load_adapter,
 )
-from tests.callbacks.test_peft_strategy import IDS, TOKENS, Module, fit, same, trained
+from tests.callbacks.test_peft_strategy import IDS, TOKENS, Module, fit, same, trained, trained_with_validation
+from tests.layers.test_linear4bit import PATHS, with_linear4bit
 from tests.tiny import tiny_llama
 
 METHODS: dict[str, Any] = {
@@ -46,6 +47,20 @@ class Answers(Module):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=2e-2)
+
+
+class Quantized(Module):
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = with_linear4bit(tiny_llama(intermediate_size=128).bfloat16(), PATHS)
+
+
+def test_bottlenecks_on_an_nf4_base_train_after_a_validation_as_without_it(tmp_path: Path) -> None:
+    """As QLoRA does: see there."""
+    without, after = (
+        trained_with_validation(Quantized(), BottleneckStrategy(4), tmp_path, batches) for batches in (0, 1)
+    )
+    assert same(without, after)
 
 
 @every_method

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from paca_lightning import AdapterCheckpoint, PaCAConfig, PaCAError, PaCAStrategy, PEFTStrategy
+from tests.peft_warnings import PREFIXES
 from tests.tiny import tiny_llama
 
 TOKENS = torch.randint(3, 384, (40, 12), generator=torch.Generator().manual_seed(0))
@@ -68,6 +69,7 @@ METHODS: dict[str, peft.PeftConfig] = {
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 pytestmark = [
+    PREFIXES,
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),  # PEFT's SHiRA
     pytest.mark.filterwarnings("ignore:Unsupported layer type"),  # PEFT's LayerNorm tuning, of RMSNorm
 ]
@@ -158,22 +160,28 @@ def test_fit_resume_and_round_trip(method: str, tmp_path: Path) -> None:
             torch.testing.assert_close(whole.model(input_ids=IDS).logits, base, rtol=1e-4, atol=1e-5)
 
 
+def trained_with_validation(module: Module, strategy: L.Callback, directory: Path, batches: int) -> dict[str, Tensor]:
+    """What a method trains in three steps, with a validation of so many batches before them."""
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=3, limit_val_batches=batches, num_sanity_val_steps=batches, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=directory, callbacks=[strategy],
+    )  # fmt: skip
+    loader = DataLoader(TOKENS, batch_size=4)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    trainer.fit(module.bfloat16(), loader, loader)
+    return trained(module)
+
+
 def test_qlora_trains_after_a_validation_as_without_it(tmp_path: Path) -> None:
     """On a CPU with AVX512-BF16, bitsandbytes packs weights anew in eval mode, and its backward misreads them."""
-    trained = []
-    for batches in (0, 1):
-        torch.manual_seed(0)
-        module = Module(hidden_size=64, intermediate_size=128)
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=3, limit_val_batches=batches, num_sanity_val_steps=batches, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, callbacks=[PEFTStrategy(lora(), quantize="nf4")],
-        )  # fmt: skip
-        loader = DataLoader(TOKENS, batch_size=4)  # type: ignore[arg-type]
-        trainer.fit(module.bfloat16(), loader, loader)
-        trained.append({name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad})
-    assert trained[0].keys() == trained[1].keys()
-    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+    without, after = (
+        trained_with_validation(
+            Module(hidden_size=64, intermediate_size=128), PEFTStrategy(lora(), quantize="nf4"), tmp_path, batches
+        )
+        for batches in (0, 1)
+    )
+    assert same(without, after)
 
 
 def test_qlora_trains_on_nf4_layers_and_saves_the_adapter_alone(tmp_path: Path) -> None:

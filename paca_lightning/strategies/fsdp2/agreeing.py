@@ -3,11 +3,10 @@
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from paca_lightning.core.dtensor import is_first_rank
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.unchanged import Stamp, check_unchanged
 
@@ -41,30 +40,6 @@ def on_all_ranks(work: Callable[[], T]) -> T:
     except PaCAError as error:
         failure = error
     raise_on_all_ranks(failure)
-    return result
-
-
-def from_first_rank(work: Callable[[], T]) -> T:
-    """What a function returns on the first rank, which alone runs it. Collective: the others wait for it.
-
-    Returns:
-        The same on all ranks. It is pickled for the others.
-
-    Raises:
-        PaCAError: On all ranks, if the function does so.
-    """
-    outcome: list[Any] = [None, None]  # result and message
-    failure: PaCAError | None = None
-    if is_first_rank():
-        try:
-            outcome[0] = work()
-        except PaCAError as error:
-            failure, outcome[1] = error, str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    result: T = outcome[0]
-    if outcome[1] is not None:
-        raise PaCAError(outcome[1]) from failure
     return result
 
 

@@ -15,7 +15,7 @@ from paca_lightning.core.checkpoints import METADATA
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.files import disk_error
 from paca_lightning.core.sealed_files import shared_checksums, write_checksums
-from paca_lightning.strategies.fsdp2.agreeing import from_first_rank
+from paca_lightning.strategies.agreement import from_first_rank
 from paca_lightning.strategies.fsdp2.location import Location
 
 REPLACED = ".replaced"
