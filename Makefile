@@ -102,7 +102,7 @@ gpu:
 # One worker for each core, at most four.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-# All tests, in about ten minutes on two idle cores; ARGS="tests/layers -x" runs some of them.
+# All tests, about 27 minutes of CPU time, a quarter of an hour on two cores; ARGS="tests/layers -x" runs some of them.
 test: $(INSTALLED)
 	$(PYTEST) $(ARGS)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from paca_lightning import AdapterCheckpoint, PaCAError, PEFTStrategy
 from tests.callbacks.test_peft_strategy import METHODS, Module, fit, lora, same, trained
+from tests.peft_warnings import PREFIXES
+
+pytestmark = PREFIXES
 
 
 class Poisoned(Module):

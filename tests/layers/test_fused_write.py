@@ -19,6 +19,8 @@ from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
 
 KERNEL = "paca_lightning.layers.column_kernel"
+SAME_ROUNDING = torch.__version__ >= "2.13"
+"""Earlier, PyTorch rounded a product before the sum on the CPU otherwise than Triton, unless it is exact."""
 
 
 @pytest.fixture
@@ -71,10 +73,9 @@ def test_the_kernel_writes_what_plain_operators_write(dtype: torch.dtype, scalin
     fused.launch()
     assert fused.agrees()
     for write, weight, version in zip(writes, expected, versions, strict=True):
-        # Triton's interpreter truncates to bf16, where a GPU rounds to nearest: up to one step of bf16. Where the
-        # scaling is no power of two, PyTorch may round the product before the sum: `agrees` allows for that.
-        if scaling != 0.3 or dtype in (torch.float16, torch.bfloat16):
-            steps = 1 if dtype is torch.bfloat16 else 0
+        # Triton's interpreter truncates to bf16, where a GPU rounds to nearest: up to one step of bf16.
+        steps = 1 if dtype is torch.bfloat16 else 0
+        if scaling != 0.3 or SAME_ROUNDING or dtype in (torch.float16, torch.bfloat16):
             torch.testing.assert_close(write.weight, weight, rtol=steps * 2**-7, atol=0)
         assert write.weight._version == version + 1  # a backward that saved the older weight notices
 
@@ -102,7 +103,7 @@ def train(model: nn.Module, steps: int = 3) -> nn.Module:
 @pytest.mark.usefixtures("_interpreter")
 def test_a_model_trains_bitwise_as_with_plain_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    apply_paca(model, PaCAConfig(r=4, alpha=8))  # a power of two: exact in whichever order it is rounded
+    apply_paca(model, PaCAConfig(r=4, alpha=6 if SAME_ROUNDING else 8))
     other = train(copy.deepcopy(model))
     monkeypatch.setattr(fused_write, "can_fuse", lambda device: False)
     train(model)

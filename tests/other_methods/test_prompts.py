@@ -11,7 +11,10 @@ from paca_lightning import PaCAError
 from paca_lightning.activation_checkpointing.blocks import checkpoint_blocks, find_blocks
 from paca_lightning.other_methods.peft_model import adapt
 from paca_lightning.tasks.loss import CausalLMLoss
+from tests.peft_warnings import PREFIXES
 from tests.tiny import tiny_llama
+
+pytestmark = PREFIXES
 
 PROMPT = peft.PromptTuningConfig(num_virtual_tokens=5)
 P_TUNING = peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=16)

@@ -7,6 +7,7 @@ import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -21,20 +22,17 @@ def build_extension() -> Path:
 
     Compiles for about half a minute otherwise, aside and then renamed, so that concurrent and interrupted runs leave
     the cache whole. It does not load the extension: that would put the device into the calling process. Without a
-    compiler the calling test is skipped, or fails where ``CI`` is set.
+    compiler, or with a PyTorch for CUDA, the calling test is skipped, or fails where ``CI`` is set.
     """
+    if torch.version.cuda is not None:
+        _nothing_tested("needs a PyTorch for the CPU: one for CUDA takes no second accelerator")
     source = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     library = CACHE / f"torch-{torch.__version__}-{source}" / "simulated_hpu.so"
     if library.exists():
         return library
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        message = (
-            f"NOTHING ABOUT GAUDI WAS TESTED: the simulated HPU needs a C++ compiler, and {compiler!r} is not found"
-        )
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+        _nothing_tested(f"needs a C++ compiler, and {compiler!r} is not found")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         built = Path(scratch) / library.name
@@ -48,3 +46,10 @@ def build_extension() -> Path:
             pytest.fail(f"the simulated HPU did not compile:\n{result.stderr}")
         built.rename(library)
     return library
+
+
+def _nothing_tested(why: str) -> NoReturn:
+    message = f"NOTHING ABOUT GAUDI WAS TESTED: the simulated HPU {why}"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)

@@ -17,9 +17,11 @@ from paca_lightning.tools.compare.task import Settings, Task
 from paca_lightning.tools.compare.trial import make_trial
 from tests.callbacks.test_inserted_methods import Answers
 from tests.callbacks.test_peft_strategy import fit, trained
+from tests.peft_warnings import PREFIXES
 from tests.tools.compare.tasks import debug_task
 
 pytestmark = [
+    PREFIXES,
     pytest.mark.filterwarnings("ignore:Unsupported layer type"),  # PEFT's LayerNorm tuning, of RMSNorm
     pytest.mark.filterwarnings("ignore:No value was provided for"),  # PEFT's X-LoRA
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),  # PEFT's SHiRA
