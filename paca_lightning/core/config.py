@@ -42,8 +42,9 @@ class PaCAConfig:
         seed: Seed of the random selection. Each layer's draw depends on this and on its path alone.
         quantize: ``nf4`` stores the frozen weights in 4 bits. Default: as they are.
         modules_to_save: Names of modules that are trained whole and saved with the adapter, such as a new head.
-        train_norms: Train the weights of norms along with the columns, in fp32: few parameters, and nothing more kept
-            for the backward. They belong to checkpoints and adapters. An exact LoRA export is not possible then.
+        train_norms: Train the weights of norms along with the columns, in fp32: few parameters. RMSNorms like Llama's
+            keep less for the backward then, others a little more. They belong to checkpoints and adapters. An exact
+            LoRA export is not possible then.
         train_biases: Train the biases of the converted layers and of the norms along, likewise.
         norms_lr: Learning rate of the norms and biases that are trained along, as a multiple of the optimizer's own,
             under any schedule. They have no weight decay, which would pull them to zero.

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from paca_lightning.core.private.torch import apply_of_class, put_parameter, replace_apply
 from paca_lightning.layers.casting import keeping_precision
+from paca_lightning.layers.rms_norm import keep_as_before, keep_input_alone
 
 ALONG = "_paca_along"
 """Attribute of a module of which parameters are trained along."""
@@ -51,6 +52,7 @@ def train_along(module: nn.Module, names: Iterable[str]) -> None:
     ]
     vars(module)[ALONG] = _Along(dtypes, hooks)
     replace_apply(module, _apply_wide)  # an instance's, and no subclass: copies and pickles keep it
+    keep_input_alone(module)
     for parameter in parameters.values():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         parameter.grad = None
@@ -66,6 +68,7 @@ def end_along(module: nn.Module) -> None:
         parameter = module.get_parameter(name)
         parameter.grad = None
         parameter.data = parameter.data.to(dtype)
+    keep_as_before(module)
     replace_apply(module, None)
     del vars(module)[ALONG]
 
@@ -80,7 +83,7 @@ def end_all_along(model: nn.Module) -> None:
 def _give_narrow(module: nn.Module, _: Any) -> None:
     along: _Along = vars(module)[ALONG]
     for name, dtype in along.dtypes.items():
-        parameter = module.get_parameter(name)
+        parameter = getattr(module, name)  # in functional_call no nn.Parameter
         if torch.promote_types(parameter.dtype, dtype) != dtype:  # FSDP2 may have narrowed it
             along.wide[name] = parameter
             put_parameter(module, name, parameter.to(dtype))

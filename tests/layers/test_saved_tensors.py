@@ -60,3 +60,10 @@ def test_a_llama_saves_as_little_as_one_with_frozen_weights_and_far_less_than_lo
     floor_bytes, our_bytes, lora_bytes = activation_bytes(floor), activation_bytes(ours), activation_bytes(lora)
     assert our_bytes <= 1.02 * floor_bytes
     assert our_bytes <= 0.6 * lora_bytes
+
+
+def test_norms_that_are_trained_along_save_less_than_frozen_ones() -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    floor, ours = tiny_llama(**shape).bfloat16().requires_grad_(False), tiny_llama(**shape).bfloat16()
+    apply_paca(ours, PaCAConfig(r=4, train_norms=True))
+    assert activation_bytes(ours) <= 0.9 * activation_bytes(floor)

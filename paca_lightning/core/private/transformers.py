@@ -28,6 +28,17 @@ def splits_experts(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_expert_parallel", False))
 
 
+def is_llama_norm(module: nn.Module) -> bool:
+    """Whether a module's class computes what ``LlamaRMSNorm`` does: of 192 norms in transformers, 140 have its code."""
+    if not hasattr(module, "variance_epsilon"):  # before an import that takes a second
+        return False
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    code, wanted = (getattr(each.forward, "__code__", None) for each in (type(module), LlamaRMSNorm))
+    attributes = ("co_code", "co_names", "co_consts")
+    return wanted is not None and all(getattr(code, each, None) == getattr(wanted, each) for each in attributes)
+
+
 def peft_takes_for_experts(config: Any) -> frozenset[str]:
     """Names of linear layers that PEFT (0.21) takes for parts of stacked experts, in a model with a configuration.
 

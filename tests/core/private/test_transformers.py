@@ -25,6 +25,20 @@ def test_what_a_hugging_face_model_declares() -> None:
     assert private.block_classes(model.lm_head) == set()
 
 
+@canary("transformers.is_llama_norm")
+def test_norms_that_compute_as_llamas_do() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    class Doubled(Qwen3RMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(hidden_states)
+
+    assert private.is_llama_norm(tiny_llama().model.norm)
+    assert private.is_llama_norm(Qwen3RMSNorm(4))
+    assert not any(map(private.is_llama_norm, (GemmaRMSNorm(4), nn.RMSNorm(4), nn.LayerNorm(4), Doubled(4))))
+
+
 @canary("transformers.initialise")
 def test_initialise() -> None:
     model = tiny_llama()
