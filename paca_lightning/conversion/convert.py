@@ -11,7 +11,7 @@ from paca_lightning.conversion.inventory import Inventory, take_inventory
 from paca_lightning.conversion.new_modules import with_new_modules
 from paca_lightning.conversion.new_rows import find_new_rows
 from paca_lightning.conversion.report import ConversionReport, report_on
-from paca_lightning.conversion.revert import undone_on_error
+from paca_lightning.conversion.revert import taken_back_on_error, undone_on_error
 from paca_lightning.conversion.saved_modules import is_marked, mark, original_state
 from paca_lightning.conversion.scores import BY_WEIGHT, weight_scores
 from paca_lightning.conversion.select import quantize_layers, select_columns
@@ -167,7 +167,8 @@ def _convert(target: Target, conversion: Conversion, given: Tensor | None, by_da
     if chosen is None:
         name = inventory.relative(target.path)
         chosen = random_indices(in_features_of(module), target.r, seed=config.seed, path=name)
-    target.layer_class.adopt(module, chosen, target.scaling)
+    with taken_back_on_error(module):
+        target.layer_class.adopt(module, chosen, target.scaling)
     assert isinstance(module, PaCALayer)
     if config.steps_by_input:  # until data has fitted them, or a checkpoint brings them
         module.paca_scale = torch.ones(target.r, device=module.paca_indices.device)

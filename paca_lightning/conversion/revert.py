@@ -1,6 +1,6 @@
 """Going back: to the base model for a while or for good, and to plain layers with the trained columns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,7 @@ from paca_lightning.core.private.torch import preserve_versions, version_of
 from paca_lightning.layers.along import along_names, end_all_along, end_along
 from paca_lightning.layers.base import PaCALayer, paca_layers
 from paca_lightning.layers.columns import check_not_parametrized
+from paca_lightning.layers.linear4bit import is_quantized_linear4bit
 from paca_lightning.layers.rows import TrainedRows, release_all_rows, row_modules, write_all_rows
 
 
@@ -124,7 +125,11 @@ def unload(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undone_on_error(inventory: Inventory) -> Iterator[None]:
-    """If the block fails, release the layers that it converted, and freeze and thaw parameters as they were."""
+    """If the block fails, release the layers that it converted, and freeze and thaw parameters as they were.
+
+    Quantized layers of bitsandbytes get their attributes back; a release would make dense layers of them.
+    """
+    give_back = [_as_it_is(module) for module in inventory.paths if is_quantized_linear4bit(module)]
     layers, saved = inventory.layers, inventory.saved
     states = {path: (layer.paca_conversion, layer.paca_path) for path, layer in layers.items()}
     seen = [(each, dict(each.was_trainable), each.left) for each, _, _ in conversions_of(layers)]
@@ -139,6 +144,8 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
                 end_along(module)
             if isinstance(module, TrainedRows) and module not in rows:
                 module.release()
+        for each in give_back:
+            each()
         for path, layer in inventory.layers.items():
             if path in states:
                 layer.paca_conversion, layer.paca_path = states[path]
@@ -153,6 +160,33 @@ def undone_on_error(inventory: Inventory) -> Iterator[None]:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
         raise
+
+
+@contextmanager
+def taken_back_on_error(module: nn.Module) -> Iterator[None]:
+    """If the block fails, such as for want of memory, give a module its class and its attributes back."""
+    give_back = _as_it_is(module)
+    try:
+        yield
+    except BaseException:
+        give_back()
+        raise
+
+
+def _as_it_is(module: nn.Module) -> Callable[[], None]:
+    """What gives a module its present class and attributes back; tensors are kept, and not copied."""
+    base_class, attributes = type(module), dict(vars(module))
+    tables = [(table, dict(table)) for table in attributes.values() if isinstance(table, dict)]
+
+    def give_back() -> None:
+        module.__class__ = base_class
+        vars(module).clear()
+        vars(module).update(attributes)
+        for table, content in tables:  # the same dicts: handles of hooks refer to them
+            table.clear()
+            table.update(content)
+
+    return give_back
 
 
 def releasable_layers(model: nn.Module, action: str) -> list[PaCALayer]:

@@ -21,6 +21,12 @@ def linear4bit_class() -> type[nn.Module] | None:
     return getattr(sys.modules.get("bitsandbytes.nn"), "Linear4bit", None)
 
 
+def is_quantized_linear4bit(module: nn.Module) -> bool:
+    """Whether a module is a ``Linear4bit`` whose weight is quantized already, as moving it to a device does."""
+    kind = linear4bit_class()
+    return kind is not None and isinstance(module, kind) and getattr(module.weight, "quant_state", None) is not None
+
+
 def linear4bit(weight: Tensor, bias: Tensor | None = None) -> nn.Module:
     """A frozen ``Linear4bit`` as QLoRA uses it: NF4 in blocks of 64 with nested statistics.
 

@@ -1,12 +1,18 @@
 """Going back leaves a model as it was: what required a gradient, what is enabled, what a shard refuses."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from paca_lightning import PaCAConfig, PaCAError, apply_paca, attach, disable_paca, merge, paca_layers, unload
+from paca_lightning.core.checksums import tensor_checksum
+from tests.layers.test_linear4bit import with_linear4bit
+from tests.moe import tiny_moe
 from tests.tiny import tiny_llama
 
 CONFIG = PaCAConfig(r=2)
@@ -34,6 +40,40 @@ def test_unload_of_a_part_gives_its_requires_grad_back() -> None:
     apply_paca(model, CONFIG)
     unload(model["model"])
     assert flags(model["model"]) == before
+
+
+def all_bits(model: nn.Module) -> dict[str, tuple[str, str | None, bool]]:
+    """Class of each module, every bit of each tensor and whether it is trained, by path."""
+    modules = {path: (type(module).__name__, None, module.training) for path, module in model.named_modules()}
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return modules | {name: (str(t.dtype), tensor_checksum(t), t.requires_grad) for name, t in tensors}
+
+
+def llama_with_linear4bit() -> nn.Module:
+    return with_linear4bit(tiny_llama(), (f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)))
+
+
+@pytest.mark.parametrize("layers", [3, 4, 5], ids="{} layers are converted".format)
+@pytest.mark.parametrize("build", [tiny_llama, llama_with_linear4bit, lambda: tiny_moe("mixtral")])
+def test_memory_that_runs_out_within_a_layer_leaves_the_model_as_it_was(
+    build: Callable[[], nn.Module], layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build()
+    before, deltas, zeros_like = all_bits(model), 0, torch.zeros_like
+
+    def run_out(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal deltas
+        deltas += 1
+        if deltas > layers:
+            raise torch.OutOfMemoryError("out of memory")
+        return zeros_like(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            apply_paca(model, CONFIG)
+    assert all_bits(model) == before
+    assert len(apply_paca(model, CONFIG).layers) > layers
 
 
 def test_an_error_while_paca_is_disabled_leaves_every_layer_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
