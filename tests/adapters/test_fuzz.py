@@ -15,10 +15,9 @@ from paca_lightning import PaCAConfig, PaCAError, apply_paca, load_adapter, paca
 from paca_lightning.adapters.checkpoint import NOTE, note_adapter
 from tests.adapters.test_adapter import seal
 from tests.adapters.test_trust import CONFIG, SETTINGS, TENSORS, edit_header, forget_checksums, snapshot
-from tests.reliability.examples import EXAMPLES, examples
+from tests.reliability.examples import examples
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")]
-SOME = max(EXAMPLES // 4, 25)
 
 
 def network() -> nn.Sequential:
@@ -106,7 +105,7 @@ def assert_loaded_or_refused(source: Path, data: st.DataObject) -> None:
             assert snapshot(unload(model)) == snapshot(network())
 
 
-@examples(SOME)
+@examples()
 @given(data=st.data(), file=st.sampled_from([CONFIG, SETTINGS, TENSORS]), own=st.booleans())
 def test_any_field_of_any_file(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, file: str, own: bool
@@ -135,7 +134,7 @@ def reseal(directory: Path) -> None:
         return  # the settings are no object any more
 
 
-@examples(SOME)
+@examples()
 @given(data=st.data())
 def test_any_field_of_a_checkpoint(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("run") / "last.ckpt"
@@ -187,7 +186,7 @@ def trees(draw: st.DrawFn) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
-@examples(SOME)
+@examples()
 @given(
     model=trees(),
     r=st.integers(1, 4),

@@ -5,14 +5,12 @@ import os
 from hypothesis import HealthCheck, settings
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
-FEW = max(EXAMPLES // 10, 10)
-"""Where one example costs much."""
 
 
-def examples(count: int = EXAMPLES) -> settings:
+def examples() -> settings:
     """The same examples each time in the suite, others in each soak; no limit on an example's time."""
     return settings(
-        max_examples=count,
+        max_examples=EXAMPLES,
         deadline=None,
         derandomize="EXAMPLES" not in os.environ,
         database=None,

@@ -24,7 +24,7 @@ from paca_lightning.tasks.data.formats import Format, records
 from paca_lightning.tasks.data.records import WHOLE_FILE, Source
 from paca_lightning.tasks.mmlu.questions import check_question
 from paca_lightning.tasks.mmlu.sources import read_file
-from tests.reliability.examples import FEW, examples
+from tests.reliability.examples import examples
 from tests.tasks.rows import converted as rows_converted
 from tests.tiny import tiny_tokenizer
 
@@ -189,7 +189,7 @@ WRITTEN: dict[str, Callable[[list[Any]], bytes]] = {
 }
 
 
-@examples(FEW * 5)
+@examples()
 @given(
     st.lists(damaged([*VALID, QUESTION]), min_size=1, max_size=3),
     st.sampled_from(sorted(WRITTEN)),
