@@ -195,6 +195,24 @@ def init_fake_process_group(ranks: int) -> None:
 
 
 @contextmanager
+def parameters_of_integers() -> Iterator[None]:
+    """Inside, ``nn.Parameter`` asks no gradient for integers, also where the caller leaves its default.
+
+    FSDP2 does so with the shard of each parameter before PyTorch 2.12, which raises for a packed NF4 weight.
+    """
+    create = nn.Parameter.__new__
+
+    def without_gradient(cls: type[nn.Parameter], data: Tensor | None = None, requires_grad: bool = True) -> Tensor:
+        return create(cls, data, requires_grad and (data is None or data.is_floating_point() or data.is_complex()))
+
+    nn.Parameter.__new__ = without_gradient  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = create  # type: ignore[method-assign]
+
+
+@contextmanager
 def shards_copied_before_gathering() -> Iterator[None]:
     """Inside, FSDP2 copies every shard before it gathers it, as it does with shards that are offloaded to the host.
 

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from paca_lightning.core.dtensor import first_row, local
 from paca_lightning.core.errors import PaCAError
+from paca_lightning.core.private.torch import parameters_of_integers
 from paca_lightning.core.private.transformers import is_pretrained_model
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.experts import PaCAExperts
@@ -104,13 +105,14 @@ def _fully_shard(modules: list[nn.Module], reshard: bool | int, mesh: DeviceMesh
     layers = [m for root in modules for m in _outside_units(root) if isinstance(m, PaCALayer | TrainedRows)]
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if options.cpu_offload else OffloadPolicy()
     try:
-        fully_shard(
-            modules if len(modules) > 1 else modules[0],
-            mesh=mesh,
-            reshard_after_forward=reshard,
-            mp_policy=options.mixed_precision or MixedPrecisionPolicy(),
-            offload_policy=offload,
-        )
+        with parameters_of_integers():
+            fully_shard(
+                modules if len(modules) > 1 else modules[0],
+                mesh=mesh,
+                reshard_after_forward=reshard,
+                mp_policy=options.mixed_precision or MixedPrecisionPolicy(),
+                offload_policy=offload,
+            )
     except ValueError as error:
         raise PaCAError(f"{type(modules[0]).__name__} cannot be sharded: {error}") from error
     if reshard is not True:  # gathered parameters outlive the forward: columns must not be written into them

@@ -215,6 +215,17 @@ def test_collectives_of_ranks_that_do_not_exist() -> None:
     assert sum(map(private.awaits_collective, recorder.operators)) == 1
 
 
+@canary("torch.parameters_of_integers")
+def test_parameters_of_integers() -> None:
+    integers = torch.ones(2, dtype=torch.uint8)
+    with private.parameters_of_integers():
+        assert not nn.Parameter(integers).requires_grad  # as FSDP2 makes them before PyTorch 2.12
+        assert nn.Parameter(torch.ones(2)).requires_grad
+        assert not nn.Parameter(torch.ones(2), requires_grad=False).requires_grad
+    with pytest.raises(RuntimeError, match="floating point"):
+        nn.Parameter(integers)
+
+
 @canary("torch.GATHERING_OPERATORS", "torch.shards_copied_before_gathering")
 @pytest.mark.usefixtures("fake_ranks")
 def test_how_fsdp2_gathers() -> None:
