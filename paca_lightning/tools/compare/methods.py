@@ -136,6 +136,6 @@ class PaCAMethod(Method):
 
     @override
     def apply(self, model: nn.Module, paca: PaCAConfig) -> nn.Module:
-        # Which columns are chosen changes neither sizes nor times.
-        apply_paca(model, dataclasses.replace(self.config(paca), selection="random"))
+        # Which columns are chosen, and how far they move, changes neither sizes nor times, and may look at data.
+        apply_paca(model, dataclasses.replace(self.config(paca), selection="random", column_steps="equal"))
         return model

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from paca_lightning import PaCAConfig, PaCAError
+from paca_lightning import PaCAConfig, PaCAError, paca_layers
 from paca_lightning.tools.compare.methods import FloorMethod, Method, PaCAMethod
 from paca_lightning.tools.compare.parsing import PARAMETERS, RANK, parse_method, parse_methods
 from paca_lightning.tools.compare.peft_methods import PEFTMethod
@@ -160,3 +160,11 @@ def test_lora_trains_stacked_experts_and_other_methods_say_that_they_do_not(
     shared = debug_task(f"--model.init_args.model={tmp_path}", "--trainer.callbacks=PaCAStrategy")
     with pytest.raises(PaCAError, match=r"PEFT .* takes 'model\.layers\.0\.mlp\.gate_proj' .* for a part of stacked"):
         parse_method("lora:4").count(shared)
+
+
+@pytest.mark.parametrize(
+    "options", ["selection=gradient_norm", "selection=quant_error,column_steps=input_rms,quantize=nf4"]
+)
+def test_columns_that_data_choose_are_counted_and_timed_without_data(options: str) -> None:
+    model = parse_method(f"paca:4,{options}").apply(tiny_llama(), PaCAConfig())
+    assert {layer.r for _, layer in paca_layers(model)} == {4}
