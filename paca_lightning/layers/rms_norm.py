@@ -1,4 +1,4 @@
-"""The RMSNorm of Llama and 140 classes that compute the same, when its weight is trained: it keeps its input alone.
+"""Llama's RMSNorm, and those of other models with the same code, when the weight is trained: its input alone is kept.
 
 T tokens, H hidden size. A suffix names the dimensions of a tensor::
 

@@ -34,9 +34,8 @@ def is_llama_norm(module: nn.Module) -> bool:
         return False
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    code, wanted = (getattr(each.forward, "__code__", None) for each in (type(module), LlamaRMSNorm))
-    attributes = ("co_code", "co_names", "co_consts")
-    return wanted is not None and all(getattr(code, each, None) == getattr(wanted, each) for each in attributes)
+    code, wanted = getattr(type(module).forward, "__code__", None), LlamaRMSNorm.forward.__code__
+    return all(getattr(code, each, None) == getattr(wanted, each) for each in ("co_code", "co_names", "co_consts"))
 
 
 def peft_takes_for_experts(config: Any) -> frozenset[str]:
