@@ -13,15 +13,16 @@ import torch
 
 from tests.processes import HANG, kill_group, lead_group
 
-_CONTEXT = get_context("forkserver")
+CONTEXT = get_context("forkserver")
 # The server imports once for all tests what ranks would otherwise import again. It never computes: autograd's threads
 # do not survive a fork.
-_CONTEXT.set_forkserver_preload(
+CONTEXT.set_forkserver_preload(
     [
         "bitsandbytes",
         "datasets",
         "lightning.pytorch",
         "paca_lightning.tasks",
+        "paca_lightning.tools.run_config",
         "peft",
         "tests.distributed_training",
         "tests.warm_caches",
@@ -52,7 +53,7 @@ def launch(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[An
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         job = (ranks, store.port, Path(scratch), function, arguments)
         # No daemons: those may start no processes, such as workers that load data.
-        processes = [_CONTEXT.Process(target=_run, args=(rank, *job)) for rank in range(ranks)]
+        processes = [CONTEXT.Process(target=_run, args=(rank, *job)) for rank in range(ranks)]
         try:
             for process in processes:
                 process.start()

@@ -12,7 +12,7 @@ FIRST_RANK = "PACA_LIGHTNING_FIRST_RANK"
 """In the environment of the ranks that Lightning launches: the process of the first one, which launches them."""
 LOCAL_RANK = "LOCAL_RANK"
 GRACE = 20.0
-"""Seconds for a rank to end by itself after the first one: its collectives may tell it, or it may be done."""
+"""Seconds for a rank to end by itself after another one: its collectives may tell it, or it may be done."""
 REAPED = 5.0
 """Seconds in which the exit of a process that closed its connections is seen."""
 

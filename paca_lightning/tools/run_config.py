@@ -18,10 +18,11 @@ from paca_lightning.callbacks.stop_signals import StopSignals
 from paca_lightning.core.checkpoints import is_checkpoint_directory
 from paca_lightning.core.errors import PaCAError, first_message, raised_by, users_mistake
 from paca_lightning.core.files import check_writable_if_local, disk_error
+from paca_lightning.core.private.lightning import wait_before_ending_ranks
 from paca_lightning.strategies.fsdp2.checkpoints import ShardedCheckpointStrategy
 from paca_lightning.tasks import EpochProgressBar  # also defines the classes that configs name without a module
 from paca_lightning.tools.checkpoint_search import WORDS, check_checkpoint, find_checkpoint
-from paca_lightning.tools.lost_ranks import watch_first_rank
+from paca_lightning.tools.lost_ranks import GRACE, watch_first_rank
 from paca_lightning.tools.machine_faults import fault_of_the_machine
 from paca_lightning.tools.run_parser import RunParser, checkpoint_last
 from paca_lightning.tools.run_version import claim_versions, remove_empty
@@ -140,6 +141,7 @@ class RunCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         watch_first_rank()
+        wait_before_ending_ranks(GRACE)  # this one may be about to say which other one has died
         versions = claim_versions(self.trainer)
         try:
             super()._run_subcommand(subcommand)

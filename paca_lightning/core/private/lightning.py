@@ -1,5 +1,7 @@
 """Private APIs of Lightning (read in 2.6.6)."""
 
+import functools
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,3 +125,21 @@ def next_version(logger: "CSVLogger | TensorBoardLogger") -> int | str:
 def has_fixed_version(logger: "CSVLogger | TensorBoardLogger") -> bool:
     """Whether a logger was given its version, and does not look for a free one; asking for it would choose one."""
     return logger._version is not None
+
+
+@functools.cache
+def wait_before_ending_ranks(seconds: float) -> None:
+    """Make Lightning's launcher wait before it kills this rank and those it started because one of them has died.
+
+    It kills at its next look, up to 5 seconds later, also a rank that is about to say which one died. No setting turns
+    that off, and no hook runs between the two.
+    """
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+    end_ranks = _ChildProcessObserver._terminate_all
+
+    def wait_and_end_ranks(observer: _ChildProcessObserver) -> None:
+        time.sleep(seconds)
+        end_ranks(observer)
+
+    _ChildProcessObserver._terminate_all = wait_and_end_ranks  # type: ignore[assignment, method-assign]

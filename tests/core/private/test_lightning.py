@@ -1,6 +1,8 @@
 """Canaries for the private APIs of Lightning."""
 
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from paca_lightning.core.private import lightning as private
 from paca_lightning.core.private.torch import init_fake_process_group
 from paca_lightning.strategies.hpu.connector import patch_connector
+from paca_lightning.tools.lost_ranks import GRACE
 from tests.core.private.canary import canary, check_coverage
 
 
@@ -246,3 +249,22 @@ def test_versions_of_loggers(logger_class: Any, tmp_path: Path, monkeypatch: pyt
         assert private.next_version(logger) == version
         (tmp_path / "run" / f"version_{version}").mkdir(parents=True)
     assert private.has_fixed_version(logger_class(tmp_path, name="run", version="mine"))
+
+
+@canary("lightning.wait_before_ending_ranks")
+def test_wait_before_ending_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+    private.wait_before_ending_ranks(GRACE)  # as every run of the command line does, so once for the whole process
+    rank, first = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+    waited: list[tuple[float, int | None]] = []
+    rank.kill()
+    rank.wait()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", lambda seconds: waited.append((seconds, first.poll())))
+            _ChildProcessObserver(main_pid=first.pid, child_processes=[rank]).run()
+        assert first.wait(60) == -signal.SIGKILL
+    finally:
+        first.kill()
+    assert waited == [(5, None), (GRACE, None)]

@@ -1,6 +1,7 @@
 """Canaries for private methods that our classes override, and private attributes that they share with a base class."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -36,20 +37,22 @@ KERNEL = "paca_lightning.layers.column_kernel"
 
 def private_names(owner: type) -> set[str]:
     """Private methods and attributes that other libraries' classes in an MRO define, in the body or on ``self``."""
-    names: set[str] = set()
-    for base in owner.__mro__:
-        if base.__module__.split(".")[0] not in LIBRARIES:
-            continue
-        names.update(vars(base))
-        names.update(vars(base).get("__annotations__", {}))
-        compiled = base.__module__.startswith("torch._C") or base is torch.distributed.ProcessGroup
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base)) if not compiled else "")
-        names.update(
-            node.attr
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value)
-        )
+    bases = [base for base in owner.__mro__ if base.__module__.split(".")[0] in LIBRARIES]
+    names = {name for base in bases for name in defined_names(base)}
     return {name for name in names if PRIVATE.fullmatch(name) and not name.startswith("_abc_")}
+
+
+@functools.cache
+def defined_names(owner: type) -> set[str]:
+    """All names that one class defines, in the body or on ``self``."""
+    names = {*vars(owner), *vars(owner).get("__annotations__", {})}
+    compiled = owner.__module__.startswith("torch._C") or owner is torch.distributed.ProcessGroup
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)) if not compiled else "")
+    return names | {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value)
+    }
 
 
 def imported(dotted: str) -> Any:

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from paca_lightning.cli import main
+from paca_lightning.tools.compare import pool
 from paca_lightning.tools.compare.auto import asks_for_search
+from tests.forked_commands import forked_commands
 from tests.tools.compare.tasks import DEBUG, ROOT
 
 
@@ -36,7 +38,8 @@ def test_who_asks_for_a_search(arguments: list[str], asked: bool) -> None:
 def test_it_trains_with_the_best_of_the_rates_tried_and_says_how_to_repeat_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*fit(tmp_path), "--lr", "1e-6:1e-2", "--lr-trials", "3", "--lr-jobs", "3"])
+    with forked_commands(pool):
+        main([*fit(tmp_path), "--lr", "1e-6:1e-2", "--lr-trials", "3", "--lr-jobs", "3"])
     said = " ".join(capsys.readouterr().err.split())
     assert "Searching the learning rate: 1e-06 to 0.01, 3 runs of 2 steps." in said
     assert "Learning rate 0.01: val/loss" in said
