@@ -6,7 +6,7 @@ the held-out loss for each selection and rank, and the share of the NF4 loss tha
     python scripts/nf4_columns.py models/SmolLM2-135M-Instruct text.jsonl --ranks 8 32 128
 
 The second argument is plain text, or chat messages with one conversation a line (.jsonl): its first quarter calibrates
-quant_error, and the loss is over all tokens of the rest. Or it is the config of a run (.yaml): its first 8 training
+output_error, and the loss is over all tokens of the rest. Or it is the config of a run (.yaml): its first 8 training
 batches calibrate, and the loss is over its validation answers.
 """
 
@@ -75,11 +75,11 @@ def losses(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
     apply_paca(plain, PaCAConfig(r=1, quantize="nf4"))
     with disable_paca(plain):
         yield "plain NF4", loss(plain, held_out)
-    for selection, data in (("random", None), ("quant_error", None), ("quant_error", calibration)):
+    for selection, data in (("random", None), ("quant_error", None), ("output_error", calibration)):
         for r in arguments.ranks:
             model = copy.deepcopy(base)
             apply_paca(model, PaCAConfig(r=r, quantize="nf4", selection=selection), calibration=data)
-            yield f"{selection}{' x activations' if data else ''}, r={r}", loss(model, held_out)
+            yield f"{selection}, r={r}", loss(model, held_out)
 
 
 def main() -> None:

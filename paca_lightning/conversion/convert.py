@@ -13,13 +13,13 @@ from paca_lightning.conversion.new_rows import find_new_rows
 from paca_lightning.conversion.report import ConversionReport, report_on
 from paca_lightning.conversion.revert import taken_back_on_error, undone_on_error
 from paca_lightning.conversion.saved_modules import is_marked, mark, original_state
-from paca_lightning.conversion.scores import BY_WEIGHT, weight_scores
+from paca_lightning.conversion.scores import BY_WEIGHT, refuse_quantized, weight_scores
 from paca_lightning.conversion.select import quantize_layers, select_columns
 from paca_lightning.conversion.stacked import weight_of
 from paca_lightning.conversion.state import Conversion, conversions_of, rooted_conversion
 from paca_lightning.conversion.targets import FROZEN, Target, in_features_of, resolve
 from paca_lightning.conversion.trained_along import find_trained_along
-from paca_lightning.core.config import CALIBRATED, PaCAConfig
+from paca_lightning.core.config import BY_ERROR, CALIBRATED, PaCAConfig
 from paca_lightning.core.dtensor import is_sharded
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.new_tokens import ROWS
@@ -50,7 +50,7 @@ def apply_paca(
         indices: Columns by module path, for some or all layers; they override the selection.
         calibration: Batches for the selections that look at data: dictionaries are passed as keywords, tuples as
             positional arguments. For ``gradient_norm`` the model must return a loss, or an output with a ``loss``.
-            ``quant_error`` weighs its errors by the activations if they are given.
+            ``quant_error`` weighs its errors by the activations if they are given, as ``output_error`` does.
 
     Returns:
         What was converted and what was left alone and why; printable.
@@ -159,6 +159,8 @@ def _convert(target: Target, conversion: Conversion, given: Tensor | None, by_da
     module, config = target.module, conversion.config
     by_weight = config.selection in BY_WEIGHT and not by_data
     chosen, pending = given, None
+    if chosen is None and config.selection in BY_ERROR:
+        refuse_quantized(module, config.selection, target.path)
     if chosen is None and by_weight and not module.weight.is_meta:
         scores = weight_scores(module, target.layer_class, config.selection, target.path)
         chosen = largest_indices(scores, target.r)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from paca_lightning.core.config import BY_ERROR
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.evaluating import evaluating
 from paca_lightning.layers.base import PaCALayer
 from paca_lightning.layers.experts import ExpertWeight
 from paca_lightning.layers.linear import PaCAConv1D
-from paca_lightning.layers.linear4bit import from_linear4bit
+from paca_lightning.layers.linear4bit import from_linear4bit, is_quantized_linear4bit
 from paca_lightning.layers.nf4 import dequantize_rows, squared_errors
 
 BY_WEIGHT = ("weight_norm", "quant_error")
@@ -25,7 +26,7 @@ def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: st
     Args:
         module: The layer, converted or about to be.
         layer_class: What it is converted to.
-        selection: ``weight_norm`` or ``quant_error``, a sum of squares.
+        selection: ``weight_norm``; ``quant_error`` or ``output_error``, a sum of squares.
         path: Names it in errors.
 
     Returns:
@@ -37,24 +38,33 @@ def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: st
     weight: Tensor = module.get_parameter("weight")
     if weight.is_meta:
         raise PaCAError(f"selection={selection!r} needs the weight of {path!r}, which is still on meta.")
-    quantized = getattr(weight, "quant_state", None) is not None
-    if selection == "quant_error" and quantized:
-        raise PaCAError(
-            f"selection='quant_error' compares a weight with its quantized values, and {path!r} is quantized already. "
-            "Start from the full-precision model with quantize='nf4', or use another selection."
-        )
+    if selection in BY_ERROR:
+        refuse_quantized(module, selection, path)
     rows = weight.detach()
-    if quantized:
+    if is_quantized_linear4bit(module):
         packed, scales, dtype = from_linear4bit(module)
         rows = dequantize_rows(packed, scales, 2 * packed.shape[1], dtype)
     elif layer_class is PaCAConv1D:
         rows = rows.t()
     elif isinstance(module, ExpertWeight):
         rows = module.rows()
-    if selection == "quant_error":
+    if selection in BY_ERROR:
         return squared_errors(rows, path)
     dims = tuple(range(rows.dim() - 1))
     return torch.linalg.vector_norm(rows, dim=dims, dtype=torch.promote_types(rows.dtype, torch.float32))
+
+
+def refuse_quantized(module: nn.Module, selection: str, path: str) -> None:
+    """Raise if a layer has lost what its quantization would be compared with.
+
+    Raises:
+        PaCAError: If its weight is quantized.
+    """
+    if is_quantized_linear4bit(module):
+        raise PaCAError(
+            f"selection={selection!r} compares a weight with its quantized values, and {path!r} is quantized already. "
+            "Start from the full-precision model with quantize='nf4', or use another selection."
+        )
 
 
 def calibrate(

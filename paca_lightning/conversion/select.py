@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from paca_lightning.conversion.scores import calibrate, weight_scores
-from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.config import BY_ERROR, PaCAConfig
 from paca_lightning.core.dtensor import is_sharded, local
 from paca_lightning.core.errors import PaCAError
 from paca_lightning.core.private.torch import is_fake
@@ -67,14 +67,14 @@ def _choose(
     step: Callable[[Any], Any] | None,
     reduce: Callable[[Tensor], Tensor],
 ) -> None:
-    by_error = config.selection == "quant_error"
+    by_error = config.selection in BY_ERROR
     scores = calibrate(model, waiting, "activation_norm" if by_error else config.selection, calibration, step)
     totals = {path: reduce(score) for path, score in scores.items()}
     _check_scores(totals, config.selection)
     for path, total in totals.items():
         layer = waiting[path]
         if by_error:
-            total = total * weight_scores(layer, type(layer), "quant_error", path).to(total.device)
+            total = total * weight_scores(layer, type(layer), config.selection, path).to(total.device)
         layer.move_to_columns(largest_indices(total, layer.r).to(layer.paca_indices.device))
         settle_columns(layer)
 

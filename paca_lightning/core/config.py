@@ -9,8 +9,9 @@ from typing import Any
 from paca_lightning.core.errors import PaCAError
 
 ALL_LINEAR = "all-linear"
-SELECTIONS = ("random", "weight_norm", "activation_norm", "gradient_norm", "quant_error")
-CALIBRATED = ("activation_norm", "gradient_norm")
+SELECTIONS = ("random", "weight_norm", "activation_norm", "gradient_norm", "quant_error", "output_error")
+CALIBRATED = ("activation_norm", "gradient_norm", "output_error")
+BY_ERROR = ("quant_error", "output_error")
 QUANTIZATIONS = ("nf4",)
 LARGEST_ALPHA = 1e9  # beyond it, and below its inverse, fp32 loses the columns or the deltas
 COLUMN_STEPS = ("auto", "equal", "input_rms")
@@ -34,11 +35,12 @@ class PaCAConfig:
         alpha_pattern: Alphas that differ from ``alpha``, by name or regular expression.
         selection: How columns are chosen. ``random`` (the paper's choice) needs nothing; ``weight_norm`` takes those
             of the largest norm; ``activation_norm`` and ``gradient_norm`` look at some training batches first;
-            ``quant_error`` takes those that quantization hurts most.
+            ``quant_error`` takes those whose weights quantization changes most, ``output_error`` those whose
+            quantization changes the layer's output most, on some training batches.
         column_steps: How far an optimizer moves each column at one learning rate. ``equal``: alike. ``input_rms``: by
             the layer's rms input over the column's own, a power of two from 1/8 to 8, seen on some training batches; so
-            columns of large inputs take smaller steps. ``auto``: ``input_rms`` where activations or gradients choose
-            the columns, which favours large inputs, otherwise ``equal``.
+            columns of large inputs take smaller steps. ``auto``: ``input_rms`` where training batches choose the
+            columns, which favours large inputs, otherwise ``equal``.
         seed: Seed of the random selection. Each layer's draw depends on this and on its path alone.
         quantize: ``nf4`` stores the frozen weights in 4 bits. Default: as they are.
         modules_to_save: Names of modules that are trained whole and saved with the adapter, such as a new head.
@@ -88,8 +90,10 @@ class PaCAConfig:
         _check_positive("norms_lr", self.norms_lr)
         if self.norms_lr != 1 and not (self.train_norms or self.train_biases):
             raise PaCAError(f"norms_lr={self.norms_lr:g} is of norms that are trained along: set train_norms=True.")
-        if self.selection == "quant_error" and self.quantize is None:
-            raise PaCAError("selection='quant_error' needs a quantized base. Set quantize='nf4' or another selection.")
+        if self.selection in BY_ERROR and self.quantize is None:
+            raise PaCAError(
+                f"selection={self.selection!r} needs a quantized base. Set quantize='nf4' or another selection."
+            )
         if not _is_integer(self.seed):
             raise PaCAError(f"seed must be an integer, not {self.seed!r}.")
         self._check_names()

@@ -1,5 +1,6 @@
 """Columns chosen by a run's own training data: the run after it is the one it would have been anyway."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from paca_lightning import PaCAConfig, PaCAError, PaCAStrategy, QPaCALinear, apply_paca, paca_layers
 from paca_lightning.conversion.scores import calibrate
+from paca_lightning.conversion.select import has_own_steps
 from tests.callbacks.test_paca import DATA, Module, loader, trainer  # noqa: F401  (a fixture)
 from tests.distributed_launch import launch
 
@@ -134,6 +136,17 @@ def test_a_quantized_model_is_trained_after_an_evaluation(trainer: Any, tmp_path
     assert all(isinstance(layer, QPaCALinear) for _, layer in paca_layers(module))
     assert columns(module) == columns(first)
     run.fit(module, loud())
+
+
+def test_a_run_weighs_the_errors_of_quantization_by_its_first_batches(trainer: Any) -> None:  # noqa: F811
+    config = PaCAConfig(r=4, alpha=8, quantize="nf4", selection="output_error")
+    module, given, by_weight = Module(), Module().net, Module().net
+    trainer(PaCAStrategy(config)).fit(module, loud())
+    apply_paca(given, config, calibration=loud())
+    apply_paca(by_weight, replace(config, selection="quant_error"))
+    assert all(isinstance(layer, QPaCALinear) for _, layer in paca_layers(module))
+    assert has_own_steps(module.net[0])
+    assert columns(module) == columns(given) != columns(by_weight)
 
 
 def test_columns_of_a_checkpoint_stay_when_training_follows_an_evaluation(trainer: Any, tmp_path: Any) -> None:  # noqa: F811

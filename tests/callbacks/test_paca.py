@@ -402,7 +402,7 @@ def test_training_goes_on_from_an_adapter_and_is_evaluated_as_trained(trainer: A
     assert torch.equal(module.net[0].paca_delta, trained)
 
 
-@pytest.mark.parametrize("selection", ["activation_norm", "quant_error"])
+@pytest.mark.parametrize("selection", ["activation_norm", "quant_error", "output_error"])
 def test_adapter_of_a_quantized_base_with_columns_chosen_by_data(selection: str, trainer: Any, tmp_path: Path) -> None:
     module = Module()
     config = PaCAConfig(r=4, quantize="nf4", selection=selection)
@@ -426,8 +426,9 @@ def test_ctrl_c_leaves_the_adapter(trainer: Any, tmp_path: Path) -> None:
     assert torch.equal(fresh.net[0].weight, module.net[0].weight)
 
 
-def test_quantized_base_with_columns_chosen_by_data_resumes(trainer: Any, tmp_path: Path) -> None:
-    config = PaCAConfig(r=4, quantize="nf4", selection="activation_norm")
+@pytest.mark.parametrize("selection", ["activation_norm", "output_error"])
+def test_quantized_base_with_columns_chosen_by_data_resumes(selection: str, trainer: Any, tmp_path: Path) -> None:
+    config = PaCAConfig(r=4, quantize="nf4", selection=selection)
     whole, first, second = Module(), Module(), Module()
     trainer(PaCAStrategy(config), max_epochs=2).fit(whole, loader())
     trainer(PaCAStrategy(config), ModelCheckpoint(tmp_path, filename="one"), max_epochs=1).fit(first, loader())

@@ -41,6 +41,7 @@ def test_settings_survive_a_round_trip_through_plain_values() -> None:
         ({"selection": "best"}, r"selection='best' is unknown\. Choose one of \['random', 'weight_norm'"),
         ({"quantize": "int3"}, r"quantize='int3' is unknown\. Choose one of \['nf4'\]"),
         ({"selection": "quant_error"}, "needs a quantized base. Set quantize='nf4' or another selection"),
+        ({"selection": "output_error"}, "selection='output_error' needs a quantized base"),
         ({"seed": "zero"}, "seed must be an integer, not 'zero'"),
         ({"target_modules": "q_proj("}, r"target_modules='q_proj\(' is not a regular expression: .*unterminated"),
         ({"target_modules": ["q_proj["]}, r"target_modules='q_proj\[' is not a regular expression"),

@@ -137,14 +137,15 @@ def test_quant_error_takes_the_columns_that_quantization_hurts_most() -> None:
     assert set(layer.paca_indices.tolist()) == set(errors.topk(4).indices.tolist())
 
 
-def test_quant_error_is_weighted_by_activations() -> None:
+@pytest.mark.parametrize("selection", ["quant_error", "output_error"])
+def test_errors_are_weighed_by_activations(selection: str) -> None:
     model = tiny_llama().eval()
     weight = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     seen: list[Tensor] = []
     hook = model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     logits(model)
     hook.remove()
-    apply_paca(model, PaCAConfig(r=4, quantize="nf4", selection="quant_error"), calibration=[batch()])
+    apply_paca(model, PaCAConfig(r=4, quantize="nf4", selection=selection), calibration=[batch()])
     layer = model.model.layers[0].self_attn.q_proj
     scores = (weight - nf4_values(weight)).square().sum(0) * seen[0].square().sum((0, 1))
     assert set(layer.paca_indices.tolist()) == set(scores.detach().topk(4).indices.tolist())
