@@ -163,6 +163,8 @@ def load_model(
                 attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code,
             )
+    if attn_implementation is None and getattr(loaded.config, "attn_logit_softcapping", None):
+        loaded.set_attn_implementation("eager")  # transformers before 5.21 takes SDPA, which leaves softcapping out
     return loaded.train(), missing
 
 
@@ -179,9 +181,7 @@ def read_config(model: str, *, revision: str | None = None, trust_remote_code: b
     """
     _check_directory(model)
     with _named_errors(model):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            model, revision=revision, trust_remote_code=trust_remote_code
-        )
+        config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     return config
 
 

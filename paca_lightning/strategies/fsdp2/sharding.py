@@ -18,6 +18,9 @@ from paca_lightning.layers.linear import PaCAConv1D
 from paca_lightning.layers.nf4_linear import QPaCALinear
 from paca_lightning.layers.rows import TrainedRows
 
+RESHARDS_INTEGERS = torch.__version__ >= "2.12"
+"""Whether FSDP2 keeps a share of packed weights: earlier, it asks a gradient for the share, which raises."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingOptions:
@@ -64,7 +67,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, blocks: Iterable[nn.Module], optio
     """
     if isinstance(model, FSDPModule):
         return
-    _check_parameters(model)
+    _check_parameters(model, options)
     units = [_Unit([block], options.reshard_after_forward) for block in blocks]
     units += _embedding_units(model, options)
     # The root is gathered for the whole of a step, within which disable_paca may write columns: PaCA layers elsewhere
@@ -193,7 +196,8 @@ def _declared_module(module: nn.Module, getter: str) -> object:
         return None
 
 
-def _check_parameters(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module, options: ShardingOptions) -> None:
+    keeps_a_share = not isinstance(options.reshard_after_forward, bool)
     for path, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise PaCAError(f"{path!r} is wrapped in FSDP1. Remove it: strategy='paca_fsdp2' shards the model.")
@@ -210,6 +214,11 @@ def _check_parameters(model: nn.Module) -> None:
             )
         if parameter.dim() == 0:
             raise PaCAError(f"{name!r} is a scalar, which FSDP2 cannot shard. Make it a tensor of shape (1,).")
+        if keeps_a_share and not parameter.is_floating_point() and not RESHARDS_INTEGERS:
+            raise PaCAError(
+                f"{name!r} is packed, and FSDP2 of PyTorch {torch.__version__} cannot keep a share of packed weights. "
+                "Set reshard_after_forward to true or false, or take PyTorch 2.12 or later."
+            )
 
 
 def _check_shared_parameters(model: nn.Module, units: list[_Unit]) -> None:

@@ -4,6 +4,7 @@ import copy
 import os
 import warnings
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor.debug import CommDebugMode
 
-from paca_lightning import PaCAConfig, apply_paca, attach, disable_paca, paca_layers
+from paca_lightning import PaCAConfig, PaCAError, apply_paca, attach, disable_paca, paca_layers
 from paca_lightning.activation_checkpointing.blocks import find_blocks
-from paca_lightning.strategies.fsdp2.sharding import ShardingOptions, shard
+from paca_lightning.strategies.fsdp2.sharding import RESHARDS_INTEGERS, ShardingOptions, shard
 from tests.distributed_launch import launch
 from tests.distributed_training import whole_deltas
 from tests.tiny import tiny_llama
@@ -88,6 +89,7 @@ def on_four_ranks() -> dict[str, Any]:
             (config, name): train_against_the_base_model(CONFIGS[config], reshard)
             for config in CONFIGS
             for name, reshard in RESHARD.items()
+            if config == "dense" or name != "a share kept" or RESHARDS_INTEGERS
         },
     }
 
@@ -105,8 +107,20 @@ def test_the_backward_gathers_nothing_that_was_kept(four_ranks: dict[str, Any]) 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", RESHARD)
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        pytest.param(
+            *(name, config),
+            marks=pytest.mark.skipif(
+                (name, config) == ("a share kept", "NF4") and not RESHARDS_INTEGERS,
+                reason="PyTorch before 2.12 keeps no share of packed weights: it is refused",
+            ),
+        )
+        for config in CONFIGS
+        for name in RESHARD
+    ],
+)
 def test_columns_are_written_to_the_shards(four_ranks: dict[str, Any], config: str, name: str) -> None:
     sharded, one = four_ranks["trained"][config, name], train_against_the_base_model(CONFIGS[config], True)
     assert one["losses"][0] > one["losses"][-1]
@@ -114,6 +128,14 @@ def test_columns_are_written_to_the_shards(four_ranks: dict[str, Any], config: s
     torch.testing.assert_close(sharded["final"], one["final"], rtol=0, atol=1e-5)
     for path, delta in one["deltas"].items():
         torch.testing.assert_close(sharded["deltas"][path], delta, rtol=0, atol=1e-5)
+
+
+def test_a_share_of_packed_weights_is_refused_where_pytorch_cannot_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paca_lightning.strategies.fsdp2.sharding.RESHARDS_INTEGERS", False)
+    model = tiny_llama()
+    apply_paca(model, CONFIGS["NF4"])
+    with pytest.raises(PaCAError, match=r"q_proj\..*' is packed.*Set reshard_after_forward to true or false"):
+        shard(model, Mock(), find_blocks(model), ShardingOptions(reshard_after_forward=2))  # before it uses the mesh
 
 
 def adopted(*, nested: bool) -> nn.Sequential:
