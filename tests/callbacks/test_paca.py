@@ -223,19 +223,30 @@ def test_precisions(precision: str, trainer: Any) -> None:
     assert in_step(module)
 
 
-def test_activation_checkpointing_and_compile(trainer: Any) -> None:
-    plain, checkpointed, compiled = Module(), Module(), Module()
+def checkpointed(net: nn.Module) -> None:
+    inner = net.forward
+    net.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+
+
+def compiled(net: nn.Module) -> None:
+    net.compile(fullgraph=True, backend="aot_eager")
+
+
+IN_PLACE_BEHIND_COMPILED = pytest.mark.xfail(
+    torch.__version__.startswith("2.10."),
+    raises=RuntimeError,
+    reason="torch 2.10 compiles a layer for itself and returns a view, behind which the ReLU may not work in place",
+)
+
+
+@pytest.mark.parametrize("change", [checkpointed, pytest.param(compiled, marks=IN_PLACE_BEHIND_COMPILED)])
+def test_activation_checkpointing_and_compile(change: Any, trainer: Any) -> None:
+    plain, other = Module(), Module()
     trainer(PaCAStrategy(CONFIG)).fit(plain, loader())
-
-    inner = checkpointed.net.forward
-    checkpointed.net.forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
-    trainer(PaCAStrategy(CONFIG)).fit(checkpointed, loader())
-
-    compiled.net.compile(fullgraph=True, backend="aot_eager")
-    trainer(PaCAStrategy(CONFIG)).fit(compiled, loader())
-    for other in (checkpointed, compiled):
-        for (_, expected), (_, layer) in zip(paca_layers(plain), paca_layers(other), strict=True):
-            torch.testing.assert_close(layer.paca_delta, expected.paca_delta, atol=1e-7, rtol=1e-5)
+    change(other.net)
+    trainer(PaCAStrategy(CONFIG)).fit(other, loader())
+    for (_, expected), (_, layer) in zip(paca_layers(plain), paca_layers(other), strict=True):
+        torch.testing.assert_close(layer.paca_delta, expected.paca_delta, atol=1e-7, rtol=1e-5)
 
 
 @pytest.mark.parametrize("selection", ["weight_norm", "activation_norm", "gradient_norm"])

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -206,8 +208,14 @@ def measured(directory: Path, config: PaCAConfig) -> dict[str, Any]:
     }
 
 
+SPARING = pytest.mark.skipif(
+    Version(bitsandbytes.__version__) < Version("0.50"),
+    reason="bitsandbytes before 0.50 compares each weight with all 16 levels at once on a CPU",
+)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", [DENSE, NF4])
+@pytest.mark.parametrize("config", [DENSE, pytest.param(NF4, marks=SPARING)])
 def test_a_rank_reads_and_needs_little_more_than_its_share(tmp_path: Path, config: PaCAConfig) -> None:
     directory = checkpoint(tmp_path, hidden_size=256, intermediate_size=700, vocab_size=4000, shard_size="3MB")
     files = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
