@@ -42,13 +42,18 @@ def writers(model: LlamaForCausalLM) -> Iterator[nn.Linear]:
 
 @torch.no_grad()
 def fold_norms(model: LlamaForCausalLM) -> None:
-    """Move the weights of all norms into the layers behind them: a norm alone commutes with a rotation then."""
+    """Move the weights of all norms into the layers behind them, but for their rms: a norm commutes with rotations then.
+
+    The rms stays so that layers read inputs as large as before, and the learning rate that suits their columns is the
+    same.
+    """
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
     for norm, layers in readers(model):
+        rms = norm.weight.square().mean().sqrt()
         for layer in layers:
-            layer.weight.mul_(norm.weight)
-        norm.weight.fill_(1)
+            layer.weight.mul_(norm.weight / rms)
+        norm.weight.fill_(rms)
 
 
 @torch.no_grad()
