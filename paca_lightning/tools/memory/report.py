@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from paca_lightning.core.config import PaCAConfig
+from paca_lightning.core.config import CALIBRATED, PaCAConfig
 from paca_lightning.tools.environment import describe_environment
 from paca_lightning.tools.memory.timeline import Kind, Timeline
 from paca_lightning.tools.memory.traced_run import TracedRun
@@ -91,6 +91,12 @@ def print_report(rows: list[Row], setup: dict[str, Any], console: Console) -> No
             + (f"at most {tokens} tokens." if tokens else f"not even {GRANULARITY} tokens.")
             + f" At {setup['tokens']} tokens: "
             + (f"at most batch size {batch}." if batch else "not even batch size 1.")
+        )
+    config = setup["config"] or {}
+    if config.get("quantize") is not None and config["selection"] in CALIBRATED:
+        console.print(
+            f"Not counted: until the first batches have chosen the columns (selection={config['selection']}), the "
+            "model is held as it is, and quantized after that."
         )
     console.print(
         "Only tensors are counted. The device's own context, communication buffers and gaps between tensors need more, "

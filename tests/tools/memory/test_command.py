@@ -1,13 +1,17 @@
 """The command estimate: what it prints, and what it refuses."""
 
 import json
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from paca_lightning import PaCAError
+from paca_lightning import PaCAConfig, PaCAError
 from paca_lightning.tools.memory.command import main
 from paca_lightning.tools.memory.from_config import read_config, run_to_trace
+from paca_lightning.tools.memory.report import print_report
 from paca_lightning.tools.memory.timeline import Kind
 from paca_lightning.tools.memory.traced_model import TracedModel
 from tests.tools.memory.runs import DEBUG
@@ -36,6 +40,32 @@ def test_the_command_says_whether_a_config_fits_and_what_would(
     )
     assert fitting <= 64 * 2**20 < beyond
     assert main([*DEBUG, "--budget", f"{paca['peak_bytes'] - 1}"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (PaCAConfig(quantize="nf4", selection="output_error"), True),
+        (PaCAConfig(quantize="nf4"), False),
+        (PaCAConfig(selection="gradient_norm"), False),
+        (None, False),
+    ],
+)
+def test_a_model_that_is_quantized_later_is_named(config: PaCAConfig | None, says: bool) -> None:
+    row: dict[str, Any] = {"method": "PaCA", "peak_bytes": 1, "trainable_parameters": 1}
+    row |= {f"{kind.name.lower()}_bytes": 0 for kind in Kind}
+    setup: dict[str, Any] = {
+        "model": "m",
+        "batch_size": 1,
+        "tokens": 64,
+        "precision": "32-true",
+        "ranks": 1,
+        "sharded": False,
+    }
+    console = Console(file=StringIO(), width=200)
+    setup |= {"budget": None, "config": None if config is None else config.to_dict()}
+    print_report([row], setup, console)
+    assert ("the model is held as it is, and quantized after" in console.file.getvalue()) is says  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
