@@ -1,8 +1,8 @@
 """A Llama that computes as before, with its residual stream in another basis: one rotation for the whole model.
 
 What reads from the residual stream has directions of that basis as input columns then, so PaCA trains these, and the
-rotation costs nothing in a step (QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024). Norms are folded into the linear
-layers behind them first, and the head is untied from the embedding.
+rotation costs nothing in a step (QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024). Norms are folded into the
+linear layers behind them first, and the head is untied from the embedding.
 
     python -m scripts.rotated_model models/SmolLM2-135M-Instruct configs/study/gsm8k.yaml models/rotated
 
@@ -42,7 +42,7 @@ def writers(model: LlamaForCausalLM) -> Iterator[nn.Linear]:
 
 @torch.no_grad()
 def fold_norms(model: LlamaForCausalLM) -> None:
-    """Move the weights of all norms into the layers behind them, but for their rms: a norm commutes with rotations then.
+    """Move the weights of all norms into the layers behind them, but for their rms. Norms and rotations commute then.
 
     The rms stays so that layers read inputs as large as before, and the learning rate that suits their columns is the
     same.
