@@ -41,9 +41,9 @@ from paca_lightning.callbacks.run_checks import (
     check_strategy,
     check_validation_interval,
     delta_sums,
+    known_at_start,
     learning_rate,
     prepare_files,
-    with_learning_rate,
 )
 from paca_lightning.conversion.report import ConversionReport
 from paca_lightning.core.config import PaCAConfig
@@ -245,4 +245,4 @@ class PaCAStrategy(FiniteSteps, DisablesPaCA):
         if self._resumed.settle(trainer):
             check_restored_base(self._saved_base, trainer, trainer.lightning_module)
             apply_to_found_rates(trainer, self.config.norms_lr)
-            rank_zero_only(rich.print)(with_learning_rate(self.report, trainer))
+            rank_zero_only(rich.print)(known_at_start(self.report, trainer))

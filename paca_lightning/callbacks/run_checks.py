@@ -14,6 +14,7 @@ from torch import Tensor
 from paca_lightning.callbacks.training_counts import WITHOUT_DOUBLES
 from paca_lightning.conversion.along_rates import along_parameters
 from paca_lightning.conversion.report import ConversionReport
+from paca_lightning.conversion.state import conversion_of
 from paca_lightning.conversion.write_back import layers_stepped_by, rows_stepped_by
 from paca_lightning.core.dtensor import local
 from paca_lightning.core.errors import PaCAError
@@ -197,11 +198,14 @@ def learning_rate(trainer: Trainer, name: str, tensors: Iterable[Tensor] | None 
     return max((float(rate) for rate in rates if rate is not None), default=None)  # Adafactor may choose its own
 
 
-def with_learning_rate(report: ConversionReport, trainer: Trainer) -> ConversionReport:
-    """A report that shows the learning rates of what is trained, and knows whether an Adam takes them."""
+def known_at_start(report: ConversionReport, trainer: Trainer) -> ConversionReport:
+    """A report with what the start of a run adds: learning rates, whether an Adam takes them, restored columns."""
     report.learning_rate = learning_rate(trainer, "initial_lr")
     report.along_rate = learning_rate(trainer, "initial_lr", along_parameters(trainer.lightning_module))
     report.adam = all("adam" in type(optimizer).__name__.lower() for optimizer in trainer.optimizers)
+    conversion = conversion_of(trainer.lightning_module)
+    if conversion is not None and conversion.columns_restored:
+        report.by_data = 0
     return report
 
 

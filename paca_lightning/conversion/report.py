@@ -10,6 +10,7 @@ from torch import nn
 from paca_lightning.conversion.frozen import FrozenGroup, frozen_groups
 from paca_lightning.conversion.inventory import Inventory
 from paca_lightning.conversion.learning_rates import remark_on
+from paca_lightning.conversion.select import waits_for_data
 from paca_lightning.conversion.targets import Resolution
 from paca_lightning.core.config import PaCAConfig
 from paca_lightning.core.new_tokens import ROWS
@@ -56,6 +57,7 @@ class ConversionReport:
         trainable_parameters: Of the deltas, and of all that is trained beside them.
         total_parameters: Of the base model and the deltas.
         rows: Shape (n, D) of the rows of new tokens that are trained, by the path of the embedding or head.
+        by_data: How many of the layers wait for batches to choose their columns.
         along_rate: Once known, the learning rate of what is trained along.
         learning_rate: Once known, the optimizer's; ``scaling * learning_rate`` is Adam's step on a column.
         adam: Whether the optimizer is an Adam, for which there is a suitable ``scaling * learning_rate``.
@@ -72,6 +74,7 @@ class ConversionReport:
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
+    by_data: int = 0
     along_rate: float | None = None
     learning_rate: float | None = None
     adam: bool = False
@@ -114,6 +117,11 @@ class ConversionReport:
             notes.append(f"Adam's step on a column, scaling * lr: {steps}.")
             if self.adam and (remark := remark_on(scalings[-1] * self.learning_rate, self.total_parameters)):
                 notes.append(remark)
+        if self.by_data:
+            then = ", before they are quantized" if self.config.quantize is not None else ""
+            notes.append(f"Columns: {self.config.selection} chooses those of {self.by_data} layers by data{then}.")
+        if self.config.steps_by_input:
+            notes.append("Steps: each column's fits its input, by data; scaling * lr is that of a middling one.")
         for kind, (tensors, parameters) in self.along.items():
             rate = "" if self.along_rate is None else f" at lr {self.along_rate:.3g}"
             notes.append(
@@ -183,6 +191,7 @@ def report_on(inventory: Inventory, config: PaCAConfig, resolution: Resolution) 
         along=dict(_along(inventory)),
         saved=list(resolution.saved),
         rows={clean_path(path): (len(values), values.shape[1]) for path, values in rows.items()},
+        by_data=sum(map(waits_for_data, layers.values())),
         trainable_parameters=deltas + beside,
         total_parameters=deltas
         + sum(parameter.numel() for parameter in base.values())

@@ -149,6 +149,18 @@ def test_a_run_weighs_the_errors_of_quantization_by_its_first_batches(trainer: A
     assert columns(module) == columns(given) != columns(by_weight)
 
 
+def test_the_summary_says_that_data_choose_the_columns_unless_a_checkpoint_did(
+    trainer: Any,  # noqa: F811
+    tmp_path: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = PaCAConfig(r=4, alpha=8, quantize="nf4", selection="output_error")
+    trainer(PaCAStrategy(config), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loud())
+    assert "Columns: output_error chooses those of 2 layers by data" in capsys.readouterr().out
+    trainer(PaCAStrategy(config), max_epochs=3).fit(Module(), loud(), ckpt_path=tmp_path / "one.ckpt")
+    assert "Columns: " not in capsys.readouterr().out
+
+
 def test_columns_of_a_checkpoint_stay_when_training_follows_an_evaluation(trainer: Any, tmp_path: Any) -> None:  # noqa: F811
     trainer(PaCAStrategy(BY_ACTIVATION), ModelCheckpoint(tmp_path, filename="one")).fit(Module(), loud())
     module = Module()

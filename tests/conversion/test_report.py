@@ -1,5 +1,6 @@
 """The report names all that is left frozen, by kind, with its share of the parameters."""
 
+import pytest
 import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -61,3 +62,30 @@ def test_convolutions_and_other_parameters_are_named_and_all_add_up() -> None:
 def test_what_is_trained_is_not_named_as_frozen() -> None:
     report = apply_paca(tiny_llama(), PaCAConfig(r=4, modules_to_save=["norm", "embed_tokens"]))
     assert shares(report) == {"norms": 4 * 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "columns", "steps"),
+    [
+        (PaCAConfig(r=4), None, False),
+        (PaCAConfig(r=4, selection="weight_norm"), None, False),
+        (
+            PaCAConfig(r=4, selection="gradient_norm", column_steps="equal"),
+            "gradient_norm chooses those of 14 layers",
+            False,
+        ),
+        (
+            PaCAConfig(r=4, quantize="nf4", selection="output_error"),
+            "output_error chooses those of 14 layers by data, before they are quantized.",
+            True,
+        ),
+        (PaCAConfig(r=4, column_steps="input_rms"), None, True),
+    ],
+)
+def test_what_data_decides_is_told(config: PaCAConfig, columns: str | None, steps: bool) -> None:
+    ids = torch.arange(12)[None]
+    report = apply_paca(tiny_llama(), config, calibration=[{"input_ids": ids, "labels": ids}])
+    printed = " ".join(str(report).split())
+    assert ("Columns: " in printed) == (columns is not None)
+    assert columns is None or f"Columns: {columns}" in printed
+    assert ("Steps: each column's fits its input, by data" in printed) is steps
