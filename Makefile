@@ -65,7 +65,8 @@ ideas: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
 		--runs $(IDEAS) --seeds $(or $(SEEDS),1) --output runs/ideas
 	$(BIN)/python -m scripts.nf4_columns $(SMOLLM2) configs/study/gsm8k.yaml --ranks 16 --dtype bfloat16
 	$(BIN)/paca-lightning compare --config configs/study/gsm8k.yaml --seeds $(or $(SEEDS),1) --cost-steps 0 \
-		--methods qlora:8,lr=2.8e-3 paca:16,quantize=nf4,lr=5.66e-3 --output runs/ideas-nf4
+		--trainer.val_check_interval=50 --methods qlora:8,lr=4e-3 paca:16,quantize=nf4,lr=5.66e-3 \
+		paca:16,quantize=nf4,selection=output_error,lr=2.83e-3,name=output-error --output runs/ideas-nf4
 
 # Gives the adapter of `make demo` to llama.cpp, merged and as LoRA, and compares logits: docs/serving.md. Builds llama.cpp
 # first (about ten minutes of CPU time), with its converters, out of a PyPI package.
