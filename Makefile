@@ -103,7 +103,7 @@ gpu:
 # One worker for each core, at most four: with three on two cores, the suite took 1,194 s, with two 989 s.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4
 
-# All tests, about 27 minutes of CPU time, a quarter of an hour on two cores; ARGS="tests/layers -x" runs some of them.
+# All tests, 17 minutes on two cores; ARGS="tests/layers -x" runs some of them.
 test: $(INSTALLED)
 	$(PYTEST) $(ARGS)
 

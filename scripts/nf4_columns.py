@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paca_lightning import PaCAConfig, apply_paca, disable_paca
 from paca_lightning.core.tokens import IGNORE_INDEX
 from paca_lightning.tools.compare.task import read_task
+from scripts.first_batches import first_training_batches
 
 LENGTH = 256
-CALIBRATION_BATCHES = 8
 
 Batch = dict[str, Tensor]
 
@@ -44,10 +43,9 @@ def blocks(tokenizer: object, path: Path, limit: int) -> Tensor:
 def batches(arguments: argparse.Namespace) -> tuple[list[Batch], list[Batch]]:
     """Held-out batches and batches for calibration."""
     if arguments.text.suffix == ".yaml":
-        data = read_task([f"--config={arguments.text}"], arguments.text.stem, None, "nf4_columns").data
-        data.prepare_data()
-        data.setup("fit")
-        return list(data.val_dataloader()), list(islice(iter(data.train_dataloader()), CALIBRATION_BATCHES))
+        task = read_task([f"--config={arguments.text}"], arguments.text.stem, None, "nf4_columns")
+        calibration = first_training_batches(task)
+        return list(task.data.val_dataloader()), calibration
     ids = blocks(AutoTokenizer.from_pretrained(arguments.model), arguments.text, arguments.blocks)
     return labelled(ids[len(ids) // 4 :]), labelled(ids[: len(ids) // 4])
 

@@ -12,7 +12,6 @@ largest first, or a random one. docs/learning.md has what PaCA learned on such m
 
 import argparse
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from paca_lightning.core.files import written_aside
 from paca_lightning.tools.compare.task import read_task
-
-BATCHES = 8
+from scripts.first_batches import first_training_batches
 
 
 def readers(model: LlamaForCausalLM) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
@@ -101,14 +99,6 @@ def random_directions(size: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
 
 
-def training_batches(config: Path) -> list[dict[str, Tensor]]:
-    """The first training batches of a run's config."""
-    data = read_task([f"--config={config}"], config.stem, None, "rotated_model").data
-    data.prepare_data()
-    data.setup("fit")
-    return list(islice(iter(data.train_dataloader()), BATCHES))
-
-
 def main() -> None:
     """Write the model with its tokenizer. The directory appears only when it is complete."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,7 +111,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float64).eval()
     fold_norms(model)
     if arguments.basis == "principal":
-        basis = principal_directions(model, training_batches(arguments.config))
+        task = read_task([f"--config={arguments.config}"], arguments.config.stem, None, "rotated_model")
+        basis = principal_directions(model, first_training_batches(task))
     else:
         basis = random_directions(model.config.hidden_size, arguments.seed)
     rotate(model, basis)

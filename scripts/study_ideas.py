@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ from paca_lightning.tools.compare.parsing import parse_method
 from paca_lightning.tools.compare.runs import MethodRuns, Plan, metric_of
 from paca_lightning.tools.compare.search import Space
 from paca_lightning.tools.compare.task import Settings, Task, read_task, replaced
+from scripts.first_batches import first_training_batches
 
 METRIC = "val/loss"
-CALIBRATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,7 @@ def gradient_ranks(task: Task, path: Path) -> dict[str, int]:
         model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=getattr(torch, settings["dtype"]))
         apply_paca(model, task.paca)
         layers = dict(paca_layers(model))
-        task.data.prepare_data()
-        task.data.setup("fit")
-        batches = islice(iter(task.data.train_dataloader()), CALIBRATION_BATCHES)
-        scores = calibrate(model, layers, "gradient_norm", batches)
+        scores = calibrate(model, layers, "gradient_norm", first_training_batches(task))
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
         squares = {name: float(score.sum()) for name, score in scores.items()}
         path.parent.mkdir(parents=True, exist_ok=True)

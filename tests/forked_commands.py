@@ -5,13 +5,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import IO
 
 import pytest
 
 from tests.distributed_launch import CONTEXT
-from tests.processes import lead_group
+from tests.processes import lead_group, write_output_to
 
 CLI = [sys.executable, "-m", "paca_lightning.cli"]
 
@@ -74,10 +75,9 @@ def _run(arguments: list[str], directory: str, log: str, environment: dict[str, 
     from paca_lightning.cli import main
 
     lead_group()
-    with open(log, "wb") as output, open(os.devnull, "rb") as nothing:
+    write_output_to(Path(log))
+    with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)

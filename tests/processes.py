@@ -56,6 +56,13 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+def write_output_to(log: Path) -> None:
+    """Send all that this process prints from now on to a file."""
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+
+
 def kill_group(leader: int) -> None:
     """Kill the process group that a process leads, if there is still one."""
     with suppress(ProcessLookupError):

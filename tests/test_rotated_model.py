@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from scripts.first_batches import first_training_batches
 from scripts.rotated_model import (
     fold_norms,
     principal_directions,
     random_directions,
     readers,
     rotate,
-    training_batches,
 )
 from tests.tiny import tiny_model_directory
-from tests.tools.compare.tasks import DEBUG
+from tests.tools.compare.tasks import debug_task
 
 TOLERANCE = 1e-6  # Llama's norms compute in fp32, whatever the weights are
 
@@ -49,7 +49,7 @@ def test_a_rotated_model_computes_the_same_and_is_turned_back(model: LlamaForCau
 
 
 def test_what_layers_read_lies_along_its_principal_directions(model: LlamaForCausalLM) -> None:
-    batches = training_batches(Path(DEBUG))
+    batches = first_training_batches(debug_task())
     fold_norms(model)
     rotate(model, principal_directions(model, batches))
 

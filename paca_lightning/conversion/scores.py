@@ -26,20 +26,18 @@ def weight_scores(module: nn.Module, layer_class: type[PaCALayer], selection: st
     Args:
         module: The layer, converted or about to be.
         layer_class: What it is converted to.
-        selection: ``weight_norm``; ``quant_error`` or ``output_error``, a sum of squares.
+        selection: ``weight_norm``; ``quant_error`` or ``output_error``, a sum of squares, of an unquantized layer.
         path: Names it in errors.
 
     Returns:
         Shape (in_features,), fp32 (fp64 for an fp64 weight).
 
     Raises:
-        PaCAError: If the weight is on meta, or is quantized already and so has no known error.
+        PaCAError: If the weight is on meta.
     """
     weight: Tensor = module.get_parameter("weight")
     if weight.is_meta:
         raise PaCAError(f"selection={selection!r} needs the weight of {path!r}, which is still on meta.")
-    if selection in BY_ERROR:
-        refuse_quantized(module, selection, path)
     rows = weight.detach()
     if is_quantized_linear4bit(module):
         packed, scales, dtype = from_linear4bit(module)

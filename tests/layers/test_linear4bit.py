@@ -142,6 +142,8 @@ def test_linear4bit_layers_that_cannot_be_kept_are_named() -> None:
         apply_paca(crossing, PaCAConfig(r=4, target_modules=["down_proj"]))
     report = apply_paca(crossing, PaCAConfig(r=4))
     assert "cross its rows" in report.skipped["model.layers.0.mlp.down_proj"]
+    with pytest.raises(PaCAError, match=r"'model.layers.0.self_attn.q_proj' is quantized already"):
+        apply_paca(with_linear4bit(tiny_llama(), PATHS), PaCAConfig(r=4, quantize="nf4", selection="quant_error"))
 
 
 @pytest.mark.parametrize("selection", ["quant_error", "output_error"])

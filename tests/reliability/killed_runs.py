@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from paca_lightning.adapters.files import TENSORS
 from paca_lightning.adapters.saved import adapter_layers, saved_config
 from paca_lightning.core.checkpoints import METADATA
-from tests.processes import HANG, kill_group, lead_group
+from tests.processes import HANG, kill_group, lead_group, write_output_to
 
 ROOT = Path(__file__).parents[2]
 STEPS = 7
@@ -144,9 +144,7 @@ def answer(function: Callable[..., Any], *arguments: Any) -> Any:
 def _fit(arguments: list[str], log: Path, count: Path | None) -> None:
     from paca_lightning.cli import main
 
-    with log.open("w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    write_output_to(log)
     os.chdir(ROOT)
     torch.set_num_threads(1)
     main(arguments)

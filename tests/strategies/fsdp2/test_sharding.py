@@ -24,6 +24,7 @@ from tests.tiny import tiny_llama
 IDS = torch.arange(48).view(3, 16) * 7 % 384
 CONFIGS = {"dense": PaCAConfig(r=4, alpha=8), "NF4": PaCAConfig(r=4, alpha=8, quantize="nf4")}
 RESHARD: dict[str, bool | int] = {"freed": True, "kept": False, "a share kept": 2}
+REFUSED = set() if RESHARDS_INTEGERS else {("a share kept", "NF4")}
 
 
 def converted(config: PaCAConfig, reshard: bool | int) -> nn.Module:
@@ -89,7 +90,7 @@ def on_four_ranks() -> dict[str, Any]:
             (config, name): train_against_the_base_model(CONFIGS[config], reshard)
             for config in CONFIGS
             for name, reshard in RESHARD.items()
-            if config == "dense" or name != "a share kept" or RESHARDS_INTEGERS
+            if (name, config) not in REFUSED
         },
     }
 
@@ -112,10 +113,7 @@ def test_the_backward_gathers_nothing_that_was_kept(four_ranks: dict[str, Any]) 
     [
         pytest.param(
             *(name, config),
-            marks=pytest.mark.skipif(
-                (name, config) == ("a share kept", "NF4") and not RESHARDS_INTEGERS,
-                reason="PyTorch before 2.12 keeps no share of packed weights: it is refused",
-            ),
+            marks=pytest.mark.skipif((name, config) in REFUSED, reason="PyTorch before 2.12 cannot, so it is refused"),
         )
         for config in CONFIGS
         for name in RESHARD

@@ -21,3 +21,4 @@ def test_a_run_that_fails_is_told_with_what_it_said(
     message = " ".join(capsys.readouterr().err.split())
     assert "The run of paca:8, lr 1e-06, seed 1 failed (exit code 2)" in message
     assert "A comparison needs validation, and this run has none" in message
+    assert "log.txt" in message

@@ -8,12 +8,12 @@ from transformers import LlamaConfig
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of 6 layers; weights are never written."""
+    """A Llama of 8 layers; weights are never written."""
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=6,
+        num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
     )

@@ -85,7 +85,7 @@ def test_sharding_divides_what_is_held_and_gathers_a_block_at_a_time(step_of: St
 
     assert sharded.at_peak[Kind.PARAMETERS] == pytest.approx(alone.at_peak[Kind.PARAMETERS] / 2, rel=0.01)
     assert sharded.at_peak[Kind.OPTIMIZER] == pytest.approx(alone.at_peak[Kind.OPTIMIZER] / 2, rel=0.01)
-    block = (alone.at_peak[Kind.PARAMETERS] - 2 * 4 * 512 * 256) / 6
+    block = (alone.at_peak[Kind.PARAMETERS] - 2 * 4 * 512 * 256) / 8
     gathered = sharded.sizes[:, Kind.GATHERED_PARAMETERS].max()
     assert block < gathered < 5 * block  # in use, as received, and the same of the block that comes next
     assert sharded.trainable_parameters == alone.trainable_parameters
@@ -97,7 +97,7 @@ def test_offloaded_block_inputs_leave_the_device(step_of: Steps) -> None:
     kept, offloaded = (step_of(strategy=strategy, ranks=2) for strategy in (RECOMPUTED, to_host))
     block_input = SHAPE[0] * SHAPE[1] * 256 * 4
     activations = [int(step.sizes[:, Kind.ACTIVATIONS].max()) for step in (kept, offloaded)]
-    assert activations[0] - activations[1] >= 4 * block_input
+    assert activations[0] - activations[1] >= 6 * block_input
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_model_in_host_memory_takes_the_device_only_to_gather_it(step_of: Step
     assert "optimizer" not in host.peak_phase
     # A copy of a shard lies on the device while its block is gathered.
     gathered = [
-        max(row[Kind.GATHERED_PARAMETERS] for phase, row in zip(step.phases, step.sizes, strict=True) if "5" in phase)
+        max(row[Kind.GATHERED_PARAMETERS] for phase, row in zip(step.phases, step.sizes, strict=True) if "7" in phase)
         for step in (here, host)
     ]
     assert gathered[0] < gathered[1] <= 1.5 * gathered[0]
