@@ -39,13 +39,13 @@ class Idea(PaCAMethod):
     Attributes:
         callback: What carries it out, as a config has it; None: PaCA's own options say it.
         seeded: Whether the callback has a seed.
-        muon: Whether Muon takes the place of the run's optimizer.
+        optimizer: What takes the place of the run's optimizer, without its learning rate; None: nothing does.
         by_gradient: Whether layers share the columns by their gradients.
     """
 
     callback: Settings | None = field(default=None, compare=False)
     seeded: bool = False
-    muon: bool = False
+    optimizer: Settings | None = field(default=None, compare=False)
     by_gradient: bool = False
 
     @override
@@ -58,14 +58,31 @@ class Idea(PaCAMethod):
 
     @override
     def changed(self, settings: Settings, task: Task) -> Settings:
-        if not self.muon:
+        if self.optimizer is None:
             return settings
         *place, _, name = task.lr_key  # ..., "optimizer", "init_args", "lr"
         lr: Any = settings
         for key in task.lr_key:
             lr = lr[key]
-        init_args = {name: lr, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-        return replaced(settings, tuple(place), {"class_path": "torch.optim.Muon", "init_args": init_args})
+        init_args = self.optimizer["init_args"] | {name: lr}
+        return replaced(settings, tuple(place), self.optimizer | {"init_args": init_args})
+
+
+MUON: Settings = {
+    "class_path": "torch.optim.Muon",
+    "init_args": {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"},
+}
+# On the side of the columns alone, as max_precondition_dim is below the outputs of each layer.
+SOAP: Settings = {
+    "class_path": "pytorch_optimizer.SOAP",
+    "init_args": {
+        "weight_decay": 0.0,
+        "betas": [0.9, 0.999],
+        "shampoo_beta": 0.95,
+        "precondition_frequency": 5,
+        "max_precondition_dim": 64,
+    },
+}
 
 
 def callback(name: str, **init_args: Any) -> Settings:
@@ -78,7 +95,8 @@ IDEAS: dict[str, Callable[[str, Space], Idea]] = {
     "redraw-25": lambda label, lr: Idea(label, lr, callback=callback("RedrawColumns", every=25), seeded=True),
     "whitened": lambda label, lr: Idea(label, lr, callback=callback("WhitenedColumns")),
     "eigenbasis-adam": lambda label, lr: Idea(label, lr, callback=callback("EigenbasisAdam")),
-    "muon": lambda label, lr: Idea(label, lr, muon=True),
+    "soap": lambda label, lr: Idea(label, lr, optimizer=SOAP),
+    "muon": lambda label, lr: Idea(label, lr, optimizer=MUON),
     "gradient-ranks": lambda label, lr: Idea(label, lr, by_gradient=True),
 }
 """By name. What PaCA's own options say is a method of `compare`, such as paca:72,target_modules=[o_proj,down_proj]."""

@@ -223,6 +223,11 @@ def test_a_run_is_the_configs_with_the_idea_in_it(tmp_path: Path) -> None:
         assert first["init_args"]["config"]["seed"] == 5
         for entry in own:
             getattr(ideas, entry["class_path"].removeprefix("scripts.ideas."))(**entry["init_args"])
-    optimizer = parse_run("muon:3e-2", task, tmp_path).changed(task.settings, task)["model"]["init_args"]["optimizer"]
-    assert optimizer["class_path"] == "torch.optim.Muon"
-    assert optimizer["init_args"] == {"lr": 1e-2, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    muon, soap = (
+        parse_run(f"{name}:3e-2", task, tmp_path).changed(task.settings, task)["model"]["init_args"]["optimizer"]
+        for name in ("muon", "soap")
+    )
+    assert muon["class_path"] == "torch.optim.Muon"
+    assert muon["init_args"] == {"lr": 1e-2, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    assert soap["class_path"] == "pytorch_optimizer.SOAP"
+    assert soap["init_args"]["lr"] == 1e-2

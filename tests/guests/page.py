@@ -154,6 +154,7 @@ OTHER_OPTIMIZERS = [
     ("SAM in manual optimization, through Lightning's wrapper", "test_sam_through_lightnings_wrapper"),
     ("a schedule-free optimizer in Fabric", "test_a_schedule_free_optimizer_in_fabric"),
     ("schedulefree's AdamWScheduleFree", "test_a_schedule_free_optimizer_of_its_package"),
+    ("pytorch-optimizer's SOAP", "test_soap_trains_what_it_trains_in_the_reference"),
     ("an optimizer that Accelerate prepared", "test_the_optimizer_that_accelerate_prepares"),
     (
         "Adafactor (PyTorch's, Hugging Face's): a warning where it hardly moves deltas",
@@ -243,7 +244,18 @@ def versions() -> str:
     pinned = (ROOT / "constraints" / "tested.txt").read_text(encoding="utf-8")
     for name in ("Makefile", "constraints/guests.txt"):
         pinned += (ROOT / name).read_text(encoding="utf-8").replace(" ", "\n")
-    names = ("torch", "lightning", "transformers", "accelerate", "peft", "trl", "litgpt", "timm", "schedulefree")
+    names = [
+        "torch",
+        "lightning",
+        "transformers",
+        "accelerate",
+        "peft",
+        "trl",
+        "litgpt",
+        "timm",
+        "schedulefree",
+        "pytorch-optimizer",
+    ]
     found = {name: re.search(rf"^{name}==(\S+)$", pinned, re.M) for name in names}
     missing = [name for name, match in found.items() if match is None]
     assert not missing, f"no version of {missing} is pinned"
