@@ -54,18 +54,18 @@ study: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
 	$(BIN)/paca-lightning compare --config configs/study/conversations.yaml configs/study/sciq.yaml configs/study/gsm8k.yaml \
 		--methods $(METHODS) --trials 4 --widen --jobs 2 $(if $(MINUTES),--minutes $(MINUTES)) --output runs/study
 
-# Trains with the ideas of docs/learning.md that are not settings, each at one of two learning rates, then measures what
+# Trains with the ideas of docs/learning.md that are not settings, each at the rate that suited it, then measures what
 # NF4 costs before training and QPaCA beside QLoRA after it; in hours, goes on where it was stopped. SEEDS=3 as there.
-IDEAS = whitened:$(1) eigenbasis-adam:$(1) muon:$(1) redraw-10:$(2) gradient-ranks:$(2) \
+IDEAS = whitened:$(1) eigenbasis-adam:$(1) muon:$(1) redraw-10:$(2) \
 	paca:72,target_modules=[o_proj,down_proj],lr=$(2),name=o-down
 STUDY_IDEAS = $(BIN)/python -m scripts.study_ideas --seeds $(or $(SEEDS),1) --output runs/ideas
 ideas: $(INSTALLED) $(SMOLLM2)/config.json $(STUDY_DATA)
 	$(STUDY_IDEAS) --config configs/study/conversations.yaml --trainer.val_check_interval=54 \
-		--runs paca:16,lr=9.5e-3 soap:9.5e-3 $(call IDEAS,9.5e-3,9.5e-3)
+		--runs paca:16,lr=9.5e-3 soap:9.5e-3 gradient-ranks:5.66e-3 $(call IDEAS,9.5e-3,9.5e-3)
 	$(STUDY_IDEAS) --config configs/study/sciq.yaml --trainer.val_check_interval=50 \
-		--runs paca:16,lr=5.66e-3 soap:5.66e-3 $(call IDEAS,5.66e-3,2.83e-3)
+		--runs paca:16,lr=5.66e-3 soap:5.66e-3 gradient-ranks:2.83e-3 $(call IDEAS,5.66e-3,2.83e-3)
 	$(STUDY_IDEAS) --config configs/study/gsm8k.yaml --trainer.val_check_interval=50 \
-		--runs paca:16,lr=4e-3 soap:4e-3 $(call IDEAS,5.66e-3,2.83e-3)
+		--runs paca:16,lr=4e-3 soap:4e-3 gradient-ranks:2.83e-3 $(call IDEAS,5.66e-3,2.83e-3)
 	$(BIN)/python -m scripts.nf4_columns $(SMOLLM2) configs/study/gsm8k.yaml --ranks 16 --dtype bfloat16
 	$(BIN)/paca-lightning compare --config configs/study/gsm8k.yaml --seeds $(or $(SEEDS),1) --cost-steps 0 \
 		--trainer.val_check_interval=50 --methods qlora:8,lr=4e-3 paca:16,quantize=nf4,lr=5.66e-3 \
