@@ -1,4 +1,4 @@
-"""Ten thousand optimizer steps of a tiny model: memory, open files and step time stay as they are.
+"""Ten thousand optimizer steps of a tiny model: memory, open files, and the calls and time of a step stay as they are.
 
 python -m tests.reliability.many_steps --steps 10000
 """
@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +24,10 @@ from tests.distributed_training import TinyChat
 
 
 class Watch(Callback):
-    """Notes memory, open files and the median step time of each tenth of a run."""
+    """Notes memory, open files, the calls of the last step and the median step time of each tenth of a run.
+
+    A machine's cores may vary by more than a step grows; how many functions a step calls does not.
+    """
 
     def __init__(self, steps: int) -> None:
         self.tenth = steps // 10
@@ -31,11 +35,19 @@ class Watch(Callback):
         self.rows: list[dict[str, float]] = []
         self.times: list[float] = []
         self.began = 0.0
+        self.calls = 0
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def _note(self, frame: Any, event: str, argument: Any) -> None:
+        self.calls += event in ("call", "c_call")
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if (trainer.global_step + 1) % self.tenth == 0:
+            self.calls = 0
+            sys.setprofile(self._note)
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        sys.setprofile(None)
         self.times.append(time.perf_counter() - self.began)
         if trainer.global_step % self.tenth == 0:
             gc.collect()
@@ -43,6 +55,7 @@ class Watch(Callback):
                 "step": trainer.global_step,
                 "mib": round(self.process.memory_info().rss / 2**20, 1),
                 "files": self.process.num_fds(),
+                "calls": self.calls,
                 "ms": round(1000 * statistics.median(self.times), 3),
             }
             self.rows.append(row)
@@ -79,14 +92,15 @@ def train(steps: int, directory: Path) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    """Exit code 1 if memory has grown by more than 1% after the first tenth, or a file stayed open."""
+    """Exit code 1 if memory or the calls of a step grew by over 1% after the first tenth, or a file stayed open."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     with tempfile.TemporaryDirectory() as directory:
         rows = train(parser.parse_args().steps, Path(directory))
     first, last = rows[0], rows[-1]
-    print(f"memory x {last['mib'] / first['mib']:.4f}, step time x {last['ms'] / first['ms']:.3f}")
-    raise SystemExit(int(last["mib"] > 1.01 * first["mib"] or last["files"] > first["files"]))
+    ratios = {name: last[name] / first[name] for name in ("mib", "calls", "ms")}
+    print(f"memory x {ratios['mib']:.4f}, calls of a step x {ratios['calls']:.4f}, step time x {ratios['ms']:.3f}")
+    raise SystemExit(int(ratios["mib"] > 1.01 or ratios["calls"] > 1.01 or last["files"] > first["files"]))
 
 
 if __name__ == "__main__":
