@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import pytorch_optimizer
 import torch
 import transformers
 from torch import Tensor, nn
@@ -186,6 +187,19 @@ def swapping(model: Any, optimizer: Any) -> None:
             loss_of(model, batch)
 
 
+def soap(parameters: list[nn.Parameter], lr: float = 0.05) -> pytorch_optimizer.SOAP:
+    """Of its package, on the side of the columns alone: the layers have 8 and 32 outputs."""
+    return pytorch_optimizer.SOAP(
+        parameters,
+        lr=lr,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        shampoo_beta=0.95,
+        precondition_frequency=2,
+        max_precondition_dim=CONFIG.r,
+    )
+
+
 KINDS: dict[str, tuple[Callable[[list[nn.Parameter]], Any], Callable[[Any, Any], None]]] = {
     "AdamW": (lambda p: torch.optim.AdamW(p, lr=0.05), one_gradient),
     "fused AdamW": (lambda p: torch.optim.AdamW(p, lr=0.05, fused=True), one_gradient),
@@ -194,6 +208,7 @@ KINDS: dict[str, tuple[Callable[[list[nn.Parameter]], Any], Callable[[Any, Any],
     "SAM, two steps": (lambda p: SAM(p, lr=0.05), two_steps),
     "SAM, closure": (lambda p: SAM(p, lr=0.05), with_closure),
     "schedule-free": (lambda p: ScheduleFree(p, lr=0.05), swapping),
+    "pytorch-optimizer's SOAP": (soap, one_gradient),
     "Lookahead": (lambda p: Lookahead(torch.optim.Adam(p, lr=0.05)), one_gradient),
 }
 

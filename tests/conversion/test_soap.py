@@ -1,42 +1,13 @@
 """SOAP of pytorch-optimizer on the side of the columns: an optimizer of the study in docs/learning.md."""
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from pytorch_optimizer import SOAP
-from torch import nn
 
-from paca_lightning import PaCAConfig, PaCAStrategy, attach, paca_layers
-from tests.callbacks.test_paca import Module, in_step, loader
-from tests.conversion.test_optimizers import BATCHES, Converted, Reference, loss_of, one_gradient
-
-SETTINGS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
-    "shampoo_beta": 0.95,
-    "precondition_frequency": 2,
-    "max_precondition_dim": 4,  # r; the layers have 8 and 32 outputs
-}
-
-
-def soap(parameters: list[nn.Parameter], lr: float = 0.05) -> SOAP:
-    return SOAP(parameters, lr=lr, **SETTINGS)
-
-
-def test_soap_trains_what_it_trains_in_the_reference() -> None:
-    reference, converted = Reference(), Converted()
-    for model in (reference, converted):
-        optimizer = soap(list(model.deltas.values()))
-        if model is converted:
-            attach(optimizer, converted.net)
-        one_gradient(model, optimizer)
-    assert in_step(converted.net)
-    for path, delta in converted.deltas.items():
-        assert delta.abs().max() > 1e-3
-        # Double precision: the gradients come from GEMMs of other shapes.
-        torch.testing.assert_close(delta, reference.deltas[path], rtol=1e-6, atol=1e-9)
+from paca_lightning import PaCAStrategy, paca_layers
+from tests.callbacks.test_paca import Module, loader
+from tests.conversion.test_optimizers import BATCHES, CONFIG, Converted, loss_of, soap
 
 
 def test_it_is_adam_in_the_eigenbasis_of_the_columns_gradients() -> None:
@@ -69,7 +40,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         trainer = L.Trainer(
             accelerator="cpu",
             max_epochs=epochs,
-            callbacks=[PaCAStrategy(PaCAConfig(r=4, alpha=8))],
+            callbacks=[PaCAStrategy(CONFIG)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -154,7 +154,6 @@ OTHER_OPTIMIZERS = [
     ("SAM in manual optimization, through Lightning's wrapper", "test_sam_through_lightnings_wrapper"),
     ("a schedule-free optimizer in Fabric", "test_a_schedule_free_optimizer_in_fabric"),
     ("schedulefree's AdamWScheduleFree", "test_a_schedule_free_optimizer_of_its_package"),
-    ("pytorch-optimizer's SOAP", "test_soap_trains_what_it_trains_in_the_reference"),
     ("an optimizer that Accelerate prepared", "test_the_optimizer_that_accelerate_prepares"),
     (
         "Adafactor (PyTorch's, Hugging Face's): a warning where it hardly moves deltas",

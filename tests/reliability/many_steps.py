@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from paca_lightning import AdapterCheckpoint, PaCAConfig, PaCAStrategy
 from tests.distributed_training import TinyChat
+from tests.reliability.call_count import CallCount
 
 
 class Watch(Callback):
@@ -35,19 +35,15 @@ class Watch(Callback):
         self.rows: list[dict[str, float]] = []
         self.times: list[float] = []
         self.began = 0.0
-        self.calls = 0
-
-    def _note(self, frame: Any, event: str, argument: Any) -> None:
-        self.calls += event in ("call", "c_call")
+        self.calls = CallCount()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if (trainer.global_step + 1) % self.tenth == 0:
-            self.calls = 0
-            sys.setprofile(self._note)
+            self.calls.start()
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        sys.setprofile(None)
+        self.calls.stop()
         self.times.append(time.perf_counter() - self.began)
         if trainer.global_step % self.tenth == 0:
             gc.collect()
@@ -55,7 +51,7 @@ class Watch(Callback):
                 "step": trainer.global_step,
                 "mib": round(self.process.memory_info().rss / 2**20, 1),
                 "files": self.process.num_fds(),
-                "calls": self.calls,
+                "calls": self.calls.count,
                 "ms": round(1000 * statistics.median(self.times), 3),
             }
             self.rows.append(row)

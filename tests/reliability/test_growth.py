@@ -1,6 +1,5 @@
 """Work grows in proportion to a model: twice the layers, twice the calls. No clock is read."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,20 @@ from torch import nn
 
 from paca_lightning import PaCAConfig, apply_paca, load_adapter, merge, save_adapter, unload
 from paca_lightning.core.reading import parse_json
+from tests.reliability.call_count import CallCount
 
 FEW, MANY = 40, 80
 
 
 def calls(function: Callable[..., Any], *arguments: Any) -> int:
     """How many functions one function calls, in Python and in C."""
-    count = 0
-
-    def note(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(note)
+    counter = CallCount()
+    counter.start()
     try:
         function(*arguments)
     finally:
-        sys.setprofile(None)
-    return count
+        counter.stop()
+    return counter.count
 
 
 def block() -> nn.Module:
